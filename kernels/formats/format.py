@@ -1,0 +1,67 @@
+"""What a block format tells the schedules: its geometry, which loads a lane makes, and how they become runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+__all__ = ["Format"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One block format of GGUF, to the arithmetic: runs of 16 weights ``w = scale * q - minimum``.
+
+    A block is shared by ``lanes`` lanes; each makes ``runs`` runs of it, so ``16 * lanes * runs == block_weights``.
+
+    load(block, lane)
+        The registers that the lane needs, from memory at ``block`` (the block's first byte). Every byte it reads lies
+        in the block.
+    unpack(lane, \\*registers)
+        ``runs`` triples ``(q, scale, minimum)``: ``q`` is Words of 16 signed bytes, the others float32.
+    position(lane, i)
+        Which of the block's ``block_weights // 16`` runs the lane's ``i``-th one is.
+
+    A plain format (F32, F16, BF16) is made of numbers, not of blocks: ``block_weights`` is 16, its ``q`` is Floats, and
+    the last block of a row may be cut short (``row_nbytes``).
+    """
+
+    name: str
+    block_weights: int
+    block_nbytes: int
+    lanes: int
+    runs: int
+    has_minimum: bool
+    load: Callable[..., Any]
+    unpack: Callable[..., Any]
+    position: Callable[[int, int], int]
+    alignment: int
+    """What every offset that ``load`` reads at divides by, in a tensor that is aligned to 16 bytes."""
+    plain: bool = False
+
+    def __post_init__(self) -> None:
+        if 16 * self.lanes * self.runs != self.block_weights:
+            raise ValueError(
+                f"{self.name}: {self.lanes} lanes of {self.runs} runs of 16 make "
+                f"{16 * self.lanes * self.runs} weights, the block holds {self.block_weights}"
+            )
+        if gcd(self.block_nbytes, 16) % self.alignment:
+            raise ValueError(f"{self.name}: blocks of {self.block_nbytes} bytes cannot keep to {self.alignment}")
+
+    def blocks(self, k: int) -> int:
+        """Blocks in a row of ``k`` weights, a cut-short one counted."""
+        return -(-k // self.block_weights)
+
+    def row_nbytes(self, k: int) -> int:
+        """Bytes of a row of ``k`` weights.
+
+        Raises:
+            ValueError: ``k`` is no multiple of the block.
+        """
+        if self.plain:
+            return k * self.block_nbytes // self.block_weights
+        if k % self.block_weights:
+            raise ValueError(f"{self.name} rows are whole blocks of {self.block_weights} weights, not {k}")
+        return k // self.block_weights * self.block_nbytes

@@ -1,0 +1,44 @@
+"""Q4_0: 32 weights in 18 bytes, ``w = d * (q - 8)``.
+
+::
+
+    byte   0        2                                18
+           | d  f16 | qs[16]: low nibbles are weights 0-15, high nibbles 16-31 |
+
+One lane takes a block: the low nibbles are its first run, the high ones its second. Layout: ``block_q4_0`` in
+ggml-common.h.
+"""
+
+from __future__ import annotations
+
+from qmm.kernels.formats.format import Format
+from qmm.kernels.primitives import half, load2, load16, subtract_bytes
+
+
+def load(block, lane):
+    return load2(block, 0), load16(block, 2)
+
+
+def unpack(lane, d, qs):
+    scale = half(d)
+    low = subtract_bytes(qs & 0x0F0F0F0F, 8)
+    high = subtract_bytes((qs >> 4) & 0x0F0F0F0F, 8)
+    return (low, scale, 0.0), (high, scale, 0.0)
+
+
+def position(lane, i):
+    return i
+
+
+FORMAT = Format(
+    name="Q4_0",
+    block_weights=32,
+    block_nbytes=18,
+    lanes=1,
+    runs=2,
+    has_minimum=False,
+    load=load,
+    unpack=unpack,
+    position=position,
+    alignment=2,
+)

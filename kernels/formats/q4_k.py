@@ -1,0 +1,67 @@
+"""Q4_K: 256 weights in 144 bytes, ``w = d * scale * q - dmin * minimum`` with 6-bit scales and minima for each 32.
+
+::
+
+    byte   0        2           4              16                              144
+           | d  f16 | dmin  f16 | scales[12]   | qs[128]                       |
+
+Bytes ``32 j`` to ``32 j + 31`` of ``qs`` hold weights ``64 j`` to ``64 j + 31`` in their low nibbles and the next 32 in the
+high ones. The twelve bytes pack eight scales and eight minima: see :func:`scales_and_minima`. A lane takes 16 bytes of
+``qs``, which are two runs. Layout: ``block_q4_K`` in ggml-common.h.
+"""
+
+from __future__ import annotations
+
+from qmm.kernels.formats.format import Format
+from qmm.kernels.primitives import half, load16, to_float, word
+
+
+def load(block, lane):
+    return load16(block, 0), load16(block, 16 + 16 * lane)
+
+
+def unpack(lane, header, qs):
+    scales, minima = scales_and_minima(lane, header)
+    d = half(word(header, 0))
+    dmin = half(word(header, 0) >> 16)
+    return (
+        (qs & 0x0F0F0F0F, d * to_float(scales & 63), dmin * to_float(minima & 63)),
+        ((qs >> 4) & 0x0F0F0F0F, d * to_float((scales >> 8) & 63), dmin * to_float((minima >> 8) & 63)),
+    )
+
+
+def scales_and_minima(lane, header):
+    """Two words whose two lowest bytes are the scales and the minima of the lane's two runs (Q4_K and Q5_K).
+
+    Scales 0-3 are the low six bits of bytes 0-3, minima 0-3 those of bytes 4-7. Bytes 8-11 hold the low four bits of
+    scales 4-7 (low nibble) and minima 4-7 (high nibble), whose upper two bits are the top bits of bytes 0-3 and 4-7.
+    """
+    low = word(header, 1)
+    middle = word(header, 2)
+    last = word(header, 3)
+    if lane < 4:
+        scales = low & 0x3F3F3F3F
+        minima = middle & 0x3F3F3F3F
+    else:
+        scales = (last & 0x0F0F0F0F) | ((low >> 2) & 0x30303030)
+        minima = ((last >> 4) & 0x0F0F0F0F) | ((middle >> 2) & 0x30303030)
+    shift = 8 * (lane & 2)
+    return scales >> shift, minima >> shift
+
+
+def position(lane, i):
+    return 4 * (lane >> 1) + (lane & 1) + 2 * i
+
+
+FORMAT = Format(
+    name="Q4_K",
+    block_weights=256,
+    block_nbytes=144,
+    lanes=8,
+    runs=2,
+    has_minimum=True,
+    load=load,
+    unpack=unpack,
+    position=position,
+    alignment=16,
+)

@@ -1,0 +1,57 @@
+"""Q6_K: 256 weights in 210 bytes, ``w = d * scale * (q - 32)`` with an 8-bit scale for each run.
+
+::
+
+    byte   0                      128             192            208      210
+           | ql[128]              | qh[64]        | scales[16]   | d  f16 |
+                                                    int8
+
+The block has two halves of 128 weights. In a half, weight ``32 s + l`` has its low four bits in byte ``32 (s % 2) + l`` of
+``ql`` (low nibble for ``s < 2``, else high) and its upper two in byte ``l`` of ``qh`` at bit ``2 s``. A lane takes 16 bytes
+of ``ql``, which are two runs: ``s`` and ``s + 2``. Layout: ``block_q6_K`` in ggml-common.h.
+"""
+
+from __future__ import annotations
+
+from qmm.kernels.formats.format import Format
+from qmm.kernels.primitives import half, load1, load2, load16, signed_byte, subtract_bytes
+
+
+def load(block, lane):
+    first = position(lane, 0)
+    return (
+        load2(block, 208),
+        load1(block, 192 + first),
+        load1(block, 196 + first),
+        load16(block, 128 + 32 * (lane >> 2) + 16 * (lane & 1)),
+        load16(block, 16 * lane),
+    )
+
+
+def unpack(lane, d_bits, low_scale, high_scale, qh, ql):
+    d = half(d_bits)
+    upper = qh >> (lane & 2)
+    low = (ql & 0x0F0F0F0F) | ((upper & 0x03030303) << 4)
+    high = ((ql >> 4) & 0x0F0F0F0F) | (upper & 0x30303030)
+    return (
+        (subtract_bytes(low, 32), d * signed_byte(low_scale), 0.0),
+        (subtract_bytes(high, 32), d * signed_byte(high_scale), 0.0),
+    )
+
+
+def position(lane, i):
+    return 8 * (lane >> 2) + (lane & 3) + 4 * i
+
+
+FORMAT = Format(
+    name="Q6_K",
+    block_weights=256,
+    block_nbytes=210,
+    lanes=8,
+    runs=2,
+    has_minimum=False,
+    load=load,
+    unpack=unpack,
+    position=position,
+    alignment=2,
+)

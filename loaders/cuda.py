@@ -1,0 +1,78 @@
+"""Calling the CUDA runtime through cuda-python, with errors that name the call. Imports CUDA at the first call."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+__all__ = ["CudaCallError", "attribute", "call", "current_device", "runtime"]
+
+# What calls return once the driver or the device's context is on its way out: nothing is left to release.
+GONE: Final = frozenset({"cudaErrorCudartUnloading", "cudaErrorContextIsDestroyed", "cudaErrorInitializationError"})
+
+
+class CudaCallError(Exception):
+    """A runtime call failed; its message is ``cudaHostRegister returned cudaErrorInvalidValue (1)``.
+
+    Attributes:
+        name: CUDA's name of the error, such as ``"cudaErrorInvalidValue"``.
+    """
+
+    def __init__(self, message: str, name: str = "") -> None:
+        super().__init__(message)
+        self.name = name
+
+    @property
+    def gone(self) -> bool:
+        """Whether it failed because CUDA is shutting down, so that everything is released already."""
+        return self.name in GONE
+
+
+@functools.cache
+def runtime() -> Any:
+    """The module ``cuda.bindings.runtime``.
+
+    Raises:
+        CudaCallError: cuda-python is not installed.
+    """
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as reason:
+        message = f"cuda-python cannot be imported ({reason}); pip install 'qmm[cu13]' or 'qmm[cu12]'"
+        raise CudaCallError(message) from reason
+
+
+def call(function: str, *arguments: Any) -> Any:
+    """The result of ``cuda.bindings.runtime.<function>(*arguments)``, None if it has none.
+
+    Raises:
+        CudaCallError: It did not return cudaSuccess. The runtime's last error is cleared: otherwise the next innocent
+            caller who asks for it gets it, such as the check after somebody's kernel launch.
+    """
+    error, *results = getattr(runtime(), function)(*arguments)
+    if int(error) != 0:
+        runtime().cudaGetLastError()
+        raise CudaCallError(f"{function} returned {error.name} ({int(error)})", error.name)
+    return results[0] if results else None
+
+
+def attribute(name: str, device: int) -> int:
+    """The device attribute ``name``, without its prefix ``cudaDevAttr``."""
+    value: int = call("cudaDeviceGetAttribute", getattr(runtime().cudaDeviceAttr, f"cudaDevAttr{name}"), device)
+    return value
+
+
+@contextmanager
+def current_device(device: int) -> Iterator[None]:
+    """Make ``device`` this thread's current one inside the block."""
+    before = call("cudaGetDevice")
+    # Also where it is current already: from CUDA 12 on this makes its primary context, and reports if it cannot.
+    call("cudaSetDevice", device)
+    try:
+        yield
+    finally:
+        if before != device:
+            call("cudaSetDevice", before)

@@ -1,0 +1,260 @@
+"""Where every tensor of a GGUF model lies: the index of its header.
+
+    >>> index = GGUFIndex.read("model.gguf")                     # doctest: +SKIP
+    >>> index.tensors["blk.0.ffn_up.weight"]                     # doctest: +SKIP
+    TensorInfo(name='blk.0.ffn_up.weight', type='Q4_K', shape=(2048, 640), offset=19070496, nbytes=737280, path=...)
+
+The layout (ggml ``docs/gguf.md``): magic ``GGUF``, uint32 version, uint64 number of tensors, uint64 number of keys, the
+key/value pairs, then for each tensor its name, uint32 number of dimensions, uint64 each dimension (``ne``, fastest
+first), uint32 type and uint64 offset; then zeros up to ``general.alignment``, where the data begins that offsets count
+from.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from qmm.errors import GGUFError
+from qmm.loaders.header import COUNT_LIMIT, UINT32, UINT64, HeaderReader
+from qmm.loaders.metadata import Metadata
+from qmm.loaders.split import check_shard, check_total, shard_paths, split_count
+
+__all__ = ["GGUFIndex", "TensorInfo"]
+
+MAGIC: Final = b"GGUF"
+VERSIONS: Final = (2, 3)
+DEFAULT_ALIGNMENT: Final = 32
+SMALLEST_ALIGNMENT: Final = 8  # gguf.md: "it must be a multiple of 8"; ggml: it must be a power of two
+DIMENSION_LIMIT: Final = 4  # GGML_MAX_DIMS
+SMALLEST_PAIR: Final = 8 + 4 + 1  # an empty key, a type and a value of one byte
+SMALLEST_TENSOR: Final = 8 + 4 + 4 + 8  # an empty name, no dimensions, a type and an offset
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor, and where its bytes are.
+
+    Attributes:
+        name: Its name in the file.
+        type: ggml's name of its type, such as ``"Q4_K"``; ``"unknown(99)"`` for a type that the gguf package has not.
+        shape: Row-major, slowest dimension first (GGUF's ``ne`` reversed): a matrix is ``(m, k)``.
+        offset: First byte, from the start of ``path``.
+        nbytes: Exact size. For an unknown type: the room up to the next tensor or the end of the file.
+        path: The file that holds it, one of :attr:`GGUFIndex.files`.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    path: Path
+
+    @property
+    def k(self) -> int:
+        """Values in a row: the last dimension."""
+        return self.shape[-1]
+
+    @property
+    def m(self) -> int:
+        """Number of rows: the product of all dimensions but the last."""
+        return math.prod(self.shape[:-1])
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFIndex:
+    """The tensors and metadata of a GGUF model, in one file or split over several.
+
+    Attributes:
+        path: The file that was asked for.
+        version: GGUF version, 2 or 3.
+        alignment: ``general.alignment`` in bytes, or 32.
+        files: All files of the model in order; one unless it is split.
+        tensors: By name, in file order.
+        metadata: By key; arrays are read when they are asked for. That of the first file if the model is split.
+    """
+
+    path: Path
+    version: int
+    alignment: int
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
+    metadata: Metadata
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> GGUFIndex:
+        """Index the model in ``path``, and in its other shards if it is one of several. No weight is read.
+
+        Raises:
+            GGUFError: The file is absent, damaged, cut short, big endian or of another version; a shard is missing or
+                belongs to another model.
+        """
+        path = Path(path)
+        asked = _read_file(path)
+        count = split_count(path, asked.metadata)
+        if count == 1:
+            tensors = {tensor.name: tensor for tensor in asked.tensors}
+            return cls(path, asked.version, asked.alignment, (path,), tensors, asked.metadata)
+        paths = shard_paths(path, count)
+        shards = []
+        for number, shard in enumerate(paths):
+            shards.append(asked if shard == path else _read_file(shard))
+            check_shard(shard, shards[-1].metadata, number, count)
+        tensors = {}
+        for tensor in (tensor for shard in shards for tensor in shard.tensors):
+            if tensor.name in tensors:
+                raise GGUFError(
+                    f"{tensor.path}: tensor {tensor.name!r} is in {tensors[tensor.name].path} already. "
+                    "The files of different models were mixed: fetch them again."
+                )
+            tensors[tensor.name] = tensor
+        first = shards[0]
+        check_total(paths, first.metadata, len(tensors))
+        return cls(path, first.version, first.alignment, paths, tensors, first.metadata)
+
+
+class _File(NamedTuple):
+    version: int
+    alignment: int
+    tensors: list[TensorInfo]
+    metadata: Metadata
+
+
+class _Entry(NamedTuple):
+    """A row of the tensor table as stored: ``ne`` fastest dimension first, ``offset`` from the start of the data."""
+
+    name: str
+    ne: tuple[int, ...]
+    type: int
+    offset: int
+
+
+class _Layout(NamedTuple):
+    """A ggml type: its name, and how many values and bytes a block of it has."""
+
+    name: str
+    values: int
+    nbytes: int
+
+
+@functools.cache
+def _layouts() -> dict[int, _Layout]:
+    # Imported at the first file: gguf takes 50 ms to import.
+    from gguf.constants import GGML_QUANT_SIZES
+
+    return {int(kind): _Layout(kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+
+
+def _read_file(path: Path) -> _File:
+    with HeaderReader(path) as header:
+        version = _read_version(header)
+        tensor_count = header.count("tensors", SMALLEST_TENSOR, COUNT_LIMIT)
+        metadata = Metadata.read(header, header.count("metadata keys", SMALLEST_PAIR, COUNT_LIMIT))
+        alignment = _alignment(path, metadata)
+        entries: dict[str, _Entry] = {}
+        for index in range(tensor_count):
+            start = header.position
+            entry = _read_entry(header, f"tensor {index + 1} of {tensor_count}")
+            if entry.name in entries:
+                header.fail(f"tensor {entry.name!r} occurs twice. The file is damaged.", position=start)
+            entries[entry.name] = entry
+        data_start = -(-header.position // alignment) * alignment
+        tensors = _place(path, header.nbytes, entries.values(), data_start, alignment)
+        return _File(version, alignment, tensors, metadata)
+
+
+def _read_version(header: HeaderReader) -> int:
+    if header.nbytes < len(MAGIC) + UINT32.size or (magic := header.raw(len(MAGIC), "the magic")) != MAGIC:
+        start = repr(magic) if header.nbytes >= len(MAGIC) + UINT32.size else f"only {header.nbytes} bytes"
+        raise GGUFError(f"{header.path}: is not a GGUF file: it has {start} where {MAGIC!r} and a version belong.")
+    version: int = header.number(UINT32, "the version")
+    if version & 0xFFFF == 0 and version:
+        raise GGUFError(
+            f"{header.path}: is big endian (version field 0x{version:08x}), and qmm reads blocks as they lie, in little "
+            f"endian. Convert it in place with the script of the gguf package: gguf-convert-endian {header.path} little"
+        )
+    if version not in VERSIONS:
+        advice = "Convert the model again with a current llama.cpp." if version < 2 else "A newer qmm may know it."
+        raise GGUFError(f"{header.path}: has GGUF version {version}; qmm reads versions 2 and 3. {advice}")
+    return version
+
+
+def _alignment(path: Path, metadata: Metadata) -> int:
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < SMALLEST_ALIGNMENT or alignment & (alignment - 1):
+        raise GGUFError(
+            f"{path}: general.alignment is {alignment!r}; GGUF wants a power of two of at least {SMALLEST_ALIGNMENT}. "
+            "The file is damaged, or its writer is wrong: convert it again."
+        )
+    return alignment
+
+
+def _read_entry(header: HeaderReader, what: str) -> _Entry:
+    name = header.text(f"the name of {what}")
+    what = f"tensor {name!r}"
+    dimensions: int = header.number(UINT32, f"the number of dimensions of {what}")
+    if dimensions > DIMENSION_LIMIT:
+        header.fail(
+            f"{what} has {dimensions} dimensions; ggml has at most {DIMENSION_LIMIT}. The file is damaged.",
+            position=header.position - UINT32.size,
+        )
+    ne = tuple(header.number(UINT64, f"dimension {axis} of {what}") for axis in range(dimensions))
+    kind: int = header.number(UINT32, f"the type of {what}")
+    return _Entry(name, ne or (1,), kind, header.number(UINT64, f"the offset of {what}"))
+
+
+def _place(
+    path: Path, file_nbytes: int, entries: Collection[_Entry], data_start: int, alignment: int
+) -> list[TensorInfo]:
+    """Check where each tensor lies and turn the table's rows, kept in order, into TensorInfo."""
+    infos: dict[str, TensorInfo] = {}
+    end, above = file_nbytes, ""  # of what lies behind the tensor at hand: nothing yet
+    for entry in sorted(entries, key=lambda entry: entry.offset, reverse=True):
+        where = f"{path}: tensor {entry.name!r}"
+        offset = data_start + entry.offset
+        if entry.offset % alignment:
+            raise GGUFError(
+                f"{where} has offset {entry.offset}, which is no multiple of general.alignment {alignment}. "
+                "The file is damaged, or its writer is wrong: convert it again."
+            )
+        if offset > file_nbytes:
+            raise GGUFError(_beyond(where, offset, 0, file_nbytes))
+        layout = _layouts().get(entry.type)
+        nbytes = _nbytes(where, entry, layout) if layout else end - offset
+        if offset + nbytes > file_nbytes:
+            raise GGUFError(_beyond(where, offset, nbytes, file_nbytes))
+        if offset + nbytes > end:
+            raise GGUFError(
+                f"{where} takes bytes {offset} to {offset + nbytes}, but tensor {above!r} begins at byte {end}. "
+                "The file is damaged: fetch or convert it again."
+            )
+        if nbytes:  # a tensor without values shares its offset with the next
+            end, above = offset, entry.name
+        kind = layout.name if layout else f"unknown({entry.type})"
+        infos[entry.name] = TensorInfo(entry.name, kind, entry.ne[::-1], offset, nbytes, path)
+    return [infos[entry.name] for entry in entries]
+
+
+def _beyond(where: str, offset: int, nbytes: int, file_nbytes: int) -> str:
+    return (
+        f"{where} takes bytes {offset} to {offset + nbytes}, but the file ends at byte {file_nbytes}. "
+        "It is cut short (an unfinished download or copy?): fetch it again."
+    )
+
+
+def _nbytes(where: str, entry: _Entry, layout: _Layout) -> int:
+    if entry.ne[0] % layout.values:
+        raise GGUFError(
+            f"{where} has rows of {entry.ne[0]} values, which is no multiple of the {layout.values} in a block of "
+            f"{layout.name}. The file is damaged."
+        )
+    values = math.prod(entry.ne)  # Python integers: a product that wraps 64 bits is seen as too large for the file
+    if max(entry.ne) >= 1 << 63:
+        raise GGUFError(f"{where} has a dimension of {max(entry.ne)}; ggml's are below 2^63. The file is damaged.")
+    return values // layout.values * layout.nbytes

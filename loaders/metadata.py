@@ -1,0 +1,81 @@
+"""The key/value metadata of a GGUF file, arrays left in the file until somebody asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qmm.errors import GGUFError
+from qmm.loaders.files import FileIdentity
+from qmm.loaders.header import ArrayField, HeaderReader
+
+__all__ = ["Metadata"]
+
+
+class Metadata(Mapping[str, Any]):
+    """Keys and values in file order.
+
+    Numbers are int, float or bool, strings are str. ``metadata[key]`` of an array reads it from the file the first time
+    and keeps it: numbers and bools as a read-only NumPy array of the type stored, strings as list[str], arrays as a
+    list of these. Iterating over values or items therefore reads every array; :meth:`type_of` reads none.
+    """
+
+    def __init__(
+        self, path: Path, identity: FileIdentity, types: dict[str, str], values: dict[str, Any]
+    ) -> None:
+        self._path = path
+        self._identity = identity
+        self._types = types
+        self._values = values
+
+    @classmethod
+    def read(cls, header: HeaderReader, count: int) -> Metadata:
+        """Read ``count`` key/value pairs where ``header`` stands.
+
+        Raises:
+            GGUFError: They are damaged, or a key occurs twice.
+        """
+        types: dict[str, str] = {}
+        values: dict[str, Any] = {}
+        for index in range(count):
+            start = header.position
+            key = header.text(f"key {index + 1} of {count}")
+            if key in values:
+                header.fail(f"metadata key {key!r} occurs twice. The file is damaged.", position=start)
+            kind, value = header.value(f"metadata key {key!r}")
+            types[key] = f"{value.item.label}[{value.length}]" if isinstance(value, ArrayField) else kind.label
+            values[key] = value
+        return cls(header.path, header.identity, types, values)
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._values[key]
+        if isinstance(value, ArrayField):
+            # Two threads may both decode it; either result will do.
+            value = self._values[key] = self._decode(key, value)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values  # Mapping's own would decode the array to find out
+
+    def __repr__(self) -> str:
+        return f"<Metadata of {self._path}: {len(self)} keys>"
+
+    def type_of(self, key: str) -> str:
+        """The type stored under ``key``, such as ``"uint32"`` or ``"string[262144]"``; reads nothing from the file."""
+        return self._types[key]
+
+    def _decode(self, key: str, field: ArrayField) -> Any:
+        with HeaderReader(self._path) as header:
+            if header.identity != self._identity:
+                raise GGUFError(
+                    f"{self._path}: metadata key {key!r} cannot be read: the file had {self._identity.nbytes} bytes "
+                    f"when it was indexed, has {header.nbytes} now, and was written or replaced since. Open it again."
+                )
+            return header.array(field, f"metadata key {key!r}")

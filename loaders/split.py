@@ -1,0 +1,83 @@
+"""Models split over several files, as ``llama-gguf-split`` and gguf-py write them.
+
+Shard ``i`` of ``n``, counted from 1, is named ``PREFIX-0000i-of-0000n.gguf``. Each has the keys ``split.count`` (n),
+``split.no`` (i - 1) and ``split.tensors.count`` (of all shards together); the model's own keys are in the first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qmm.errors import GGUFError
+
+__all__ = ["check_shard", "check_total", "shard_paths", "split_count"]
+
+SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+def split_count(path: Path, metadata: Mapping[str, Any]) -> int:
+    """The number of files that the model in ``path`` is split over; 1 for a whole file."""
+    return max(1, _integer(path, metadata, "split.count", default=1))
+
+
+def shard_paths(path: Path, count: int) -> tuple[Path, ...]:
+    """The paths of all ``count`` shards, in order, from that of any one.
+
+    Raises:
+        GGUFError: ``path`` has not a shard's name, its name disagrees with ``count``, or shards are missing.
+    """
+    match = SHARD_NAME.fullmatch(path.name)
+    if match is None:
+        raise GGUFError(
+            f"{path}: is one of {count} shards (split.count), but is not named like NAME-00001-of-{count:05d}.gguf, so "
+            "the others cannot be found. Give all shards their first names, or join them (llama-gguf-split --merge)."
+        )
+    if int(match["count"]) != count:
+        raise GGUFError(
+            f"{path}: its name says {int(match['count'])} shards, but split.count is {count}. "
+            "Give the file its original name, or fetch it again."
+        )
+    # A counterfeit count is bounded by its five digits, and by the first shard that is missing.
+    paths = []
+    for number in range(1, count + 1):
+        paths.append(path.with_name(f"{match['prefix']}-{number:05d}-of-{count:05d}.gguf"))
+        if not paths[-1].exists():
+            raise GGUFError(
+                f"{path}: shard {number} of {count} is missing: {paths[-1]}. Put all shards into one folder."
+            )
+    return tuple(paths)
+
+
+def check_shard(path: Path, metadata: Mapping[str, Any], index: int, count: int) -> None:
+    """Check that ``path`` says of itself that it is shard ``index`` (from 0) of ``count``.
+
+    Raises:
+        GGUFError: It says something else.
+    """
+    theirs = split_count(path, metadata)
+    number = _integer(path, metadata, "split.no", default=-1)
+    if (theirs, number) != (count, index):
+        raise GGUFError(
+            f"{path}: should be shard {index} of {count} (split.no, split.count), but says {number} of {theirs}. "
+            "The files of different models were mixed, or a shard was renamed."
+        )
+
+
+def check_total(paths: tuple[Path, ...], metadata: Mapping[str, Any], total: int) -> None:
+    """Check the number of tensors in all shards against ``split.tensors.count`` of the first, if it is there."""
+    expected = _integer(paths[0], metadata, "split.tensors.count", default=total)
+    if expected != total:
+        raise GGUFError(
+            f"{paths[0]}: split.tensors.count is {expected}, but the {len(paths)} shards hold {total} tensors. "
+            "One of them comes from another version of the model: fetch them again."
+        )
+
+
+def _integer(path: Path, metadata: Mapping[str, Any], key: str, *, default: int) -> int:
+    value = metadata.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise GGUFError(f"{path}: metadata key {key!r} should be an integer, but is {type(value).__name__}.")
+    return value

@@ -1,0 +1,58 @@
+"""Everything qmm raises on purpose.
+
+Each message names the file, the tensor where there is one, the numbers that disagree and the way out, so that it can be
+acted on without a debugger. All of them derive from :class:`QmmError`.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArrayError",
+    "ClosedError",
+    "DeviceError",
+    "GGUFError",
+    "MappingError",
+    "QmmError",
+    "RegistrationError",
+    "TensorNotFoundError",
+    "UnsupportedTypeError",
+]
+
+
+class QmmError(Exception):
+    """Base of every error that qmm raises on purpose."""
+
+
+class GGUFError(QmmError):
+    """The file is not a GGUF file that can be used: damaged, cut short, big endian, an unknown version."""
+
+
+class MappingError(QmmError):
+    """The file could not be mapped, or is no longer the file that was mapped."""
+
+
+class RegistrationError(QmmError):
+    """CUDA refused to register the mapping; the message names the call or attribute and a placement that works."""
+
+
+class DeviceError(QmmError):
+    """The device asked for is absent or cannot do what was asked."""
+
+
+class TensorNotFoundError(QmmError, KeyError):
+    """The model has no tensor of that name; the message suggests near ones."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""  # KeyError would show the repr, quotes and all
+
+
+class UnsupportedTypeError(QmmError):
+    """The tensor is stored in a block type that qmm has no kernel for."""
+
+
+class ArrayError(QmmError, ValueError):
+    """An activation or output array has the wrong kind, shape, dtype or device."""
+
+
+class ClosedError(QmmError):
+    """The model, mapping or engine was used after it was closed."""

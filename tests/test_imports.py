@@ -1,0 +1,131 @@
+"""Who may import whom, read from the sources; and that `import qmm` is light, measured in fresh processes."""
+
+from __future__ import annotations
+
+import ast
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {"kernels": "qmm.kernels", "loaders": "qmm.loaders"}
+HEAVY = ("numba", "llvmlite", "cuda", "gguf", "typer", "rich")
+
+
+def sources() -> list[Path]:
+    # The links qmm/kernels and qmm/loaders are left out: glob("*.py") stays in qmm/ itself.
+    return sorted([*(ROOT / "qmm").glob("*.py"), *(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))])
+
+
+def imported(path: Path) -> list[tuple[int, str]]:
+    """List (line, dotted name) of all imports; `from a import b` counts as a and as a.b, for b may be a module."""
+    names: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            names += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            names += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
+    return names
+
+
+def inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def forbidden_to_room(name: str, room: str) -> bool:
+    if inside(name, "qmm"):
+        return not (inside(name, ROOMS[room]) or inside(name, "qmm.errors"))
+    return name.split(".")[0] in ROOMS  # top-level `kernels` or `loaders` works only in the repository's root
+
+
+def offences(room: str, path: Path) -> list[str]:
+    found = [(line, name) for line, name in imported(path) if forbidden_to_room(name, room)]
+    return [f"{path.relative_to(ROOT)}:{line}: imports {name}" for line, name in found]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_itself_and_errors(room: str) -> None:
+    assert [o for path in (ROOT / room).rglob("*.py") for o in offences(room, path)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "room", "forbidden"),
+    [
+        ("qmm.kernels.ptx", "loaders", True),
+        ("qmm.loaders", "kernels", True),
+        ("qmm.engine", "kernels", True),
+        ("qmm", "loaders", True),
+        ("kernels.formats", "kernels", True),
+        ("qmm.errors.GGUFError", "loaders", False),
+        ("qmm.kernels.formats.q4_k", "kernels", False),
+        ("numba.cuda", "kernels", False),
+    ],
+)
+def test_the_rule_tells_right_from_wrong(name: str, room: str, forbidden: bool) -> None:
+    assert forbidden_to_room(name, room) == forbidden
+
+
+def test_imports_are_absolute_and_name_what_they_take() -> None:
+    found = [(path, line, name) for path in sources() for line, name in imported(path)]
+    assert [f"{p.relative_to(ROOT)}:{n}: {m}" for p, n, m in found if m.startswith(".") or m.endswith(".*")] == []
+
+
+def calls_at_import(path: Path) -> list[tuple[int, str]]:
+    """List the calls that importing the file makes: all but those in the bodies of functions and lambdas."""
+    calls: list[tuple[int, str]] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for outside in [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)]:
+                visit(outside)
+            return
+        if isinstance(node, ast.Lambda):
+            return
+        if isinstance(node, ast.Call):
+            calls.append((node.lineno, ast.unparse(node.func)))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8"), str(path)))
+    return calls
+
+
+def test_nothing_asks_for_a_device_at_import() -> None:
+    # Declaring a kernel (cuda.jit, intrinsics) needs no device. These do, or compile for one.
+    starts_work = (
+        "cuInit", "cudaFree", "cudaMalloc", "cudaHostRegister", "cudaGetDevice", "cudaSetDevice", "cuCtx", "cuDevice",
+        "cuda.current_context", "cuda.get_current_device", "cuda.is_available", "cuda.detect", "cuda.to_device",
+        "cuda.device_array", "cuda.stream", "cuda.select_device", "cuda.compile", "Stream", "is_available",
+    )  # fmt: skip
+    found = [(path, line, name) for path in sources() for line, name in calls_at_import(path)]
+    assert [f"{p.relative_to(ROOT)}:{n}: {m}()" for p, n, m in found if any(w in m for w in starts_work)] == []
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_qmm_loads_neither_numba_nor_cuda() -> None:
+    code = f"import json, sys, qmm; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    assert json.loads(run_python(code)) == []
+
+
+def test_import_qmm_takes_under_50_ms_beyond_numpy() -> None:
+    code = "import numpy, time; t = time.perf_counter(); import qmm; print(time.perf_counter() - t)"
+    assert statistics.median(float(run_python(code)) for _ in range(7)) < 0.050
+
+
+def test_every_name_resolves_and_unknown_ones_are_refused() -> None:
+    import qmm
+
+    assert set(qmm.__all__) <= set(dir(qmm))
+    assert all(hasattr(qmm, name) for name in qmm.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
+        _ = qmm.nonesuch
