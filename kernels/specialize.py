@@ -10,6 +10,7 @@ instead of registers. :func:`specialize` closes that gap on the syntax tree:
 * ``a = registers(count, value)`` becomes ``a_0 = value``, ``a_1 = value``, …, and ``a[i]`` the variable of that number;
 * ``if`` and the conditional expression are decided where their test is known, so a variant that is switched off is not
   even typed;
+* a float literal is a float32;
 * every function that the kernel calls is specialized in turn, and every primitive becomes the target's intrinsic.
 
 The generated source is kept for tracebacks and for reading (``function.__source__``).
@@ -25,6 +26,8 @@ import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
+
+import numpy as np
 
 __all__ = ["Target", "registers", "specialize", "unroll"]
 
@@ -83,12 +86,13 @@ class _Specializer:
         known = {name: value for name, value in _visible(function).items() if name not in arguments}
         known |= {name: value for name, value in self.constants.items() if name not in arguments}
         literals = {name: value for name, value in known.items() if isinstance(value, Number)}
-        body = _Flatten(literals).block(definition.body)
-        definition.body = body or [ast.Pass()]
-        ast.fix_missing_locations(tree)
-        source = ast.unparse(tree)
+        definition.body = _Flatten(literals).block(definition.body) or [ast.Pass()]
+        _SingleFloats().visit(tree)
+        source = ast.unparse(ast.fix_missing_locations(tree))
+        tree = ast.parse(source)
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         namespace = {name: self.bind(value) for name, value in known.items() if name in names}
+        namespace["float32"] = np.float32
         filename = f"<qmm {function.__module__}.{function.__name__} #{next(_serial)}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         exec(compile(source, filename, "exec"), namespace)
@@ -212,6 +216,15 @@ class _Flatten(ast.NodeTransformer):
         if isinstance(test, ast.Constant):
             return self.visit(node.body if test.value else node.orelse)  # type: ignore[no-any-return]
         return ast.IfExp(test, self.visit(node.body), self.visit(node.orelse))
+
+
+class _SingleFloats(ast.NodeTransformer):
+    """Makes every float literal a float32: to Numba a bare one is a double, and drags what it meets along."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        if isinstance(node.value, float):
+            return ast.Call(ast.Name("float32", ast.Load()), [node], [])
+        return node
 
 
 def _called(node: ast.expr) -> str | None:

@@ -1,0 +1,228 @@
+"""The CPU as a target: the primitives as LLVM vector code, and the few instructions that only the CPU schedule uses.
+
+Nothing here names an instruction set. The integer product is written so that LLVM recognises a multiply-add of
+neighbouring pairs (``vpmaddwd`` on x86-64), and everything else is plain vector arithmetic that any back end lowers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import extending
+from numba.core import cgutils, types
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+
+from qmm.kernels import primitives
+from qmm.kernels.vector import F32, I8, I16, I32, Toolkit, define, splat, vector
+
+__all__ = [
+    "CPU",
+    "dot_run",
+    "load_float",
+    "load_floats",
+    "multiply_add",
+    "store_float",
+    "store_floats",
+    "sum_floats",
+    "sum_partial",
+    "zero_floats",
+    "zero_partial",
+]
+
+VECTORS, _INTRINSICS = define(
+    Toolkit(
+        types=types,
+        intrinsic=extending.intrinsic,
+        lower_builtin=extending.lower_builtin,
+        register_model=extending.register_model,
+        primitive_model=extending.models.PrimitiveModel,
+        abstract_template=AbstractTemplate,
+        infer_global=infer_global,
+        signature=signature,
+    )
+)
+PARTIAL = VECTORS.make("Partial", vector(F32, 8))
+"""Eight running sums of an integer product: one for each pair of weights of a run."""
+
+
+class CPUTarget:
+    """Specializes kernels for the CPU that runs them."""
+
+    name = "cpu"
+
+    def intrinsic(self, primitive: object) -> object | None:
+        return _INTRINSICS.get(primitive)
+
+    def device_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return numba.njit(error_model="numpy", nogil=True)(function)  # type: ignore[no-any-return]
+
+    kernel = device_function
+
+
+CPU = CPUTarget()
+
+
+def _address(builder: ir.IRBuilder, arguments: Any, carrier: ir.Type) -> ir.Value:
+    """``arguments[0] + arguments[1]`` as a pointer; mapped blocks keep to no alignment."""
+    return builder.inttoptr(builder.add(arguments[0], arguments[1]), carrier.as_pointer())
+
+
+def _loader(primitive: Callable[..., Any] | None, result: Any, carrier: ir.Type, widen: bool = False) -> Any:
+    @extending.intrinsic
+    def load(typing_context, address, offset):  # type: ignore[no-untyped-def]
+        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            value = builder.load(_address(builder, arguments, carrier))
+            value.align = 1
+            return builder.zext(value, I32) if widen else value
+
+        return result(types.int64, types.int64), lower
+
+    if primitive is not None:
+        _INTRINSICS[primitive] = load
+    return load
+
+
+def _storer(value_type: Any, carrier: ir.Type) -> Any:
+    @extending.intrinsic
+    def store(typing_context, address, offset, value):  # type: ignore[no-untyped-def]
+        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            builder.store(arguments[2], _address(builder, arguments, carrier)).align = 1
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, value_type), lower
+
+    return store
+
+
+_loader(primitives.load16, VECTORS.words, vector(I32, 4))
+_loader(primitives.load4, VECTORS.word, I32)
+_loader(primitives.load2, VECTORS.word, I16, widen=True)
+load1 = _loader(primitives.load1, VECTORS.word, I8, widen=True)
+load_float = _loader(None, types.float32, F32)
+load_floats = _loader(None, VECTORS.floats, vector(F32, 16))
+store_float = _storer(types.float32, F32)
+store_floats = _storer(VECTORS.floats, vector(F32, 16))
+
+
+@extending.intrinsic
+def store1(typing_context, address, offset, value):  # type: ignore[no-untyped-def]
+    """Stores the low byte of a word."""
+
+    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        builder.store(builder.trunc(arguments[2], I8), _address(builder, arguments, I8))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, VECTORS.word), lower
+
+
+@extending.intrinsic
+def _subtract_bytes(typing_context, words, value):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        words, value = arguments
+        bytes16 = builder.bitcast(words, vector(I8, 16))
+        return builder.bitcast(
+            builder.sub(bytes16, splat(builder, builder.trunc(value, I8), 16)), vector(I32, 4)
+        )
+
+    return VECTORS.words(VECTORS.words, types.int64), lower
+
+
+@extending.intrinsic
+def _spread_bits(typing_context, bits):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        # Byte i keeps bit i % 8 of its half of the 16 bits, and becomes 1 where that bit is set.
+        each = builder.bitcast(splat(builder, builder.trunc(arguments[0], I16), 8), vector(I8, 16))
+        low_then_high = ir.Constant(vector(I32, 16), [0] * 8 + [1] * 8)
+        spread = builder.shuffle_vector(each, each, low_then_high)
+        bit = ir.Constant(vector(I8, 16), [1 << (i % 8) for i in range(16)])
+        is_set = builder.icmp_unsigned("!=", builder.and_(spread, bit), ir.Constant(vector(I8, 16), [0] * 16))
+        return builder.bitcast(builder.zext(is_set, vector(I8, 16)), vector(I32, 4))
+
+    return VECTORS.words(VECTORS.word), lower
+
+
+_INTRINSICS[primitives.subtract_bytes] = _subtract_bytes
+_INTRINSICS[primitives.spread_bits] = _spread_bits
+
+
+def _zero(result: Any, count: int) -> Any:
+    @extending.intrinsic
+    def zero(typing_context):  # type: ignore[no-untyped-def]
+        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            return ir.Constant(vector(F32, count), [0.0] * count)
+
+        return result(), lower
+
+    return zero
+
+
+zero_partial = _zero(PARTIAL, 8)
+zero_floats = _zero(VECTORS.floats, 16)
+
+
+def _fused(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """``a * b + c``, fused where the CPU has an instruction for it (``llvm.fma`` would call a library where not)."""
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    name = f"llvm.fmuladd.v{a.type.count}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
+
+
+@extending.intrinsic
+def dot_run(typing_context, total, q, x, scale):  # type: ignore[no-untyped-def]
+    """``total + scale * (q . x)`` in eight lanes: the 16 signed bytes of a run by the 16 int16 at address ``x``."""
+
+    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        total, q, x, scale = arguments
+        wide = vector(I32, 16)
+        load = builder.load(builder.inttoptr(x, vector(I16, 16).as_pointer()))
+        load.align = 2
+        # Through int16 on the way to int32: that is the shape LLVM turns into one multiply-add of pairs.
+        weights = builder.sext(builder.sext(builder.bitcast(q, vector(I8, 16)), vector(I16, 16)), wide)
+        products = builder.mul(weights, builder.sext(load, wide))
+        undefined = ir.Constant(wide, ir.Undefined)
+        even, odd = (ir.Constant(vector(I32, 8), list(range(start, 16, 2))) for start in (0, 1))
+        pairs = builder.add(
+            builder.shuffle_vector(products, undefined, even), builder.shuffle_vector(products, undefined, odd)
+        )
+        return _fused(builder, builder.sitofp(pairs, vector(F32, 8)), splat(builder, scale, 8), total)
+
+    return PARTIAL(PARTIAL, VECTORS.words, types.int64, types.float32), lower
+
+
+@extending.intrinsic
+def multiply_add(typing_context, total, a, b):  # type: ignore[no-untyped-def]
+    """``total + a * b`` in sixteen lanes."""
+
+    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        total, a, b = arguments
+        return _fused(builder, a, b, total)
+
+    return VECTORS.floats(VECTORS.floats, VECTORS.floats, VECTORS.floats), lower
+
+
+def _summer(value_type: Any, count: int) -> Any:
+    @extending.intrinsic
+    def total(typing_context, values):  # type: ignore[no-untyped-def]
+        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            (values,) = arguments
+            half = count // 2
+            while half:  # a fixed tree of halves: the same sum on every CPU
+                undefined = ir.Constant(values.type, ir.Undefined)
+                low, high = (
+                    builder.shuffle_vector(values, undefined, ir.Constant(vector(I32, half), list(part)))
+                    for part in (range(half), range(half, 2 * half))
+                )
+                values = builder.fadd(low, high)
+                half //= 2
+            return builder.extract_element(values, ir.Constant(I32, 0))
+
+        return types.float32(value_type), lower
+
+    return total
+
+
+sum_partial = _summer(PARTIAL, 8)
+sum_floats = _summer(VECTORS.floats, 16)
