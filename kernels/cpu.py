@@ -111,9 +111,10 @@ def product_rows(weights, row_nbytes, first_row, last_row, blocks, k, n, x, x_sc
         address = weights + row * row_nbytes
         out = y + row * 4
         column = 0
-        while column + COLUMN_TILE <= n:
-            product_tile(address, blocks, k, x, x_scales, x_sums, column, scratch, out, y_pitch)
-            column += COLUMN_TILE
+        if TILED:
+            while column + COLUMN_TILE <= n:
+                product_tile(address, blocks, k, x, x_scales, x_sums, column, scratch, out, y_pitch)
+                column += COLUMN_TILE
         while column < n:
             product_one(address, blocks, k, x, x_scales, x_sums, column, scratch, out, y_pitch)
             column += 1
@@ -188,7 +189,7 @@ def quantize_rows(x, k, n, q, scales, sums):
 
 
 class CPUKernels:
-    """The compiled kernels of one format; compiling takes one to three seconds a kernel, once a process."""
+    """The compiled kernels of one format; compiling takes one to three seconds a kernel, one for each process."""
 
     def __init__(self, block_format: Format) -> None:
         self.format = block_format
@@ -209,20 +210,19 @@ class CPUKernels:
             "unpack": block_format.unpack,
         }
 
-    def _products(self, product: Callable[..., Any]) -> Callable[..., Any]:
+    def product(self, int8: bool, n: int) -> Callable[..., Any]:
+        """The kernel for ``n`` columns; the one for few columns compiles in a third of the time."""
+        return self._product(int8, n >= COLUMN_TILE)
+
+    @functools.lru_cache  # noqa: B019  (one object a format, and kernels live as long as the process)
+    def _product(self, int8: bool, tiled: bool) -> Callable[..., Any]:
+        product = product_int8 if int8 else product_float
+        tiles = {"product_one": 1} | ({"product_tile": COLUMN_TILE} if tiled else {})
         made = {
             name: CPU.device_function(specialize(product, self._constants(columns), CPU))
-            for name, columns in (("product_tile", COLUMN_TILE), ("product_one", 1))
+            for name, columns in tiles.items()
         }
-        return CPU.kernel(specialize(product_rows, {**self._constants(), **made}, CPU))
-
-    @functools.cached_property
-    def int8(self) -> Callable[..., Any]:
-        return self._products(product_int8)
-
-    @functools.cached_property
-    def float(self) -> Callable[..., Any]:
-        return self._products(product_float)
+        return CPU.kernel(specialize(product_rows, {**self._constants(), **made, "TILED": tiled}, CPU))
 
     @functools.cached_property
     def dequantize(self) -> Callable[..., Any]:
@@ -298,11 +298,11 @@ def matmul(
     kernels = kernels_for(block_format)
     blocks = block_format.blocks(k)
     row_nbytes = block_format.row_nbytes(k)
-    if activations == "int8" and not block_format.plain:
-        kernel = kernels.int8
+    int8 = activations == "int8" and not block_format.plain
+    kernel = kernels.product(int8, n)
+    if int8:
         values, scales, sums = quantize_activations(x)
     else:
-        kernel = kernels.float
         values = _padded(x, blocks * block_format.block_weights)
         scales = sums = values
 

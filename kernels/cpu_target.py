@@ -42,6 +42,7 @@ VECTORS, _INTRINSICS = define(
         abstract_template=AbstractTemplate,
         infer_global=infer_global,
         signature=signature,
+        multiply=lambda builder, a, b: builder.fmul(a, b),  # LLVM fuses nothing that was not marked for it
     )
 )
 PARTIAL = VECTORS.make("Partial", vector(F32, 8))

@@ -46,6 +46,8 @@ class Toolkit:
     abstract_template: type
     infer_global: Callable[..., Any]
     signature: Callable[..., Any]
+    multiply: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]
+    """The product of two ``<16 x float>`` that the compiler may not fuse with the sum it goes into."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ def _common_intrinsics(toolkit: Toolkit, types: VectorTypes) -> dict[object, obj
         def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             q, scale, minimum = arguments
             values = builder.sitofp(builder.bitcast(q, vector(I8, 16)), vector(F32, 16))
-            return builder.fsub(builder.fmul(values, splat(builder, scale, 16)), splat(builder, minimum, 16))
+            products = toolkit.multiply(builder, values, splat(builder, scale, 16))
+            return builder.fsub(products, splat(builder, minimum, 16))
 
         if q == types.floats:
             return types.floats(types.floats, float32, float32), plain

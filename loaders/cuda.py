@@ -10,8 +10,16 @@ from typing import Any, Final
 
 __all__ = ["CudaCallError", "attribute", "call", "current_device", "runtime"]
 
-# What calls return once the driver or the device's context is on its way out: nothing is left to release.
-GONE: Final = frozenset({"cudaErrorCudartUnloading", "cudaErrorContextIsDestroyed", "cudaErrorInitializationError"})
+# What calls that release something return when nothing is left to release: the driver or the device's context is on its
+# way out, or somebody called cudaDeviceReset.
+GONE: Final = frozenset(
+    {
+        "cudaErrorContextIsDestroyed",
+        "cudaErrorCudartUnloading",
+        "cudaErrorHostMemoryNotRegistered",
+        "cudaErrorInitializationError",
+    }
+)
 
 
 class CudaCallError(Exception):
@@ -27,7 +35,7 @@ class CudaCallError(Exception):
 
     @property
     def gone(self) -> bool:
-        """Whether it failed because CUDA is shutting down, so that everything is released already."""
+        """Whether a call that releases something failed because CUDA has released it already."""
         return self.name in GONE
 
 

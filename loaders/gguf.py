@@ -176,8 +176,8 @@ def _read_version(header: HeaderReader) -> int:
     version: int = header.number(UINT32, "the version")
     if version & 0xFFFF == 0 and version:
         raise GGUFError(
-            f"{header.path}: is big endian (version field 0x{version:08x}), and qmm reads blocks as they lie, in little "
-            f"endian. Convert it in place with the script of the gguf package: gguf-convert-endian {header.path} little"
+            f"{header.path}: is big endian (version field 0x{version:08x}), and qmm reads blocks as they lie, little "
+            f"endian. Convert it in place with a script of the gguf package: gguf-convert-endian {header.path} little"
         )
     if version not in VERSIONS:
         advice = "Convert the model again with a current llama.cpp." if version < 2 else "A newer qmm may know it."

@@ -29,7 +29,7 @@ __all__ = ["ArrayField", "HeaderReader", "ValueType"]
 # Beside each bound, what Gemma-3-270M takes: its vocabulary is among the largest in use.
 HEADER_LIMIT: Final = 256 << 20  # bytes up to the end of the tensor table: 6,525,112
 TEXT_LIMIT: Final = 8 << 20  # bytes of keys, tensor names and strings outside arrays: 6,206
-STRING_LIMIT: Final = 1 << 22  # strings in all arrays of the file: 262,148
+STRING_LIMIT: Final = 1 << 21  # strings in all arrays of the file: 262,148
 NESTED_LIMIT: Final = 1 << 16  # arrays inside arrays: 0
 DEPTH_LIMIT: Final = 8  # arrays inside arrays inside arrays: 1
 COUNT_LIMIT: Final = 1 << 16  # keys, 33, and tensors, 236

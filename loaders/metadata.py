@@ -21,9 +21,7 @@ class Metadata(Mapping[str, Any]):
     list of these. Iterating over values or items therefore reads every array; :meth:`type_of` reads none.
     """
 
-    def __init__(
-        self, path: Path, identity: FileIdentity, types: dict[str, str], values: dict[str, Any]
-    ) -> None:
+    def __init__(self, path: Path, identity: FileIdentity, types: dict[str, str], values: dict[str, Any]) -> None:
         self._path = path
         self._identity = identity
         self._types = types

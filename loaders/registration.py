@@ -147,17 +147,19 @@ class HostRegistration:
         Raises:
             RegistrationError: They are not all registered here, or lie in chunks that do not follow each other on the
                 device.
+            MappingError: They are not all in the file.
             ClosedError: The registration was closed.
         """
         self._require_open()
+        self._mapping.require(offset, nbytes)
         wanted = Span(offset, offset + nbytes)
         chunks = [chunk for chunk in self._chunks if chunk.overlaps(wanted)]
         missing = gaps(wanted, [chunk.span for chunk in chunks])
         if missing or not chunks:
             first = missing[0] if missing else wanted
             raise RegistrationError(
-                f"{self.path}: bytes {wanted.start} to {wanted.end} were asked for, but {first.start} to {first.end} are "
-                "not registered. Give HostRegistration.of the range of every tensor that will be used."
+                f"{self.path}: bytes {wanted.start} to {wanted.end} were asked for, but {first.start} to {first.end} "
+                "are not registered. Give HostRegistration.of the range of every tensor that will be used."
             )
         bases = {chunk.device_address - chunk.span.start for chunk in chunks}
         if len(bases) > 1:

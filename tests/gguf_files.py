@@ -61,9 +61,9 @@ def nbytes_of(type_name: str, shape: Sequence[int]) -> int:
 def random_blocks(type_name: str, shape: Sequence[int], rng: np.random.Generator, extreme: bool = False) -> bytes:
     """Random valid blocks of a tensor of row-major ``shape``: every bit random but those of floating-point fields.
 
-    float16 fields are +-[2^-7, 2^-5), so that dot products of any length stay far from overflow; BF16 and F32 values are
-    standard normal. With ``extreme`` they are zeros, subnormals, ones and the largest finite values of either sign, never
-    NaN or infinite.
+    float16 fields are +-[2^-7, 2^-5), so that dot products of any length stay far from overflow; BF16 and F32 values
+    are standard normal. With ``extreme`` they are zeros, subnormals, ones and the largest finite values of either sign,
+    never NaN or infinite.
     """
     form = FORMATS[type_name]
     nbytes = nbytes_of(type_name, shape)
@@ -115,7 +115,7 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class Value:
-    """A metadata value of the type that is named, such as ``Value("uint16", 3)``; raw numbers as types make bad files."""
+    """A metadata value of the type that is named, such as ``Value("uint16", 3)``."""
 
     type: str
     value: Any
@@ -153,8 +153,8 @@ def write_gguf(
 
     Args:
         tensors: By name: ggml's type name (or a number), row-major shape, and the bytes, which are not checked.
-        metadata: int, float, bool and str are stored as int32, float32, bool and string; list of str as an array; Value
-            and Array as they say.
+        metadata: int, float, bool and str are stored as int32, float32, bool and string; list of str as an array;
+            Value and Array as they say.
         alignment: Of tensor data; written as ``general.alignment`` unless it is 32, or as ``write_alignment`` says.
         filler: The byte between tensors: what a kernel reads that reads too far.
         tensor_count, key_count: What the header claims instead of the truth.

@@ -40,7 +40,7 @@ def inside(name: str, package: str) -> bool:
 def forbidden_to_room(name: str, room: str) -> bool:
     if inside(name, "qmm"):
         return not (inside(name, ROOMS[room]) or inside(name, "qmm.errors"))
-    return name.split(".")[0] in ROOMS  # top-level `kernels` or `loaders` works only in the repository's root
+    return any(inside(name, top) for top in ROOMS)  # `kernels`, `loaders` alone: found only from the repository's root
 
 
 def offences(room: str, path: Path) -> list[str]:

