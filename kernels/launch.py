@@ -16,7 +16,7 @@ from qmm.kernels.formats import Format
 from qmm.kernels.matvec import COLUMN_TILES, WARPS, Staging, matvec
 from qmm.kernels.specialize import specialize
 
-__all__ = ["CUDAKernel", "alignment_of", "cast_kernel", "dequantize_kernel", "matvec_kernel", "quantize_kernel"]
+__all__ = ["CUDAKernel", "alignment_of", "cast_kernel", "chunks", "dequantize_kernel", "matvec_kernel", "quantize_kernel"]
 
 LOADS = {"float32": ptx.load_float, "float16": ptx.load_half, "bfloat16": ptx.load_bfloat}
 STORES = {"float32": ptx.store_float, "float16": ptx.store_half, "bfloat16": ptx.store_bfloat}
@@ -31,6 +31,8 @@ class CUDAKernel:
     function: Callable[..., Any]
     arguments: int
     shared_nbytes: int
+    rows: int = 1
+    """Rows that a warp takes at a time."""
 
     @property
     def signature(self) -> Any:
@@ -52,6 +54,11 @@ def alignment_of(address: int) -> int:
     return min(16, address & -address) if address else 16
 
 
+def chunks(block_format: Format, k: int) -> int:
+    """Chunks that a row of ``k`` weights is staged in."""
+    return -(-block_format.blocks(k) // Staging.of(block_format, 16).chunk_blocks)
+
+
 @functools.cache
 def matvec_kernel(block_format: Format, columns: int, int8: bool, alignment: int = 16) -> CUDAKernel:
     """The product of up to ``columns`` columns (one of COLUMN_TILES) with int8 or float16 activations."""
@@ -61,7 +68,7 @@ def matvec_kernel(block_format: Format, columns: int, int8: bool, alignment: int
     constants = {**staging.constants(block_format), "COLUMNS": columns, "INT8": int8}
     function = specialize(matvec, constants, ptx.CUDATarget(staging.alignment))
     name = f"matvec_{block_format.name}_{columns}_{'int8' if int8 else 'f16'}_{staging.alignment}"
-    return CUDAKernel(name, function, 13, staging.shared_nbytes)
+    return CUDAKernel(name, function, 13, staging.shared_nbytes, staging.rows)
 
 
 @functools.cache

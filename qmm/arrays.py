@@ -1,0 +1,289 @@
+"""The kinds of array that activations come as and results go back as: NumPy, PyTorch, CuPy and Numba.
+
+qmm imports none of the optional three: an array's own class leads to its library, which is imported by then.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from qmm.errors import ArrayError
+from qmm.loaders.cuda import call
+
+__all__ = ["DTYPES", "ArrayKind", "Slab", "View", "kind_of"]
+
+DTYPES = ("float32", "float16", "bfloat16")
+ITEM_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Slab(NamedTuple):
+    """A part of a view that is two-dimensional in memory: ``count`` rows from row ``first``; strides in bytes."""
+
+    first: int
+    count: int
+    address: int
+    row_stride: int
+    column_stride: int
+
+
+@dataclass(frozen=True)
+class View:
+    """Where an array lies and how, whichever library made it.
+
+    Attributes:
+        shape: its dimensions.
+        strides: bytes from one index to the next, for each dimension.
+        dtype: one of DTYPES.
+        address: of its first element.
+        device: CUDA's number of the GPU that holds it; None for host memory.
+        writable: whether results may be stored in it.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    address: int
+    device: int | None
+    writable: bool = True
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether it is row-major without gaps."""
+        expected = ITEM_NBYTES[self.dtype]
+        for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if length > 1 and stride != expected:
+                return False
+            expected *= length
+        return True
+
+    @property
+    def overlaps_itself(self) -> bool:
+        """Whether two elements may share memory, as in a broadcast array."""
+        axes = sorted((abs(stride), length) for length, stride in zip(self.shape, self.strides, strict=True) if length > 1)
+        reach = ITEM_NBYTES[self.dtype]
+        for stride, length in axes:
+            if stride < reach:
+                return True
+            reach = stride * (length - 1) + reach
+        return False
+
+    def rows(self, leading: int) -> View:
+        """The same memory with all dimensions after the first ``leading`` made one.
+
+        Raises:
+            ArrayError: they do not lie at one stride.
+        """
+        length, stride = 1, ITEM_NBYTES[self.dtype]
+        for size, step in zip(reversed(self.shape[leading:]), reversed(self.strides[leading:]), strict=True):
+            if length > 1 and size > 1 and step != stride * length:
+                raise ArrayError(
+                    f"out has strides {self.strides}, whose last {len(self.shape) - leading} dimensions are not one row; "
+                    "pass a contiguous array"
+                )
+            if length == 1 and size > 1:
+                stride = step
+            length *= size
+        shape, strides = (*self.shape[:leading], length), (*self.strides[:leading], stride)
+        return replace(self, shape=shape, strides=strides)
+
+    def slabs(self) -> Iterator[Slab]:
+        """The rows of the last axis, in as few two-dimensional parts as the strides allow; no copy is needed."""
+        if len(self.shape) == 1:
+            yield Slab(0, 1, self.address, 0, self.strides[0])
+            return
+        *leading, _ = self.shape
+        if 0 in leading:
+            return
+        column_stride = self.strides[-1]
+        # From the inside out, take in every axis that continues the rows so far at one stride.
+        count, row_stride, axis = 1, 0, len(leading)
+        while axis:
+            length, stride = self.shape[axis - 1], self.strides[axis - 1]
+            if count == 1:
+                row_stride = stride
+            elif length > 1 and stride != row_stride * count:
+                break
+            count *= length
+            axis -= 1
+        for number, index in enumerate(np.ndindex(*self.shape[:axis])):
+            offset = sum(i * stride for i, stride in zip(index, self.strides, strict=False))
+            yield Slab(number * count, count, self.address + offset, row_stride, column_stride)
+
+
+class ArrayKind:
+    """What qmm needs of an array library. One instance is made for each library."""
+
+    name: ClassVar[str]
+
+    def view(self, array: Any) -> View:
+        """Where the array lies.
+
+        Raises:
+            ArrayError: its dtype is none of DTYPES, or it lies in memory that qmm cannot address.
+        """
+        raise NotImplementedError
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        """A new array of ``like``'s kind, on its device."""
+        raise NotImplementedError
+
+    def to_host(self, array: Any) -> npt.NDArray[np.float32]:
+        """Its values as ``(n, k)`` float32 in host memory, row-major: the array's own memory where it is that already."""
+        raise NotImplementedError
+
+    def from_host(self, values: npt.NDArray[np.float32], target: Any) -> None:
+        """Store ``values``, of as many elements, into a host array of this kind, rounded to its dtype."""
+        raise NotImplementedError
+
+    def stream(self, array: Any) -> int:
+        """The handle of the stream that the library would use now; 0 is the default stream."""
+        return 0
+
+
+def _check_dtype(name: str, what: str) -> str:
+    if name not in DTYPES:
+        raise ArrayError(f"{what} of dtype {name} is not supported; convert it to one of {', '.join(DTYPES)}")
+    return name
+
+
+class NumPyArrays(ArrayKind):
+    """``numpy.ndarray``; bfloat16 is the one of the package ml_dtypes."""
+
+    name = "NumPy"
+
+    def view(self, array: np.ndarray[Any, Any]) -> View:
+        dtype = _check_dtype(array.dtype.name, "a NumPy array")
+        if not array.dtype.isnative:
+            raise ArrayError("a NumPy array of foreign byte order is not supported; use x.astype(x.dtype.newbyteorder('='))")
+        return View(array.shape, array.strides, dtype, array.ctypes.data, None, array.flags.writeable)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.empty(shape, like.dtype)
+
+    def to_host(self, array: np.ndarray[Any, Any]) -> npt.NDArray[np.float32]:
+        return np.ascontiguousarray(array, np.float32).reshape(-1, array.shape[-1])
+
+    def from_host(self, values: npt.NDArray[np.float32], target: np.ndarray[Any, Any]) -> None:
+        with np.errstate(over="ignore"):  # float16 overflows to infinity, as on the GPU
+            target[...] = values.reshape(target.shape).astype(target.dtype, copy=False)
+
+
+class TorchArrays(ArrayKind):
+    """``torch.Tensor`` on the CPU or a CUDA device."""
+
+    name = "PyTorch"
+
+    def view(self, array: Any) -> View:
+        torch = sys.modules["torch"]
+        if array.layout != torch.strided:
+            raise ArrayError(f"a PyTorch tensor of layout {array.layout} is not supported; use x.to_dense()")
+        if array.device.type not in ("cpu", "cuda"):
+            raise ArrayError(f"a PyTorch tensor on {array.device} is not supported; move it to the CPU or a CUDA device")
+        dtype = _check_dtype(str(array.dtype).removeprefix("torch."), "a PyTorch tensor")
+        strides = tuple(stride * array.element_size() for stride in array.stride())
+        device = array.device.index if array.device.type == "cuda" else None
+        return View(tuple(array.shape), strides, dtype, array.data_ptr(), device)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        return like.new_empty(shape, requires_grad=False)
+
+    def to_host(self, array: Any) -> npt.NDArray[np.float32]:
+        torch = sys.modules["torch"]
+        values: npt.NDArray[np.float32] = array.detach().to(torch.float32).contiguous().numpy()
+        return values.reshape(-1, values.shape[-1])
+
+    def from_host(self, values: npt.NDArray[np.float32], target: Any) -> None:
+        torch = sys.modules["torch"]
+        with torch.no_grad():
+            target.copy_(torch.from_numpy(values.reshape(tuple(target.shape))))
+
+    def stream(self, array: Any) -> int:
+        return int(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
+
+
+class CudaInterfaceArrays(ArrayKind):
+    """What CuPy's and Numba's arrays share: the CUDA array interface."""
+
+    def view(self, array: Any) -> View:
+        described = array.__cuda_array_interface__
+        dtype = _check_dtype(np.dtype(array.dtype).name, f"a {self.name} array")
+        shape = tuple(described["shape"])
+        strides = described.get("strides")
+        if strides is None:
+            strides, step = [], ITEM_NBYTES[dtype]
+            for length in reversed(shape):
+                strides.insert(0, step)
+                step *= length
+        address, read_only = described["data"]
+        return View(shape, tuple(strides), dtype, int(address or 0), self._device(array), not read_only)
+
+    def _device(self, array: Any) -> int:
+        raise NotImplementedError
+
+
+class CuPyArrays(CudaInterfaceArrays):
+    """``cupy.ndarray``; bfloat16 is the one of the package ml_dtypes."""
+
+    name = "CuPy"
+
+    def _device(self, array: Any) -> int:
+        return int(array.device.id)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        with like.device:
+            return sys.modules["cupy"].empty(shape, like.dtype)
+
+    def stream(self, array: Any) -> int:
+        with array.device:
+            return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
+
+
+class NumbaArrays(CudaInterfaceArrays):
+    """``numba.cuda`` device arrays; new ones are made on the current device."""
+
+    name = "Numba"
+
+    def _device(self, array: Any) -> int:
+        address, _ = array.__cuda_array_interface__["data"]
+        if not address:  # an empty array
+            return int(call("cudaGetDevice"))
+        return int(call("cudaPointerGetAttributes", address).device)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        from numba import cuda
+
+        return cuda.device_array(shape, like.dtype)
+
+
+_NUMPY = NumPyArrays()
+_TORCH = TorchArrays()
+_CUPY = CuPyArrays()
+_NUMBA = NumbaArrays()
+
+
+def kind_of(array: Any) -> ArrayKind:
+    """The library that made an array.
+
+    Raises:
+        ArrayError: none of those that qmm knows.
+    """
+    if isinstance(array, np.ndarray):
+        return _NUMPY
+    for base in type(array).__mro__:
+        root = base.__module__.partition(".")[0]
+        if root == "torch" and base.__name__ == "Tensor":
+            return _TORCH
+        if root == "cupy" and base.__name__ == "ndarray":
+            return _CUPY
+        if root in ("numba", "numba_cuda") and hasattr(base, "__cuda_array_interface__"):
+            return _NUMBA
+    raise ArrayError(
+        f"{type(array).__module__}.{type(array).__qualname__} is no array that qmm knows: pass a NumPy, CuPy, PyTorch or "
+        "Numba array (np.asarray makes one of a list, cupy.asarray of whatever has the CUDA array interface)"
+    )

@@ -1,0 +1,291 @@
+"""The engine: which tensor, in which placement, by which kernel."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from qmm.arrays import ArrayKind, View, kind_of
+from qmm.errors import ArrayError, ClosedError, DeviceError, QmmError
+from qmm.model import Model, Tensor
+from qmm.placement import DeviceCopies, HostWeights, MappedWeights, Weights
+from qmm.platform import choose
+
+__all__ = ["Engine"]
+
+ACTIVATIONS = ("int8", "f16")
+
+
+class Engine:
+    """Multiplies by the tensors of a model, on one device, from one placement. A context manager.
+
+    Args:
+        model: an open model. The engine holds its mappings on its own.
+        device: ``"auto"`` (the first GPU if there is one, else the CPU), ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or N.
+        placement: where the GPU reads weights from. ``"mapped"``: the file's mapping, registered, through the link.
+            ``"device"``: the quantized bytes, copied to the GPU at a tensor's first use, exactly ``nbytes`` of them.
+            ``"host"``: no GPU. ``"auto"`` chooses; ``explanation`` says what and why.
+        activations: ``"int8"`` (blocks of 32 with one scale, as ggml has them) or ``"f16"`` (unquantized; on the CPU
+            they stay float32). Tensors of F32, F16 and BF16 are always multiplied by unquantized activations.
+        tensors: names of those that will be used, where that is not all; only their pages are registered.
+
+    Attributes:
+        explanation: where the engine works and why, in one sentence.
+        device: ``"cpu"`` or ``"cuda:N"``.
+        placement: ``"mapped"``, ``"device"`` or ``"host"``.
+
+    Raises:
+        DeviceError: the device cannot be used, or contradicts the placement.
+        RegistrationError: CUDA refuses to register the mapping.
+        TensorNotFoundError: one of ``tensors`` is not in the model.
+        ClosedError: the model was closed.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        device: str | int = "auto",
+        placement: str = "auto",
+        *,
+        activations: str = "int8",
+        tensors: Iterable[str] | None = None,
+    ) -> None:
+        self._closed = True  # until there is something to close
+        self._check_activations(activations)
+        self.model = model
+        self.activations = activations
+        chosen = [model[name] for name in (model if tensors is None else tensors)]
+        choice = choose(device, placement, sum(tensor.nbytes for tensor in chosen))
+        self.gpu_info = choice.gpu
+        self.placement = choice.placement
+        self.device = "cpu" if choice.gpu is None else f"cuda:{choice.gpu.number}"
+        self.explanation = choice.why
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._gpu: Any = None
+        if choice.gpu is None:
+            self._weights: Weights = HostWeights(chosen)
+        else:
+            from qmm.gpu import GPU
+
+            self._gpu = GPU(choice.gpu.number)
+            try:
+                placed = MappedWeights if choice.placement == "mapped" else DeviceCopies
+                self._weights = placed(chosen, self._gpu)
+            except BaseException:
+                self._gpu.close()
+                raise
+        self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Bytes that the placement holds now: registered pages, or copies on the device; 0 for the host."""
+        return 0 if self._closed else self._weights.nbytes
+
+    def matmul(
+        self,
+        tensor: str | Tensor,
+        x: Any,
+        out: Any = None,
+        stream: Any = None,
+        *,
+        activations: str | None = None,
+    ) -> Any:
+        """``x @ W^T``: the product of activations with a tensor of the model.
+
+        Args:
+            tensor: its name, or a tensor of this engine's model.
+            x: ``(..., k)`` float32, float16 or bfloat16, any leading shape, contiguous or not: a NumPy, CuPy, PyTorch or
+                Numba array, in host memory or on the engine's GPU. It is only read.
+            out: ``(..., m)`` of the same kind and device, of any of the three dtypes; results are stored into it.
+            stream: where to queue the work, for arrays on the GPU: a stream of CuPy, PyTorch, Numba or cuda.core, or a
+                handle. Without one, the stream that the array's library uses now. With host arrays the call waits.
+            activations: as in the constructor, for this call.
+
+        Returns:
+            ``out``, or a new array ``(..., *tensor.shape[:-1])`` of ``x``'s kind, dtype and device.
+
+        Raises:
+            TensorNotFoundError, UnsupportedTypeError: there is no such tensor, or no kernel for it.
+            ArrayError: ``x`` or ``out`` has the wrong kind, shape, dtype or device.
+            ClosedError: the engine was closed.
+            MappingError: the file changed since it was mapped.
+            DeviceError: CUDA failed.
+        """
+        tensor = self._tensor(tensor)
+        mode = activations or self.activations
+        self._check_activations(mode)
+        kind = kind_of(x)
+        source = kind.view(x)
+        self._check_input(tensor, source)
+        shape = (*source.shape[:-1], *tensor.shape[:-1])
+        if out is None:
+            out = kind.empty(shape, source.dtype, x)
+        else:
+            self._check_output(tensor, kind, source, out, shape)
+        int8 = mode == "int8" and not tensor.format.plain
+        if source.device is not None:
+            handle = kind.stream(x) if stream is None else _stream_handle(stream)
+            rows = kind.view(out).rows(len(source.shape) - 1)
+            address = self._weights.address(tensor)
+            self._gpu.matmul(tensor.format, address, tensor.m, tensor.k, source, rows, int8, handle)
+        else:
+            if stream is not None:
+                raise ArrayError("stream= is for arrays on the GPU; x is in host memory, where the call waits anyway")
+            kind.from_host(self._matmul_host(tensor, kind.to_host(x), int8), out)
+        return out
+
+    def dequantize(self, tensor: str | Tensor) -> npt.NDArray[np.float32]:
+        """The weights of a tensor as float32, bit for bit what ``gguf.quants.dequantize`` gives.
+
+        Args:
+            tensor: its name, or a tensor of this engine's model.
+
+        Returns:
+            A new NumPy array of the tensor's shape, made on the engine's device from the engine's placement.
+
+        Raises:
+            As :meth:`matmul`.
+        """
+        tensor = self._tensor(tensor)
+        block_format = tensor.format
+        address = self._weights.address(tensor)
+        if self._gpu is None:
+            from qmm.kernels import cpu
+
+            out = np.empty((tensor.m, tensor.k), np.float32)
+            if out.size:
+                cpu.dequantize(block_format, address, tensor.m, tensor.k, out)
+        else:
+            out = self._gpu.dequantize_host(block_format, address, tensor.m, tensor.k, self._gpu.stream)
+        return out.reshape(tensor.shape)
+
+    def address(self, tensor: str | Tensor) -> int:
+        """Where the engine's device reads the tensor's first byte; good until the engine is closed."""
+        return self._weights.address(self._tensor(tensor))
+
+    def close(self) -> None:
+        """Wait for the device, then give up copies, registrations and mappings. Twice is harmless.
+
+        Raises:
+            DeviceError, RegistrationError: work that was still queued failed.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if os.getpid() != self._process:
+            return  # a forked child: what CUDA holds is the parent's
+        try:
+            if self._gpu is not None:
+                self._gpu.drain()
+        finally:
+            try:
+                self._weights.close()
+            finally:
+                if self._gpu is not None:
+                    self._gpu.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except QmmError:
+            if kind is None:  # otherwise the error that ended the block is the one to show
+                raise
+
+    def __del__(self) -> None:
+        try:
+            self.close()
+        except Exception:  # nobody is left to tell, and CUDA may be shutting down
+            return
+
+    def __repr__(self) -> str:
+        return f"<Engine {self.explanation}{' (closed)' if self._closed else ''}>"
+
+    def _matmul_host(self, tensor: Tensor, x: npt.NDArray[np.float32], int8: bool) -> npt.NDArray[np.float32]:
+        address = self._weights.address(tensor)
+        if self._gpu is not None:
+            result: npt.NDArray[np.float32] = self._gpu.matmul_host(
+                tensor.format, address, tensor.m, tensor.k, x, int8, self._gpu.stream
+            )
+            return result
+        from qmm.kernels import cpu
+
+        y = np.empty((len(x), tensor.m), np.float32)
+        if y.size:
+            cpu.matmul(tensor.format, address, tensor.m, tensor.k, x, y, "int8" if int8 else "f16")
+        return y
+
+    def _tensor(self, tensor: str | Tensor) -> Tensor:
+        if self._closed:
+            raise ClosedError(f"{self.model.path}: the engine was closed. Make another one.")
+        if os.getpid() != self._process and self._gpu is not None:
+            raise ClosedError(
+                f"{self.model.path}: the engine was made in process {self._process}, and CUDA does not survive a fork "
+                f"into {os.getpid()}. Make the engine in the child, or start it with the spawn method."
+            )
+        if isinstance(tensor, Tensor):
+            if tensor.model is not self.model:
+                raise ArrayError(f"tensor {tensor.name!r} is of {tensor.model.path}; this engine is for {self.model.path}")
+            return tensor
+        return self.model[tensor]
+
+    @staticmethod
+    def _check_activations(activations: str) -> None:
+        if activations not in ACTIVATIONS:
+            raise ArrayError(f"there are no activations {activations!r}; choose one of {', '.join(ACTIVATIONS)}")
+
+    def _check_input(self, tensor: Tensor, x: View) -> None:
+        what = f"{self.model.path}: tensor {tensor.name!r}"
+        if not x.shape or x.shape[-1] != tensor.k:
+            raise ArrayError(
+                f"{what} has k = {tensor.k} weights a row, but x has shape {x.shape}: its last dimension must be {tensor.k}"
+            )
+        if x.device is not None and f"cuda:{x.device}" != self.device:
+            raise ArrayError(
+                f"{what}: x is on CUDA device {x.device}, but the engine works on {self.device}. "
+                "Move x to host memory, or make the engine with that device."
+            )
+
+    def _check_output(self, tensor: Tensor, kind: ArrayKind, x: View, out: Any, shape: tuple[int, ...]) -> None:
+        what = f"{self.model.path}: tensor {tensor.name!r}"
+        if kind_of(out) is not kind:
+            raise ArrayError(f"{what}: x is a {kind.name} array, but out is a {kind_of(out).name} array; use one kind")
+        view = kind.view(out)
+        if view.shape != shape:
+            raise ArrayError(f"{what}: out has shape {view.shape}; this product has {shape}")
+        if view.device != x.device:
+            where = ["host memory" if device is None else f"CUDA device {device}" for device in (x.device, view.device)]
+            raise ArrayError(f"{what}: x is in {where[0]}, but out in {where[1]}; use one place")
+        if not view.writable or view.overlaps_itself:
+            raise ArrayError(f"{what}: out is read-only, or a broadcast array whose elements share memory")
+        view.rows(len(x.shape) - 1)
+
+
+def _stream_handle(stream: Any) -> int:
+    """The handle of a stream of any library."""
+    if isinstance(stream, int):
+        return stream
+    if hasattr(stream, "__cuda_stream__"):
+        described = stream.__cuda_stream__
+        return int((described() if callable(described) else described)[1])
+    for attribute in ("cuda_stream", "ptr", "handle"):  # PyTorch, CuPy, Numba
+        value = getattr(stream, attribute, None)
+        if value is not None:
+            return int(getattr(value, "value", value) or 0)
+    raise DeviceError(f"{stream!r} is no stream that qmm knows: pass one of PyTorch, CuPy, Numba, or its handle")

@@ -1,0 +1,209 @@
+"""A model: the tensors of a GGUF file, or of its split files, and the mappings that they lie in."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from qmm.errors import ClosedError, TensorNotFoundError, UnsupportedTypeError
+from qmm.kernels.formats import FORMATS, Format
+from qmm.loaders.gguf import GGUFIndex, TensorInfo
+from qmm.loaders.mapping import FileMapping
+from qmm.loaders.metadata import Metadata
+
+__all__ = ["Model", "Tensor", "open_model"]
+
+
+def open_model(path: str | os.PathLike[str]) -> Model:
+    """Index and map a GGUF model. It takes milliseconds, and no weight byte is read.
+
+    Args:
+        path: the file; of a split model any of its files.
+
+    Raises:
+        GGUFError: the file is absent, damaged, cut short, big endian or of an unknown version.
+        MappingError: it cannot be mapped.
+    """
+    return Model(GGUFIndex.read(path))
+
+
+class Tensor:
+    """One tensor of an open model: what it is, and its bytes where they lie."""
+
+    def __init__(self, model: Model, info: TensorInfo) -> None:
+        self.model = model
+        self.info = info
+
+    @property
+    def name(self) -> str:
+        """Its name in the file."""
+        return self.info.name
+
+    @property
+    def type(self) -> str:
+        """ggml's name of its block type, such as ``"Q4_K"``."""
+        return self.info.type
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Row-major; ``(m, k)`` for a matrix."""
+        return self.info.shape
+
+    @property
+    def m(self) -> int:
+        """Rows: the product of all dimensions but the last."""
+        return self.info.m
+
+    @property
+    def k(self) -> int:
+        """Weights a row."""
+        return self.info.k
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.info.nbytes
+
+    @property
+    def format(self) -> Format:
+        """The block format that its bytes are in.
+
+        Raises:
+            UnsupportedTypeError: qmm has no kernel for it.
+        """
+        known = FORMATS.get(self.type)
+        if known is None:
+            raise UnsupportedTypeError(
+                f"{self.info.path}: tensor {self.name!r} is of type {self.type}, which qmm has no kernel for; it has "
+                f"{', '.join(FORMATS)}. The file's other tensors can be used."
+            )
+        return known
+
+    @property
+    def supported(self) -> bool:
+        """Whether qmm can multiply by it."""
+        return self.type in FORMATS
+
+    @property
+    def data(self) -> npt.NDArray[np.uint8]:
+        """Its bytes in the mapping: ``(nbytes,)`` uint8, read-only, no copy. Valid for as long as it is held.
+
+        Raises:
+            ClosedError: the model was closed.
+        """
+        return self.model.mapping(self.info.path).view(self.info.offset, self.nbytes)
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.shape))
+        return f"<Tensor {self.name!r}: {shape} {self.type}, {self.nbytes} bytes>"
+
+
+class Model(Mapping[str, Tensor]):
+    """The tensors of a model by name, in file order. A context manager.
+
+    Engines hold the mappings that they need on their own: a model may be closed before them.
+    """
+
+    def __init__(self, index: GGUFIndex) -> None:
+        self._index = index
+        self._mappings: dict[Path, FileMapping] = {}
+        self._closed = False
+        try:
+            for path in index.files:
+                self._mappings[path] = FileMapping.open(path)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def path(self) -> Path:
+        """The file that was opened."""
+        return self._index.path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file of the model, in order."""
+        return self._index.files
+
+    @property
+    def metadata(self) -> Metadata:
+        """The file's key/value pairs; arrays are read when they are asked for."""
+        return self._index.metadata
+
+    @property
+    def version(self) -> int:
+        """GGUF version."""
+        return self._index.version
+
+    @property
+    def alignment(self) -> int:
+        """What tensors' offsets divide by, in bytes."""
+        return self._index.alignment
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.nbytes for info in self._index.tensors.values())
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    def mapping(self, path: Path) -> FileMapping:
+        """The mapping of one of the model's files.
+
+        Raises:
+            ClosedError: the model was closed.
+        """
+        if self._closed:
+            raise ClosedError(f"{self.path}: the model was closed. Open it again with qmm.open.")
+        return self._mappings[path]
+
+    def close(self) -> None:
+        """Give up the mappings. Twice is harmless."""
+        self._closed = True
+        for mapping in self._mappings.values():
+            mapping.close()
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name.
+
+        Raises:
+            TensorNotFoundError: there is none; the message suggests near ones.
+        """
+        info = self._index.tensors.get(name)
+        if info is None:
+            near = difflib.get_close_matches(str(name), self._index.tensors, n=3)
+            advice = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"`qmm info {self.path}` lists them."
+            raise TensorNotFoundError(
+                f"{self.path}: has no tensor {name!r} among its {len(self._index.tensors)}. {advice}"
+            )
+        return Tensor(self, info)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index.tensors)
+
+    def __len__(self) -> int:
+        return len(self._index.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index.tensors
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Model {self.path}: {len(self)} tensors, {self.nbytes} bytes{', closed' if self._closed else ''}>"
