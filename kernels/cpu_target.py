@@ -124,9 +124,7 @@ def _subtract_bytes(typing_context, words, value):  # type: ignore[no-untyped-de
     def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         words, value = arguments
         bytes16 = builder.bitcast(words, vector(I8, 16))
-        return builder.bitcast(
-            builder.sub(bytes16, splat(builder, builder.trunc(value, I8), 16)), vector(I32, 4)
-        )
+        return builder.bitcast(builder.sub(bytes16, splat(builder, builder.trunc(value, I8), 16)), vector(I32, 4))
 
     return VECTORS.words(VECTORS.words, types.int64), lower
 

@@ -2,51 +2,119 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import re
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from cuda.bindings import driver, nvjitlink
 from numba import cuda
 from numba.cuda import types
 
-from qmm.kernels import activations, ptx
+from qmm.kernels import activations, probe, ptx
 from qmm.kernels.dequantize import dequantize
 from qmm.kernels.formats import Format
 from qmm.kernels.matvec import COLUMN_TILES, WARPS, Staging, matvec
 from qmm.kernels.specialize import specialize
 
-__all__ = ["CUDAKernel", "alignment_of", "cast_kernel", "chunks", "dequantize_kernel", "matvec_kernel", "quantize_kernel"]
+__all__ = [
+    "CUDAKernel",
+    "alignment_of",
+    "cast_kernel",
+    "chunks",
+    "dequantize_kernel",
+    "matvec_kernel",
+    "quantize_kernel",
+]
 
 LOADS = {"float32": ptx.load_float, "float16": ptx.load_half, "bfloat16": ptx.load_bfloat}
 STORES = {"float32": ptx.store_float, "float16": ptx.store_half, "bfloat16": ptx.store_bfloat}
 THREADS = 32 * WARPS
 
 
-@dataclass(frozen=True, eq=False)
 class CUDAKernel:
-    """One kernel, ready to be compiled for the GPU at hand; every argument is an int64."""
+    """One kernel, compiled for a GPU when it is first launched there; every argument is an int64.
 
-    name: str
-    function: Callable[..., Any]
-    arguments: int
-    shared_nbytes: int
-    rows: int = 1
-    """Rows that a warp takes at a time."""
+    Numba turns the Python into PTX, nvJitLink the PTX into machine code, and the driver loads and launches that: a launch
+    of Numba's own costs four times as much on the host (17 against 4.8 us) and warns of every small grid.
+    """
 
-    @property
-    def signature(self) -> Any:
-        return types.void(*[types.int64] * self.arguments)
+    def __init__(
+        self, name: str, function: Callable[..., Any], arguments: int, shared_nbytes: int = 0, rows: int = 1
+    ) -> None:
+        """Args are the name for messages, the specialized function, how many arguments it has, its dynamic shared
+        memory in bytes and the rows that a warp takes at a time."""
+        self.name = name
+        self.function = function
+        self.signature = types.void(*[types.int64] * arguments)
+        self.shared_nbytes = shared_nbytes
+        self.rows = rows
+        self._argument_types = (ctypes.c_int64,) * arguments
+        self._loaded: dict[int, Any] = {}
+        self._lock = threading.Lock()
 
-    @functools.cached_property
-    def compiled(self) -> Any:
-        """Compiled for the current device, on first use."""
-        return cuda.jit(self.signature)(self.function)
+    def ptx(self, capability: tuple[int, int]) -> str:
+        """The kernel for a compute capability. On a machine without a GPU, numba.cuda must be told of one."""
+        text, _ = cuda.compile(self.function, self.signature, cc=capability, device=False, abi="numba", output="ptx")
+        return str(text)
 
-    def launch(self, blocks: int, stream: int, *arguments: int) -> None:
-        """Puts a launch of ``blocks`` blocks on a stream (its handle; 0 is the default stream)."""
-        handle = cuda.external_stream(stream) if stream else 0
-        self.compiled[blocks, THREADS, handle, self.shared_nbytes](*arguments)
+    def launch(self, device: int, blocks: int, stream: int, *arguments: int) -> None:
+        """Put a launch of ``blocks`` blocks on a stream (its handle; 0 is the default stream) of the current device.
+
+        Raises:
+            RuntimeError: the driver refused; the message names the kernel and the call.
+        """
+        function = self._loaded.get(device) or self._load(device)
+        error, *_ = driver.cuLaunchKernel(
+            function, blocks, 1, 1, THREADS, 1, 1, self.shared_nbytes, stream, (arguments, self._argument_types), 0
+        )
+        _require(error, doing=f"launching {self.name}")
+
+    def _load(self, device: int) -> Any:
+        with self._lock:
+            if device not in self._loaded:
+                kinds = driver.CUdevice_attribute
+                capability = tuple(
+                    _require(*driver.cuDeviceGetAttribute(kind, device), doing="reading the compute capability")
+                    for kind in (
+                        kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                        kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                    )
+                )
+                ptx = self.ptx(capability)
+                module = _require(*driver.cuModuleLoadData(link(ptx, capability)), doing=f"loading {self.name}")
+                entry = _ENTRY.search(ptx)
+                assert entry, f"{self.name}: no entry point in its PTX"
+                name = entry[1].encode()
+                self._loaded[device] = _require(*driver.cuModuleGetFunction(module, name), doing=f"finding {self.name}")
+            return self._loaded[device]
+
+
+_ENTRY = re.compile(r"\.visible \.entry (\w+)")
+
+
+def link(ptx: str, capability: tuple[int, int]) -> bytes:
+    """Machine code for a compute capability. nvJitLink comes with the compiler, so it knows the compiler's PTX; the
+    driver's own linker may be older."""
+    text = ptx.encode()
+    handle = nvjitlink.create(1, [f"-arch=sm_{capability[0]}{capability[1]}"])
+    try:
+        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, text, len(text), "qmm")
+        nvjitlink.complete(handle)
+        code = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, code)
+        return bytes(code)
+    finally:
+        nvjitlink.destroy(handle)
+
+
+def _require(error: Any, *results: Any, doing: str = "") -> Any:
+    """The result of a driver call that must succeed."""
+    if int(error):
+        raise RuntimeError(f"{doing}: the driver returned {error.name} ({int(error)})")
+    return results[0] if results else None
 
 
 def alignment_of(address: int) -> int:
@@ -85,7 +153,7 @@ def quantize_kernel(dtype: str, int8: bool) -> CUDAKernel:
     """Activations of ``dtype`` to blocks of 32 int8 or float16 values."""
     constants = {"INT8": int8, "WARPS": WARPS, "load_value": LOADS[dtype]}
     function = specialize(activations.quantize, constants, ptx.CUDATarget(16))
-    return CUDAKernel(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", function, 9, 0)
+    return CUDAKernel(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", function, 9)
 
 
 @functools.cache
@@ -93,4 +161,10 @@ def cast_kernel(dtype: str) -> CUDAKernel:
     """float32 results to an array of ``dtype`` with any strides."""
     constants = {"WARPS": WARPS, "store_value": STORES[dtype]}
     function = specialize(activations.cast, constants, ptx.CUDATarget(16))
-    return CUDAKernel(f"cast_{dtype}", function, 6, 0)
+    return CUDAKernel(f"cast_{dtype}", function, 6)
+
+
+@functools.cache
+def read_kernel() -> CUDAKernel:
+    """A copy of bytes to device memory by a kernel, from wherever they lie."""
+    return CUDAKernel("read", specialize(probe.read, {"WARPS": WARPS}, ptx.CUDATarget(16)), 3)

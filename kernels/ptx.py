@@ -43,6 +43,7 @@ __all__ = [
     "dot_floats",
     "lane_index",
     "largest_of_warp",
+    "load_byte",
     "load_float",
     "load_global16",
     "shared_memory",
@@ -98,6 +99,8 @@ VECTORS, _COMMON = define(
         multiply=_multiply,
     )
 )
+
+
 def _words(builder: ir.IRBuilder, registers: list[ir.Value]) -> ir.Value:
     value = ir.Constant(vector(I32, 4), ir.Undefined)
     for index, register in enumerate(registers):
@@ -132,9 +135,7 @@ def _make_load16(alignment: int) -> Any:
                 return _quad(builder, "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", address, volatile=True)
             base = address if alignment >= 4 else builder.and_(address, ir.Constant(I32, -4))
             count = 4 if alignment >= 4 else 5
-            aligned = [
-                _load_shared(builder, builder.add(base, ir.Constant(I32, 4 * i)), "u32") for i in range(count)
-            ]
+            aligned = [_load_shared(builder, builder.add(base, ir.Constant(I32, 4 * i)), "u32") for i in range(count)]
             if alignment >= 4:
                 return _words(builder, aligned)
             return _words(builder, [_funnel(builder, aligned[i], aligned[i + 1], address) for i in range(4)])
@@ -375,6 +376,7 @@ def _from_bfloat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 
 load_float = _global_loader("f32", types.float32, F32, "f")
+load_byte = _global_loader("u8", types.int64, I32, "r", lambda builder, value: builder.zext(value, I64))
 load_half = _global_loader("b16", types.float32, I16, "h", _from_half)
 load_bfloat = _global_loader("b16", types.float32, I16, "h", _from_bfloat)
 
@@ -468,9 +470,7 @@ def dot_floats(typing_context, a, b):  # type: ignore[no-untyped-def]
         chains: list[ir.Value] = [ir.Constant(F32, 0.0)] * 2
         for i in range(16):
             parts = [builder.extract_element(side, ir.Constant(I32, i)) for side in (a, b)]
-            chains[i % 2] = _assembly(
-                builder, F32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [*parts, chains[i % 2]]
-            )
+            chains[i % 2] = _assembly(builder, F32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [*parts, chains[i % 2]])
         return builder.fadd(*chains)
 
     return types.float32(VECTORS.floats, VECTORS.floats), lower

@@ -65,7 +65,9 @@ class View:
     @property
     def overlaps_itself(self) -> bool:
         """Whether two elements may share memory, as in a broadcast array."""
-        axes = sorted((abs(stride), length) for length, stride in zip(self.shape, self.strides, strict=True) if length > 1)
+        axes = sorted(
+            (abs(stride), length) for length, stride in zip(self.shape, self.strides, strict=True) if length > 1
+        )
         reach = ITEM_NBYTES[self.dtype]
         for stride, length in axes:
             if stride < reach:
@@ -160,7 +162,9 @@ class NumPyArrays(ArrayKind):
     def view(self, array: np.ndarray[Any, Any]) -> View:
         dtype = _check_dtype(array.dtype.name, "a NumPy array")
         if not array.dtype.isnative:
-            raise ArrayError("a NumPy array of foreign byte order is not supported; use x.astype(x.dtype.newbyteorder('='))")
+            raise ArrayError(
+                "a NumPy array of foreign byte order is not supported; use x.astype(x.dtype.newbyteorder('='))"
+            )
         return View(array.shape, array.strides, dtype, array.ctypes.data, None, array.flags.writeable)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -184,7 +188,9 @@ class TorchArrays(ArrayKind):
         if array.layout != torch.strided:
             raise ArrayError(f"a PyTorch tensor of layout {array.layout} is not supported; use x.to_dense()")
         if array.device.type not in ("cpu", "cuda"):
-            raise ArrayError(f"a PyTorch tensor on {array.device} is not supported; move it to the CPU or a CUDA device")
+            raise ArrayError(
+                f"a PyTorch tensor on {array.device} is not supported; move it to the CPU or a CUDA device"
+            )
         dtype = _check_dtype(str(array.dtype).removeprefix("torch."), "a PyTorch tensor")
         strides = tuple(stride * array.element_size() for stride in array.stride())
         device = array.device.index if array.device.type == "cuda" else None

@@ -146,30 +146,43 @@ class Engine:
             kind.from_host(self._matmul_host(tensor, kind.to_host(x), int8), out)
         return out
 
-    def dequantize(self, tensor: str | Tensor) -> npt.NDArray[np.float32]:
+    def dequantize(
+        self, tensor: str | Tensor, first_row: int = 0, last_row: int | None = None
+    ) -> npt.NDArray[np.float32]:
         """The weights of a tensor as float32, bit for bit what ``gguf.quants.dequantize`` gives.
 
         Args:
             tensor: its name, or a tensor of this engine's model.
+            first_row: where to begin, of the tensor's ``m`` rows.
+            last_row: where to end, exclusive; None for all.
 
         Returns:
-            A new NumPy array of the tensor's shape, made on the engine's device from the engine's placement.
+            A new NumPy array, made on the engine's device from the engine's placement: of the tensor's shape, or
+            ``(last_row - first_row, k)`` where rows were asked for.
 
         Raises:
-            As :meth:`matmul`.
+            ArrayError: the tensor has no such rows.
+            QmmError: as :meth:`matmul`.
         """
         tensor = self._tensor(tensor)
+        whole = first_row == 0 and last_row is None
+        end = tensor.m if last_row is None else last_row
+        if not 0 <= first_row <= end <= tensor.m:
+            raise ArrayError(
+                f"{self.model.path}: tensor {tensor.name!r} has rows 0 to {tensor.m}, not {first_row} to {end}"
+            )
+        rows = end - first_row
         block_format = tensor.format
-        address = self._weights.address(tensor)
+        address = self._weights.address(tensor) + first_row * block_format.row_nbytes(tensor.k)
         if self._gpu is None:
             from qmm.kernels import cpu
 
-            out = np.empty((tensor.m, tensor.k), np.float32)
+            out = np.empty((rows, tensor.k), np.float32)
             if out.size:
-                cpu.dequantize(block_format, address, tensor.m, tensor.k, out)
+                cpu.dequantize(block_format, address, rows, tensor.k, out)
         else:
-            out = self._gpu.dequantize_host(block_format, address, tensor.m, tensor.k, self._gpu.stream)
-        return out.reshape(tensor.shape)
+            out = self._gpu.dequantize_host(block_format, address, rows, tensor.k, self._gpu.stream)
+        return out.reshape(tensor.shape) if whole else out
 
     def address(self, tensor: str | Tensor) -> int:
         """Where the engine's device reads the tensor's first byte; good until the engine is closed."""
@@ -241,7 +254,9 @@ class Engine:
             )
         if isinstance(tensor, Tensor):
             if tensor.model is not self.model:
-                raise ArrayError(f"tensor {tensor.name!r} is of {tensor.model.path}; this engine is for {self.model.path}")
+                raise ArrayError(
+                    f"tensor {tensor.name!r} is of {tensor.model.path}; this engine is for {self.model.path}"
+                )
             return tensor
         return self.model[tensor]
 

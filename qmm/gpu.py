@@ -49,7 +49,7 @@ class GPU:
         """Turns a failed CUDA call into a DeviceError that says what it was for."""
         try:
             yield
-        except CudaCallError as reason:
+        except (CudaCallError, RuntimeError) as reason:
             raise DeviceError(f"{doing} on CUDA device {self.device}: {reason}") from reason
 
     # Memory -----------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class GPU:
         blocks = -(-k // BLOCK)
         pitch = blocks * BLOCK
         direct = out.dtype == "float32" and out.contiguous
-        with self._lock, current_device(self.device):
+        with self._lock, self.errors(f"the product with {m} x {k} {block_format.name}"), current_device(self.device):
             values, scales, sums, results = self._scratch_for(
                 stream, [n * pitch * (1 if int8 else 2), n * blocks * 4, n * blocks * 8, 0 if direct else n * m * 4]
             )
@@ -146,6 +146,7 @@ class GPU:
             for slab in x.slabs():
                 first = slab.first
                 quantize.launch(
+                    self.device,
                     self._grid(-(-slab.count * blocks // WARPS), 0),
                     stream,
                     slab.address,
@@ -184,6 +185,7 @@ class GPU:
             columns = next(tile for tile in COLUMN_TILES if tile >= count)
             kernel = launch.matvec_kernel(block_format, columns, int8, alignment)
             kernel.launch(
+                self.device,
                 self._grid(-(-m // (WARPS * kernel.rows)), kernel.shared_nbytes),
                 stream,
                 weights,
@@ -205,6 +207,7 @@ class GPU:
         """Copy float32 results to where ``out`` has them."""
         for slab in out.slabs():
             launch.cast_kernel(out.dtype).launch(
+                self.device,
                 self._grid(-(-slab.count * m // (WARPS * 32)), 0),
                 stream,
                 results + slab.first * m * 4,
@@ -220,8 +223,9 @@ class GPU:
         if m == 0 or k == 0:
             return
         kernel = launch.dequantize_kernel(block_format, launch.alignment_of(weights))
-        with self._lock, current_device(self.device):
+        with self._lock, self.errors(f"dequantizing {m} x {k} {block_format.name}"), current_device(self.device):
             kernel.launch(
+                self.device,
                 self._grid(-(-m // WARPS), kernel.shared_nbytes),
                 stream,
                 weights,
@@ -269,6 +273,20 @@ class GPU:
         finally:
             self.free(area)
         return out
+
+    def read_bytes(self, address: int, nbytes: int, stream: int) -> bytes:
+        """Bytes as a kernel reads them at ``address``; waits for them."""
+        area = self.allocate(nbytes, "bytes read")
+        try:
+            read = np.empty(nbytes, np.uint8)
+            with self._lock, self.errors(f"reading {nbytes} bytes"), current_device(self.device):
+                blocks = self._grid(-(-nbytes // (WARPS * 32)), 0)
+                launch.read_kernel().launch(self.device, blocks, stream, address, nbytes, area)
+            self.copy(read.ctypes.data, area, nbytes, stream)
+            self.synchronize(stream)
+        finally:
+            self.free(area)
+        return read.tobytes()
 
     def _grid(self, wanted: int, shared_nbytes: int) -> int:
         """Blocks to launch: those wanted, at most as many as the device holds at once."""

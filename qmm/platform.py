@@ -132,14 +132,18 @@ def _placed(gpu: GPUInfo, nbytes: int) -> Choice:
     """The placement that ``auto`` stands for on a GPU."""
     gigabytes, free = nbytes / 1e9, gpu.free_nbytes / 1e9
     if gpu.integrated and gpu.maps_read_only:
-        return Choice(gpu, "mapped", f"on {gpu.name}, mapped, because it shares the host's memory: a copy would be waste")
+        return Choice(
+            gpu, "mapped", f"on {gpu.name}, mapped, because it shares the host's memory: a copy would be waste"
+        )
     if nbytes <= ROOM * gpu.free_nbytes:
         why = f"on {gpu.name}, copied to it, because {gigabytes:.2f} GB of weights fit its {free:.2f} GB free"
         return Choice(gpu, "device", why + " and its own memory is faster than the link")
     if gpu.maps_read_only:
         why = f"on {gpu.name}, mapped, because {gigabytes:.2f} GB of weights do not fit its {free:.2f} GB free"
         return Choice(gpu, "mapped", why)
-    why = f"on the CPU, off the mapped file, because {gpu.name} has {free:.2f} GB free for {gigabytes:.2f} GB of weights"
+    why = (
+        f"on the CPU, off the mapped file, because {gpu.name} has {free:.2f} GB free for {gigabytes:.2f} GB of weights"
+    )
     return Choice(None, "host", why + " and cannot register read-only memory")
 
 

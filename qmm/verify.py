@@ -1,0 +1,219 @@
+"""Tensors against an oracle: dequantization bit for bit, and products against float64.
+
+The oracle is ``gguf.quants.dequantize`` of the very bytes in the file. A product is right if its NMSE,
+``sum((y - reference)^2) / sum(reference^2)``, keeps to TOLERANCES; they follow from how activations are stored
+(:mod:`qmm.kernels.activations`), for everything after that is exact integers or float32:
+
+``int8``
+    A block of 32 values has one scale ``d = max|x| / 127``, and rounding moves a value by at most ``d / 2``. So the
+    block's error has at most ``32 / (4 * 127^2) = 4.96e-4`` of its energy; for normal values it is near 3e-5.
+``f16``
+    Rounding to float16 moves a value by at most ``2^-11`` of itself, so the error has at most ``2^-22 = 2.4e-7`` of the
+    energy. The rest of 1e-6 is for float32 sums. (On the CPU these activations stay float32.)
+
+A weight with independent values treats the error as it treats ``x``, so the ratio passes on to ``y``, if enough results
+are summed: a single one may come out near zero by itself and have any relative error. Hence at least RESULTS of them are
+summed up for each tensor and number of columns, over several batches of activations where ``m * n`` is smaller.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from qmm.model import Model, Tensor
+from qmm.report import RunReport, TensorCheck, VerifyReport
+from qmm.tables import worst
+
+if TYPE_CHECKING:
+    from qmm.engine import Engine
+
+__all__ = ["TOLERANCES", "check", "largest", "median_ms", "modes_of", "run", "verify"]
+
+TOLERANCES = {"int8": 5e-4, "f16": 1e-6}
+RESULTS = 64
+BLOCK_WEIGHTS = 1 << 20
+"""Weights that the oracle decodes at a time: 8 MB as float64, and a few times that inside it."""
+
+Floats = npt.NDArray[np.float32]
+
+
+def modes_of(tensor: Tensor, modes: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``modes`` that the tensor is checked with: plain types know ``f16`` alone, whatever is asked."""
+    return ("f16",) if tensor.format.plain else tuple(modes)
+
+
+def activations(tensor: Tensor, count: int, seed: int) -> Floats:
+    """``(count, k)`` standard normal float32, always the same for a seed and a tensor's name."""
+    random = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
+    return random.standard_normal((count, tensor.k), dtype=np.float32)
+
+
+def batches_for(tensor: Tensor, n: int) -> int:
+    """Products of ``n`` columns that give at least RESULTS results."""
+    return -(-RESULTS // max(1, tensor.m * n))
+
+
+def oracle(tensor: Tensor) -> Iterator[tuple[int, int, Floats]]:
+    """``(first_row, last_row, weights)`` for consecutive spans of rows, as gguf decodes the file's bytes."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    rows = tensor.data.reshape(tensor.m, -1) if tensor.nbytes else np.empty((tensor.m, 0), np.uint8)
+    step = max(1, BLOCK_WEIGHTS // max(1, tensor.k))
+    for first in range(0, tensor.m if tensor.nbytes else 0, step):
+        last = min(first + step, tensor.m)
+        yield first, last, dequantize(rows[first:last], GGMLQuantizationType[tensor.type])
+
+
+def check(
+    engine: Engine, tensor: Tensor, columns: Sequence[int], modes: Sequence[str], seed: int = 0, exact: bool = True
+) -> TensorCheck:
+    """Check one tensor.
+
+    Args:
+        engine: whose results are checked.
+        tensor: of its model.
+        columns: numbers of columns ``n`` to multiply by, each on its own.
+        modes: activations, of TOLERANCES.
+        seed: of the activations.
+        exact: whether to compare the dequantized weights too.
+    """
+    nmse: dict[str, float | None] = dict.fromkeys(TOLERANCES)
+    if not tensor.supported:
+        return TensorCheck(tensor.name, tensor.type, tensor.shape, tensor.nbytes, False, None, nmse, True)
+    x = activations(tensor, max(n * batches_for(tensor, n) for n in columns), seed)
+    wide = x.astype(np.float64)
+    reference = np.zeros((len(x), tensor.m))
+    same = True
+    for first, last, weights in oracle(tensor):
+        if exact and same:
+            decoded = engine.dequantize(tensor, first, last).reshape(weights.shape)
+            same = bool(np.array_equal(decoded.view(np.uint32), weights.view(np.uint32)))
+        reference[:, first:last] = wide @ weights.astype(np.float64).T
+    used = modes_of(tensor, modes)
+    for mode in used:
+        nmse[mode] = worst(_nmse(engine, tensor, n, mode, x, reference) for n in columns)
+    right = all((nmse[mode] or 0.0) <= TOLERANCES[mode] for mode in used)  # NaN is not
+    return TensorCheck(
+        tensor=tensor.name,
+        type=tensor.type,
+        shape=tensor.shape,
+        nbytes=tensor.nbytes,
+        supported=True,
+        bit_exact=same if exact else None,
+        nmse=nmse,
+        ok=right and same,
+    )
+
+
+def _nmse(engine: Engine, tensor: Tensor, n: int, mode: str, x: Floats, reference: npt.NDArray[np.float64]) -> float:
+    """The NMSE of products of ``n`` columns, over as many batches of ``x`` as give RESULTS results."""
+    error = energy = 0.0
+    with np.errstate(all="ignore"):  # damaged weights overflow; the NaN or infinity that comes of it fails
+        for batch in range(batches_for(tensor, n)):
+            rows = slice(batch * n, batch * n + n)
+            y = np.asarray(engine.matmul(tensor, x[rows], activations=mode)).reshape(n, tensor.m)
+            error += float(np.sum((y - reference[rows]) ** 2))
+            energy += float(np.sum(reference[rows] ** 2))
+    if energy == 0.0:
+        return 0.0 if error == 0.0 else math.nan if math.isnan(error) else math.inf
+    return error / energy
+
+
+def verify(
+    engine: Engine,
+    model: Model,
+    tensors: Sequence[Tensor],
+    columns: Sequence[int],
+    modes: Sequence[str],
+    seed: int = 0,
+    done: Callable[[Tensor], None] = lambda tensor: None,
+) -> VerifyReport:
+    """Check ``tensors``; ``done`` is called after each."""
+    started = time.perf_counter()
+    checks = []
+    for tensor in tensors:
+        checks.append(check(engine, tensor, columns, modes, seed))
+        done(tensor)
+    return VerifyReport(
+        file=str(model.path),
+        device=engine.device,
+        placement=engine.placement,
+        explanation=engine.explanation,
+        n=tuple(columns),
+        tolerances=TOLERANCES,
+        seconds=time.perf_counter() - started,
+        checks=tuple(checks),
+    )
+
+
+def median_ms(engine: Engine, tensor: Tensor, n: int, mode: str, repeats: int, seed: int = 0) -> float:
+    """Median milliseconds of a product: device time with arrays on the GPU, wall time on the CPU. Compiles first."""
+    x = activations(tensor, n, seed)
+    if engine.device == "cpu":
+        out = np.empty((n, tensor.m), np.float32).reshape(n, *tensor.shape[:-1])
+        times = [_wall_ms(engine, tensor, x, out, mode) for _ in range(repeats + 1)]
+        return statistics.median(times[1:])
+    from numba import cuda
+
+    gpu = engine._gpu
+    with cuda.gpus[gpu.device]:
+        x_device = cuda.to_device(x)
+        out_device = cuda.device_array((n, *tensor.shape[:-1]), np.float32)
+        work = functools.partial(engine.matmul, tensor, x_device, out_device, gpu.stream, activations=mode)
+        work()
+        gpu.synchronize(gpu.stream)
+        return statistics.median(gpu.time(work, gpu.stream, repeats))
+
+
+def _wall_ms(engine: Engine, tensor: Tensor, x: Floats, out: Floats, mode: str) -> float:
+    started = time.perf_counter()
+    engine.matmul(tensor, x, out, activations=mode)
+    return (time.perf_counter() - started) * 1e3
+
+
+def run(engine: Engine, tensor: Tensor, n: int, mode: str, seed: int, repeats: int) -> RunReport:
+    """Multiply random activations by one tensor, time it and check it.
+
+    Raises:
+        UnsupportedTypeError: there is no kernel for its type.
+    """
+    (mode,) = modes_of(tensor, (mode,))
+    x = activations(tensor, n, seed)
+    y = np.asarray(engine.matmul(tensor, x, activations=mode))
+    ms = median_ms(engine, tensor, n, mode, repeats, seed)
+    nmse = check(engine, tensor, (n,), (mode,), seed, exact=False).nmse[mode]
+    return RunReport(
+        file=str(engine.model.path),
+        tensor=tensor.name,
+        type=tensor.type,
+        shape=tensor.shape,
+        nbytes=tensor.nbytes,
+        device=engine.device,
+        placement=engine.placement,
+        explanation=engine.explanation,
+        activations=mode,
+        n=n,
+        seed=seed,
+        y=tuple(y.reshape(-1)[:8].tolist()),
+        ms=ms,
+        repeats=repeats,
+        gb_per_s=tensor.nbytes / ms / 1e6 if ms else math.nan,
+        nmse=math.nan if nmse is None else nmse,
+        tolerance=TOLERANCES[mode],
+    )
+
+
+def largest(model: Model) -> Tensor | None:
+    """The matrix with the most bytes that qmm can multiply by."""
+    matrices = [tensor for tensor in model.values() if tensor.supported and len(tensor.shape) == 2]
+    return max(matrices, key=lambda tensor: tensor.nbytes, default=None)

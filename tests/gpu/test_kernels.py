@@ -1,0 +1,212 @@
+"""Kernels on the GPU, off device memory of exactly the tensor's size: compute-sanitizer sees any byte read beyond it."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+from gguf_files import random_blocks
+
+from qmm.arrays import View
+from qmm.gpu import GPU
+from qmm.kernels.formats import FORMATS, Format
+
+# NMSE of one product, against float64: see kernels/activations.py. An int8 block loses at most 4.96e-4 of its energy;
+# float16 at most 2**-22 = 2.4e-7 (the square of half a unit in the last place, 2**-11).
+TOLERANCE = {True: 5e-4, False: 1e-6}
+
+formats = pytest.mark.parametrize("block_format", FORMATS.values(), ids=FORMATS)
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    gpu = GPU(0)
+    yield gpu
+    gpu.drain()
+    gpu.close()
+
+
+class Area:
+    """Device memory of exactly the bytes given, behind ``before`` bytes of poison and before ``after`` more."""
+
+    def __init__(self, gpu: GPU, data: np.ndarray, before: int = 0, after: int = 0) -> None:
+        self.gpu = gpu
+        everything = np.full(before + data.nbytes + after, 0xFF, np.uint8)
+        everything[before : before + data.nbytes] = data.reshape(-1).view(np.uint8)
+        self.base = gpu.allocate(everything.nbytes, "a test")
+        gpu.copy(self.base, everything.ctypes.data, everything.nbytes, gpu.stream)
+        gpu.synchronize(gpu.stream)
+        self.address = self.base + before
+
+    def __enter__(self) -> int:
+        return self.address
+
+    def __exit__(self, *_: object) -> None:
+        self.gpu.free(self.base)
+
+
+def blocks_of(block_format: Format, m: int, k: int, rng: np.random.Generator, extreme: bool = False) -> np.ndarray:
+    return np.frombuffer(random_blocks(block_format.name, (m, k), rng, extreme=extreme), np.uint8)
+
+
+def oracle(block_format: Format, data: np.ndarray, m: int, k: int) -> np.ndarray:
+    kind = gguf.GGMLQuantizationType[block_format.name]
+    return gguf.quants.dequantize(data.reshape(m, -1), kind).reshape(m, k).astype(np.float32, copy=False)
+
+
+def depths(block_format: Format) -> tuple[int, ...]:
+    """One block, a row shorter than a chunk, one of several chunks; none of them a multiple of 512."""
+    if block_format.plain:
+        return 1, 37, 2887
+    block = block_format.block_weights
+    return (block, 896, 2880) if block == 32 else (block, 3 * block, 11 * block)
+
+
+@formats
+def test_dequantizes_bit_for_bit(gpu: GPU, block_format: Format, rng: np.random.Generator) -> None:
+    for k in depths(block_format):
+        for m, extreme in ((1, False), (3, True), (67, True)):
+            data = blocks_of(block_format, m, k, rng, extreme)
+            with Area(gpu, data) as address:
+                got = gpu.dequantize_host(block_format, address, m, k, gpu.stream)
+            expected = oracle(block_format, data, m, k)
+            np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32), f"{m} x {k}")
+
+
+@formats
+@pytest.mark.parametrize("int8", [True, False], ids=["int8", "f16"])
+def test_multiplies_within_tolerance(gpu: GPU, block_format: Format, int8: bool, rng: np.random.Generator) -> None:
+    if block_format.plain and int8:
+        int8 = False  # what the engine does: plain formats take unquantized activations
+    for k in depths(block_format):
+        for m in (1, 3, 67):
+            data = blocks_of(block_format, m, k, rng)
+            weights = oracle(block_format, data, m, k).astype(np.float64)
+            with Area(gpu, data) as address:
+                for n in (*range(1, 10), 33):
+                    x = rng.standard_normal((n, k)).astype(np.float32)
+                    y = gpu.matmul_host(block_format, address, m, k, x, int8, gpu.stream)
+                    expected = x.astype(np.float64) @ weights.T
+                    # For a single product the errors have nothing to average with: measure them against what the
+                    # terms, not their sum, amount to.
+                    energy = max((expected**2).sum(), ((x.astype(np.float64) ** 2) @ (weights.T**2)).sum())
+                    assert ((y - expected) ** 2).sum() <= TOLERANCE[int8] * energy, f"{m} x {k}, n = {n}"
+
+
+@formats
+@pytest.mark.parametrize("int8", [True, False], ids=["int8", "f16"])
+@pytest.mark.parametrize("shift", [2, 8, 32], ids=lambda shift: f"at {shift} past 256")
+def test_neighbours_do_not_matter(
+    gpu: GPU, block_format: Format, int8: bool, shift: int, rng: np.random.Generator
+) -> None:
+    int8 = int8 and not block_format.plain
+    k = depths(block_format)[1]
+    if shift % min(4, block_format.alignment):
+        shift = 8
+    for m in (1, 3, 5):
+        data = blocks_of(block_format, m, k, rng)
+        x = rng.standard_normal((3, k)).astype(np.float32)
+        with Area(gpu, data) as address:
+            alone = gpu.matmul_host(block_format, address, m, k, x, int8, gpu.stream)
+            weights = gpu.dequantize_host(block_format, address, m, k, gpu.stream)
+        with Area(gpu, data, before=256 + shift, after=4096) as address:
+            among = gpu.matmul_host(block_format, address, m, k, x, int8, gpu.stream)
+            weights_among = gpu.dequantize_host(block_format, address, m, k, gpu.stream)
+        assert not np.isnan(alone).any()
+        np.testing.assert_array_equal(alone, among)
+        np.testing.assert_array_equal(weights.view(np.uint32), weights_among.view(np.uint32))
+
+
+@formats
+def test_any_byte_alignment(gpu: GPU, block_format: Format, rng: np.random.Generator) -> None:
+    m, k = 5, depths(block_format)[1]
+    data = blocks_of(block_format, m, k, rng)
+    expected = oracle(block_format, data, m, k)
+    for shift in (1, 2, 3, 4, 6, 8, 13):
+        with Area(gpu, data, before=shift) as address:
+            got = gpu.dequantize_host(block_format, address, m, k, gpu.stream)
+        np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32), f"{shift} past 256")
+
+
+@pytest.mark.parametrize("int8", [True, False], ids=["int8", "f16"])
+def test_what_is_not_finite_is_not_lost(gpu: GPU, int8: bool, rng: np.random.Generator) -> None:
+    block_format = FORMATS["Q4_K"]
+    data = blocks_of(block_format, 5, 512, rng)
+    x = rng.standard_normal((4, 512)).astype(np.float32)
+    x[1, 300] = np.nan
+    x[2, 7] = np.inf
+    with Area(gpu, data) as address:
+        y = gpu.matmul_host(block_format, address, 5, 512, x, int8, gpu.stream)
+        clean = gpu.matmul_host(block_format, address, 5, 512, x[[0, 3]], int8, gpu.stream)
+    assert not np.isfinite(y[1:3]).any()
+    np.testing.assert_array_equal(y[[0, 3]], clean)
+
+
+@pytest.mark.parametrize("int8", [True, False], ids=["int8", "f16"])
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-30, 1e-6, 1e6, 1e30])
+def test_any_magnitude_of_activation(gpu: GPU, int8: bool, magnitude: float, rng: np.random.Generator) -> None:
+    block_format = FORMATS["Q8_0"]
+    data = blocks_of(block_format, 5, 512, rng)
+    weights = oracle(block_format, data, 5, 512).astype(np.float64)
+    weights /= np.abs(weights).max()
+    x = (rng.standard_normal((4, 512)) * magnitude).astype(np.float32)
+    with Area(gpu, data) as address:
+        y = gpu.matmul_host(block_format, address, 5, 512, x, int8, gpu.stream)
+    expected = x.astype(np.float64) @ oracle(block_format, data, 5, 512).astype(np.float64).T
+    if magnitude < 1e-37:  # below the smallest block that is not flushed
+        assert (y == 0).all()
+    else:
+        assert ((y - expected) ** 2).sum() <= TOLERANCE[int8] * (expected**2).sum()
+
+
+def test_float16_activations_are_what_the_formula_says(gpu: GPU, rng: np.random.Generator) -> None:
+    # The product with the identity in F32 gives the rounded activations back.
+    k = 64
+    x = (rng.standard_normal((3, k)) * 1e5).astype(np.float32)
+    blocks = x.reshape(3, -1, 32)
+    scale = 2.0 ** np.floor(np.log2(np.abs(blocks).max(-1, keepdims=True)))
+    expected = ((blocks / scale).astype(np.float16).astype(np.float32) * scale).reshape(3, k)
+    with Area(gpu, np.eye(k, dtype=np.float32)) as address:
+        y = gpu.matmul_host(FORMATS["F32"], address, k, k, x, False, gpu.stream)
+    np.testing.assert_array_equal(y, expected.astype(np.float32))
+
+
+def test_int8_activations_are_what_the_formula_says(gpu: GPU, rng: np.random.Generator) -> None:
+    # The same with the identity in Q8_0: a one for each weight of the diagonal, scale 1.
+    k = 64
+    identity = np.zeros((k, k // 32), np.dtype([("d", np.float16), ("qs", np.int8, 32)]))
+    identity["d"] = 1
+    for i in range(k):
+        identity["qs"][i, i // 32, i % 32] = 1
+    x = rng.standard_normal((3, k)).astype(np.float32)
+    blocks = x.reshape(3, -1, 32)
+    d = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+    expected = (np.rint(blocks * (np.float32(1) / d)) * d).reshape(3, k)
+    with Area(gpu, identity) as address:
+        y = gpu.matmul_host(FORMATS["Q8_0"], address, k, k, x, True, gpu.stream)
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_views_of_any_strides(gpu: GPU, rng: np.random.Generator) -> None:
+    block_format = FORMATS["Q5_0"]
+    m, k = 7, 96
+    data = blocks_of(block_format, m, k, rng)
+    memory = rng.standard_normal((3, 4, 2 * k)).astype(np.float32)
+    x = memory[:, ::2, ::2]
+    outputs = np.zeros((3, 2, 2 * m), np.float32)
+    with Area(gpu, data) as address, Area(gpu, memory) as source, Area(gpu, outputs) as target:
+        expected = gpu.matmul_host(block_format, address, m, k, np.ascontiguousarray(x).reshape(6, k), True, gpu.stream)
+        source_view = View(x.shape, x.strides, "float32", source, 0)
+        spaced = outputs[..., ::2]
+        target_view = View(spaced.shape, spaced.strides, "float32", target, 0)
+        gpu.matmul(block_format, address, m, k, source_view, target_view, True, gpu.stream)
+        gpu.copy(outputs.ctypes.data, target, outputs.nbytes, gpu.stream)
+        gpu.synchronize(gpu.stream)
+    np.testing.assert_array_equal(outputs[..., ::2].reshape(6, m), expected)
+    assert (outputs[..., 1::2] == 0).all()
+
+
+def test_a_kernel_reads_bytes_where_they_lie(gpu: GPU) -> None:
+    data = np.arange(1000, dtype=np.uint16)
+    with Area(gpu, data) as address:
+        assert gpu.read_bytes(address, data.nbytes, gpu.stream) == data.tobytes()

@@ -1,0 +1,217 @@
+"""Every CUDA kernel compiles for every target, keeps its values in registers, and reads the weights as it should.
+
+No GPU is needed: ``ptx_compile.py`` says how. About 900 kernels are assembled, in as many processes as there are CPUs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+
+import pytest
+from numba import cuda
+from numba.cuda import types
+from ptx_compile import FAMILIES, TARGETS, Compiled, Spec, compile_kernel, compile_spec, pool, problems, ptx_of_target
+
+from qmm.kernels import launch, ptx
+from qmm.kernels.formats import FORMATS
+from qmm.kernels.matvec import COLUMN_TILES, Staging
+
+
+def specs_of(name: str) -> list[Spec]:
+    """The kernels of a format, those that take longest first."""
+    modes = (False,) if FORMATS[name].plain else (True, False)
+    columns = sorted(COLUMN_TILES, reverse=True)
+    matvec = [Spec("matvec_kernel", (name, count, int8)) for count in columns for int8 in modes]
+    return [*matvec, Spec("dequantize_kernel", (name,))]
+
+
+# A tensor that starts at an odd address: for one format of each way to load (16 bytes at a time, 4, 1), whatever the
+# alignment would have let it do. What differs between formats otherwise is in the kernels above.
+UNALIGNED = [
+    spec
+    for name in ("Q4_K", "F32", "Q6_K")
+    for spec in (
+        Spec("matvec_kernel", (name, max(COLUMN_TILES), not FORMATS[name].plain, 1)),
+        Spec("matvec_kernel", (name, 1, False, 1)),
+        Spec("dequantize_kernel", (name, 1)),
+    )
+]
+ACTIVATIONS = [
+    *[Spec("quantize_kernel", (dtype, int8)) for dtype in launch.LOADS for int8 in (True, False)],
+    *[Spec("cast_kernel", (dtype,)) for dtype in launch.STORES],
+]
+GROUPS = {**{name: specs_of(name) for name in FORMATS}, "unaligned": UNALIGNED, "activations": ACTIVATIONS}
+OF_WEIGHTS = [group for group in GROUPS if group != "activations"]
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[ProcessPoolExecutor]:
+    with pool() as executor:
+        yield executor
+        executor.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def compiled(workers: ProcessPoolExecutor, request: pytest.FixtureRequest) -> dict[Spec, Future[Compiled]]:
+    """The kernels of all groups that tests were selected for, under way."""
+    items = [item for item in request.session.items if "compiled" in getattr(item, "fixturenames", ())]
+    groups = dict.fromkeys(item.callspec.params["group"] for item in items)  # type: ignore[attr-defined]
+    return {spec: workers.submit(compile_spec, spec) for group in groups for spec in GROUPS[group]}
+
+
+def test_every_kernel_of_launch_is_compiled_here() -> None:
+    makers = {name for name in launch.__all__ if name.endswith("_kernel")}
+    assert {spec.maker for specs in GROUPS.values() for spec in specs} == makers
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_kernels_keep_their_values_in_registers(
+    group: str, target: str, compiled: dict[Spec, Future[Compiled]]
+) -> None:
+    assert [problem for spec in GROUPS[group] for problem in problems(compiled[spec].result(), target)] == []
+
+
+@pytest.mark.parametrize("group", OF_WEIGHTS)
+def test_weights_are_read_by_asynchronous_copies_and_at_edges_only(
+    group: str, compiled: dict[Spec, Future[Compiled]]
+) -> None:
+    for spec in GROUPS[group]:
+        alignment = staging_of(spec).alignment
+        edge = f"ld.global.b{8 * min(4, alignment)}"
+        for text in compiled[spec].result().ptx.values():
+            of_weights, others = global_accesses(text)
+            # 16 bytes at a time, and in pieces where 16 bytes would reach outside: never if all rows are aligned.
+            assert set(of_weights) == {"cp.async.cg.shared.global"} | ({edge} if alignment < 16 else set()), spec
+            assert all(access.startswith(("ld.global.nc.", "st.global.")) for access in others), spec
+
+
+@pytest.mark.parametrize("group", OF_WEIGHTS)
+def test_dequantize_rounds_the_product_before_the_difference(
+    group: str, compiled: dict[Spec, Future[Compiled]]
+) -> None:
+    for spec in GROUPS[group]:
+        if spec.maker != "dequantize_kernel":
+            continue
+        for text in compiled[spec].result().ptx.values():
+            assert not re.search(r"\bfma\.", text), spec
+            # `.rn` keeps ptxas from fusing them too. It may still fuse the products that a format makes of its scales
+            # (mul.f32): 11 bits of a float16 by 8 are exact, fused or not.
+            assert len(re.findall(r"mul\.rn\.f32", text)) == (0 if FORMATS[spec.arguments[0]].plain else products(spec))
+
+
+def products(spec: Spec) -> int:
+    """Weights that a lane of the dequantization makes in one stage."""
+    return 16 * FORMATS[spec.arguments[0]].runs * staging_of(spec).units
+
+
+def staging_of(spec: Spec) -> Staging:
+    alignment = spec.arguments[3:4] if spec.maker == "matvec_kernel" else spec.arguments[1:2]
+    rows = {"rows": 1} if spec.maker == "dequantize_kernel" else {}
+    return Staging.of(FORMATS[spec.arguments[0]], *(alignment or (16,)), **rows)
+
+
+def global_accesses(text: str) -> tuple[list[str], list[str]]:
+    """The instructions that access global memory, at addresses made from the first argument (weights) and others.
+
+    Follows values from register to register, whatever the order of the instructions; registers of PTX are written once,
+    or else where two paths meet, and then both writes count.
+    """
+    instructions: list[tuple[str, set[str], set[str], set[str]]] = []
+    for line in text.splitlines():
+        match = re.match(r"\s*(?:@!?(%p\d+)\s+)?([a-z][\w.:]*)\s+(.*);\s*(?://.*)?$", line)
+        if not match:
+            continue
+        _, name, operands = match.groups()
+        addresses = set(re.findall(r"%\w+", " ".join(re.findall(r"\[(.*?)\]", operands))))
+        writes_nothing = name.startswith(("st.", "cp.", "bra", "ret", "bar"))
+        first = re.match(r"\{.*?\}|[^,]+", operands)
+        targets = set() if writes_nothing or first is None else set(re.findall(r"%\w+", first[0]))
+        sources = set(re.findall(r"%\w+", operands if first is None else operands[len(first[0]) :]))
+        if name.startswith("ld.param") and operands.rstrip("]").endswith("_param_0"):
+            sources.add("weights")
+        instructions.append((name, targets, sources, addresses))
+    tainted = {"weights"}
+    while True:
+        found = {target for _, targets, sources, _ in instructions if sources & tainted for target in targets}
+        if found <= tainted:
+            break
+        tainted |= found
+    accesses = [entry for entry in instructions if re.match(r"(ld|st|cp|atom|red)\b", entry[0])]
+    accesses = [
+        entry for entry in accesses if not re.match(r"(ld|st)\.(shared|param)|cp\.async\.(commit|wait)", entry[0])
+    ]
+    assert accesses, "no access to global memory was found: the PTX is not what this expects"
+    # cp.async names two addresses: shared and global memory, and the ring's place holds the phase of the weights.
+    of_weights = [name for name, _, _, addresses in accesses if addresses & tainted]
+    others = [name for name, _, _, addresses in accesses if not addresses & tainted]
+    return of_weights, others
+
+
+REPRESENTATIVES = [
+    Spec("matvec_kernel", ("Q4_0", 1, True)),
+    Spec("matvec_kernel", ("Q5_1", 1, False)),
+    Spec("dequantize_kernel", ("Q6_K",)),
+    Spec("quantize_kernel", ("bfloat16", True)),
+    Spec("cast_kernel", ("bfloat16",)),
+]
+
+
+@pytest.mark.parametrize("spec", REPRESENTATIVES, ids=str)
+def test_one_compilation_serves_a_family_of_targets(spec: Spec, workers: ProcessPoolExecutor) -> None:
+    jobs = {target: workers.submit(ptx_of_target, spec, target) for target in TARGETS}
+    for family in FAMILIES:
+        texts = {anonymous(jobs[target].result()) for target in family}
+        assert len(texts) == 1, f"NVVM makes {len(texts)} different kernels for {family}"
+    ((first, *_), (last, *_)) = FAMILIES
+    short = workers.submit(compile_spec, spec).result()
+    assert {target: anonymous(text) for target, text in short.ptx.items()} == {
+        target: anonymous(jobs[target].result()) for target in (first, last)
+    }
+
+
+def anonymous(text: str) -> str:
+    """PTX without what differs from one compilation to the next: the target, comments, and the numbers in names."""
+    names: dict[str, str] = {}
+    text = re.sub(r"//.*|(?m:^\.target .*$)", "", text)
+    text = "\n".join(line for line in text.splitlines() if "NumbaEnv" not in line)
+    return re.sub(r"\b_ZN\w+?(?=_param_|\b)", lambda name: names.setdefault(name[0], f"name{len(names)}"), text)
+
+
+def spilling(live: int) -> object:
+    """A kernel that needs ``live`` registers at once: as many loads, a barrier, and as many stores."""
+    lines = ["def spilling(values):", *[f"    v{i} = values[{i}]" for i in range(live)], "    cuda.syncthreads()"]
+    lines += [f"    values[{live - i}] = v{i} * v{(7 * i + 3) % live}" for i in range(live)]
+    namespace = {"cuda": cuda}
+    exec("\n".join(lines), namespace)
+    return namespace["spilling"]
+
+
+def indexing(address, index):  # type: ignore[no-untyped-def]
+    """A kernel whose array is indexed by a variable, and so lies in memory."""
+    array = cuda.local.array(256, types.float32)
+    for i in range(256):
+        array[i] = ptx.load_float(address + i * index)
+    ptx.store_float(address, array[index])
+
+
+def test_spills_are_found() -> None:
+    compiled = compile_kernel(spilling(300), types.void(types.float32[::1]), "spilling")
+    for target in TARGETS:
+        assert any("spills" in problem for problem in problems(compiled, target)), target
+
+
+def test_a_stack_frame_and_local_memory_are_found() -> None:
+    compiled = compile_kernel(indexing, types.void(types.int64, types.int64), "indexing")
+    for target in TARGETS:
+        found = " ".join(problems(compiled, target))
+        assert "stack frame" in found, target
+        assert "local memory" in found, target
+
+
+def test_other_accesses_to_the_weights_are_found() -> None:
+    for text in compile_kernel(indexing, types.void(types.int64, types.int64), "indexing").ptx.values():
+        of_weights, _ = global_accesses(text)
+        assert set(of_weights) == {"ld.global.nc.f32", "st.global.f32"}
