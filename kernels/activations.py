@@ -4,14 +4,15 @@
 a lane a value. Two kinds:
 
 ``int8``
-    ``d = max|x| / 127`` and ``q = round(x / d)``, plus ``d * sum(q)`` for each run of 16, which a format with minima needs.
-    The error of a value is at most ``d / 2``, so that of a block is at most ``32 / (4 * 127**2) = 4.96e-4`` of its energy.
+    ``d = max|x| / 127`` and ``q = round(x / d)``, plus ``d * sum(q)`` for each run of 16, which a format with minima
+    needs. The error of a value is at most ``d / 2``, so that of a block is at most ``32 / (4 * 127**2) = 4.96e-4`` of
+    its energy.
 ``f16``
-    ``d`` is the largest power of two up to ``max|x|`` and ``q = float16(x / d)``: the rounding of float16 (2**-11), without
-    its range, so that neither a bfloat16 activation of 1e6 nor one of 1e-9 is lost.
+    ``d`` is the largest power of two up to ``max|x|`` and ``q = float16(x / d)``: the rounding of float16 (2**-11),
+    without its range, so that neither a bfloat16 activation of 1e6 nor one of 1e-9 is lost.
 
-A block with a NaN gets the scale NaN, one with an infinity the scale infinity: the product then says so. Rows are padded
-with zeros to whole blocks, in scratch memory of qmm's own; ``x`` itself is read exactly where it has values.
+A block with a NaN gets the scale NaN, one with an infinity the scale infinity: the product then says so. Rows are
+padded with zeros to whole blocks, in scratch memory of qmm's own; ``x`` itself is read exactly where it has values.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def quantize(x, row_stride, column_stride, k, blocks, n, q, scales, sums):
 
 
 def cast(source, n, m, target, row_stride, column_stride):
-    """Copies ``(n, m)`` float32, row-major, to where ``store_value`` puts a value of another dtype; strides in bytes."""
+    """Copies ``(n, m)`` float32, row-major, to where ``store_value`` puts a value of another dtype; strides in
+    bytes."""
     item = block_index() * (WARPS * 32) + thread_index()
     step = block_count() * (WARPS * 32)
     while item < n * m:

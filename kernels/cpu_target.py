@@ -58,7 +58,7 @@ class CPUTarget:
         return _INTRINSICS.get(primitive)
 
     def device_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return numba.njit(error_model="numpy", nogil=True)(function)  # type: ignore[no-any-return]
+        return numba.njit(error_model="numpy", nogil=True)(function)
 
     kernel = device_function
 
@@ -73,8 +73,8 @@ def _address(builder: ir.IRBuilder, arguments: Any, carrier: ir.Type) -> ir.Valu
 
 def _loader(primitive: Callable[..., Any] | None, result: Any, carrier: ir.Type, widen: bool = False) -> Any:
     @extending.intrinsic
-    def load(typing_context, address, offset):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def load(typing_context, address, offset):
+        def lower(context, builder, signature, arguments):
             value = builder.load(_address(builder, arguments, carrier))
             value.align = 1
             return builder.zext(value, I32) if widen else value
@@ -88,8 +88,8 @@ def _loader(primitive: Callable[..., Any] | None, result: Any, carrier: ir.Type,
 
 def _storer(value_type: Any, carrier: ir.Type) -> Any:
     @extending.intrinsic
-    def store(typing_context, address, offset, value):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def store(typing_context, address, offset, value):
+        def lower(context, builder, signature, arguments):
             builder.store(arguments[2], _address(builder, arguments, carrier)).align = 1
             return context.get_dummy_value()
 
@@ -109,10 +109,10 @@ store_floats = _storer(VECTORS.floats, vector(F32, 16))
 
 
 @extending.intrinsic
-def store1(typing_context, address, offset, value):  # type: ignore[no-untyped-def]
+def store1(typing_context, address, offset, value):
     """Stores the low byte of a word."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         builder.store(builder.trunc(arguments[2], I8), _address(builder, arguments, I8))
         return context.get_dummy_value()
 
@@ -120,8 +120,8 @@ def store1(typing_context, address, offset, value):  # type: ignore[no-untyped-d
 
 
 @extending.intrinsic
-def _subtract_bytes(typing_context, words, value):  # type: ignore[no-untyped-def]
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+def _subtract_bytes(typing_context, words, value):
+    def lower(context, builder, signature, arguments):
         words, value = arguments
         bytes16 = builder.bitcast(words, vector(I8, 16))
         return builder.bitcast(builder.sub(bytes16, splat(builder, builder.trunc(value, I8), 16)), vector(I32, 4))
@@ -130,8 +130,8 @@ def _subtract_bytes(typing_context, words, value):  # type: ignore[no-untyped-de
 
 
 @extending.intrinsic
-def _spread_bits(typing_context, bits):  # type: ignore[no-untyped-def]
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+def _spread_bits(typing_context, bits):
+    def lower(context, builder, signature, arguments):
         # Byte i keeps bit i % 8 of its half of the 16 bits, and becomes 1 where that bit is set.
         each = builder.bitcast(splat(builder, builder.trunc(arguments[0], I16), 8), vector(I8, 16))
         low_then_high = ir.Constant(vector(I32, 16), [0] * 8 + [1] * 8)
@@ -149,8 +149,8 @@ _INTRINSICS[primitives.spread_bits] = _spread_bits
 
 def _zero(result: Any, count: int) -> Any:
     @extending.intrinsic
-    def zero(typing_context):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def zero(typing_context):
+        def lower(context, builder, signature, arguments):
             return ir.Constant(vector(F32, count), [0.0] * count)
 
         return result(), lower
@@ -170,10 +170,10 @@ def _fused(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.V
 
 
 @extending.intrinsic
-def dot_run(typing_context, total, q, x, scale):  # type: ignore[no-untyped-def]
+def dot_run(typing_context, total, q, x, scale):
     """``total + scale * (q . x)`` in eight lanes: the 16 signed bytes of a run by the 16 int16 at address ``x``."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         total, q, x, scale = arguments
         wide = vector(I32, 16)
         load = builder.load(builder.inttoptr(x, vector(I16, 16).as_pointer()))
@@ -192,10 +192,10 @@ def dot_run(typing_context, total, q, x, scale):  # type: ignore[no-untyped-def]
 
 
 @extending.intrinsic
-def multiply_add(typing_context, total, a, b):  # type: ignore[no-untyped-def]
+def multiply_add(typing_context, total, a, b):
     """``total + a * b`` in sixteen lanes."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         total, a, b = arguments
         return _fused(builder, a, b, total)
 
@@ -204,8 +204,8 @@ def multiply_add(typing_context, total, a, b):  # type: ignore[no-untyped-def]
 
 def _summer(value_type: Any, count: int) -> Any:
     @extending.intrinsic
-    def total(typing_context, values):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def total(typing_context, values):
+        def lower(context, builder, signature, arguments):
             (values,) = arguments
             half = count // 2
             while half:  # a fixed tree of halves: the same sum on every CPU

@@ -37,8 +37,8 @@ THREADS = 32 * WARPS
 class CUDAKernel:
     """One kernel, compiled for a GPU when it is first launched there; every argument is an int64.
 
-    Numba turns the Python into PTX, nvJitLink the PTX into machine code, and the driver loads and launches that: a launch
-    of Numba's own costs four times as much on the host (17 against 4.8 us) and warns of every small grid.
+    Numba turns the Python into PTX, nvJitLink the PTX into machine code, and the driver loads and launches that: a
+    launch of Numba's own costs four times as much on the host (17 against 4.8 us) and warns of every small grid.
     """
 
     def __init__(

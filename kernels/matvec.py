@@ -1,14 +1,14 @@
 """The product of a quantized weight with a few columns, on the GPU: ``y[n, m] = x[n, k] @ W[m, k]^T`` for ``n <= 8``.
 
 It is bound by reading W, so everything serves that. A warp takes ROWS neighbouring rows and streams their bytes through
-its own ring of STAGES buffers in shared memory, 16 bytes a lane, by asynchronous copies that need no register. Each byte
-of the tensor is copied once by one lane, whatever the columns; mapped host memory passes no cache, so a second reading
-would cost a second transfer. Out of the ring a lane takes one unit of a block (the format's ``load``), unpacks it into
-runs of 16 weights and multiplies these with every column.
+its own ring of STAGES buffers in shared memory, 16 bytes a lane, by asynchronous copies that need no register. Each
+byte of the tensor is copied once by one lane, whatever the columns; mapped host memory passes no cache, so a second
+reading would cost a second transfer. Out of the ring a lane takes one unit of a block (the format's ``load``), unpacks
+it into runs of 16 weights and multiplies these with every column.
 
-A chunk, which is what a stage holds of a row, is the fewest blocks that give each of the 32 lanes the same number of units
-and end at a multiple of 16 bytes. Where a row or chunk begins or ends inside 16 bytes, that part is copied in small pieces
-instead: the warp touches no byte outside its own rows, and so none outside the tensor.
+A chunk, which is what a stage holds of a row, is the fewest blocks that give each of the 32 lanes the same number of
+units and end at a multiple of 16 bytes. Where a row or chunk begins or ends inside 16 bytes, that part is copied in
+small pieces instead: the warp touches no byte outside its own rows, and so none outside the tensor.
 
 Work is dealt to warps round by round over a grid that fills the GPU once; the ring runs on into the warp's next rows.
 """

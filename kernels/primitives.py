@@ -69,7 +69,7 @@ def load1(block: Any, offset: int) -> Word:
 
 def word(words: Words, index: int) -> Word:
     """Register ``index`` (a literal, 0 to 3) of sixteen bytes."""
-    return words[index]  # type: ignore[no-any-return]
+    return words[index]
 
 
 def half(bits: Word) -> np.float32:

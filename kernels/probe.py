@@ -1,4 +1,5 @@
-"""The smallest kernel there is: bytes read where they lie. ``qmm smoke`` shows with it that a GPU sees a mapped file."""
+"""The smallest kernel there is: bytes read where they lie. ``qmm smoke`` shows with it that a GPU sees a mapped
+file."""
 
 from __future__ import annotations
 

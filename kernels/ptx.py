@@ -1,8 +1,8 @@
 """The GPU as a target: the primitives and the few machine operations of the CUDA schedules, as inline PTX.
 
 Block fields are read from shared memory, where the schedules stage the bytes of a row; addresses there are the 32-bit
-shared-window addresses that ``ld.shared`` takes, kept in int64 like every other number of a kernel. How wide a field may
-be read depends on what its offset divides by, so :class:`CUDATarget` is made for an alignment:
+shared-window addresses that ``ld.shared`` takes, kept in int64 like every other number of a kernel. How wide a field
+may be read depends on what its offset divides by, so :class:`CUDATarget` is made for an alignment:
 
 =========  ==================================================  ==================================
 alignment  ``load16``                                          formats
@@ -12,8 +12,8 @@ alignment  ``load16``                                          formats
 1, 2       five aligned 4-byte loads and four funnel shifts    Q8_0, Q3_K, Q6_K, Q4_0, Q5_0, F16
 =========  ==================================================  ==================================
 
-The five loads of the last line may touch up to three bytes on either side of the field: bytes of the stage, never of the
-tensor. Only :func:`copy16` and the byte loads of the schedules' edges ever read the tensor.
+The five loads of the last line may touch up to three bytes on either side of the field: bytes of the stage, never of
+the tensor. Only :func:`copy16` and the byte loads of the schedules' edges ever read the tensor.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def _load_shared(builder: ir.IRBuilder, address: ir.Value, suffix: str) -> ir.Va
 
 def _make_load16(alignment: int) -> Any:
     @intrinsic
-    def load16(typing_context, address, offset):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def load16(typing_context, address, offset):
+        def lower(context, builder, signature, arguments):
             address = _shared(builder, arguments)
             if alignment >= 16:
                 return _quad(builder, "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", address, volatile=True)
@@ -153,8 +153,8 @@ def _funnel(builder: ir.IRBuilder, low: ir.Value, high: ir.Value, address: ir.Va
 
 def _make_load4(alignment: int) -> Any:
     @intrinsic
-    def load4(typing_context, address, offset):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def load4(typing_context, address, offset):
+        def lower(context, builder, signature, arguments):
             address = _shared(builder, arguments)
             if alignment >= 4:
                 return _load_shared(builder, address, "u32")
@@ -170,8 +170,8 @@ def _make_load4(alignment: int) -> Any:
 
 def _make_load2(alignment: int) -> Any:
     @intrinsic
-    def load2(typing_context, address, offset):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def load2(typing_context, address, offset):
+        def lower(context, builder, signature, arguments):
             address = _shared(builder, arguments)
             if alignment >= 2:
                 return _load_shared(builder, address, "u16")
@@ -185,16 +185,16 @@ def _make_load2(alignment: int) -> Any:
 
 
 @intrinsic
-def _load1(typing_context, address, offset):  # type: ignore[no-untyped-def]
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+def _load1(typing_context, address, offset):
+    def lower(context, builder, signature, arguments):
         return _load_shared(builder, _shared(builder, arguments), "u8")
 
     return VECTORS.word(types.int64, types.int64), lower
 
 
 @intrinsic
-def _subtract_bytes(typing_context, words, value):  # type: ignore[no-untyped-def]
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+def _subtract_bytes(typing_context, words, value):
+    def lower(context, builder, signature, arguments):
         # The top bit, set, takes the borrow that would otherwise reach the next byte.
         words, value = arguments
         top = ir.Constant(vector(I32, 4), [0x80808080] * 4)
@@ -205,8 +205,8 @@ def _subtract_bytes(typing_context, words, value):  # type: ignore[no-untyped-de
 
 
 @intrinsic
-def _spread_bits(typing_context, bits):  # type: ignore[no-untyped-def]
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+def _spread_bits(typing_context, bits):
+    def lower(context, builder, signature, arguments):
         # 0x00204081 copies bit i of a nibble to bit 8 i, among others that the mask takes away.
         (bits,) = arguments
         spread = []
@@ -236,10 +236,12 @@ class CUDATarget:
         }
 
     def intrinsic(self, primitive: object) -> object | None:
+        """The target's implementation of a primitive, or None."""
         return self._intrinsics.get(primitive)
 
     def device_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return cuda.jit(device=True)(function)  # type: ignore[no-any-return]
+        """A function that kernels call."""
+        return cuda.jit(device=True)(function)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,8 +251,8 @@ class CUDATarget:
 
 def _special_register(register: str) -> Any:
     @intrinsic
-    def read(typing_context):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def read(typing_context):
+        def lower(context, builder, signature, arguments):
             return builder.zext(_assembly(builder, I32, f"mov.u32 $0, %{register};", "=r", []), I64)
 
         return types.int64(), lower
@@ -265,10 +267,10 @@ block_count = _special_register("nctaid.x")
 
 
 @intrinsic
-def shared_memory(typing_context):  # type: ignore[no-untyped-def]
+def shared_memory(typing_context):
     """The shared-window address of the launch's dynamic shared memory, 16-byte aligned."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         name = "qmm_shared"
         if name not in builder.module.globals:
             memory = ir.GlobalVariable(builder.module, ir.ArrayType(I8, 0), name, addrspace=3)
@@ -285,10 +287,10 @@ def shared_memory(typing_context):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def copy16(typing_context, target, source):  # type: ignore[no-untyped-def]
+def copy16(typing_context, target, source):
     """Starts copying 16 bytes from global to shared memory, both 16-byte aligned, past L1 (sm_80 and later)."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         target, source = arguments
         text = "cp.async.cg.shared.global [$0], [$1], 16;"
         _assembly(builder, VOID, text, "r,l", [builder.trunc(target, I32), source], volatile=True)
@@ -301,8 +303,8 @@ def _edge_copier(nbytes: int) -> Any:
     register, carrier, letter = {1: ("b8", I16, "h"), 2: ("b16", I16, "h"), 4: ("b32", I32, "r")}[nbytes]
 
     @intrinsic
-    def copy(typing_context, target, source):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def copy(typing_context, target, source):
+        def lower(context, builder, signature, arguments):
             target, source = arguments
             value = _assembly(builder, carrier, f"ld.global.{register} $0, [$1];", f"={letter},l", [source], True)
             place = builder.trunc(target, I32)
@@ -321,8 +323,8 @@ copy_edge4 = _edge_copier(4)
 
 def _statement(text: str) -> Any:
     @intrinsic
-    def execute(typing_context):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def execute(typing_context):
+        def lower(context, builder, signature, arguments):
             _assembly(builder, VOID, text, "", [], volatile=True)
             return context.get_dummy_value()
 
@@ -346,10 +348,10 @@ def wait(groups: int) -> Any:
 
 
 @intrinsic
-def load_global16(typing_context, address):  # type: ignore[no-untyped-def]
+def load_global16(typing_context, address):
     """16 bytes of global memory that no thread writes during the kernel, at a multiple of 16."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         return _quad(builder, "ld.global.nc.v4.u32 {$0, $1, $2, $3}, [$4];", arguments[0])
 
     return VECTORS.words(types.int64), lower
@@ -357,8 +359,8 @@ def load_global16(typing_context, address):  # type: ignore[no-untyped-def]
 
 def _global_loader(suffix: str, result: Any, carrier: ir.Type, letter: str, convert: Any = None) -> Any:
     @intrinsic
-    def load(typing_context, address):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def load(typing_context, address):
+        def lower(context, builder, signature, arguments):
             value = _assembly(builder, carrier, f"ld.global.nc.{suffix} $0, [$1];", f"={letter},l", [arguments[0]])
             return convert(builder, value) if convert else value
 
@@ -383,8 +385,8 @@ load_bfloat = _global_loader("b16", types.float32, I16, "h", _from_bfloat)
 
 def _global_storer(suffix: str, value_type: Any, letter: str, convert: Any = None) -> Any:
     @intrinsic
-    def store(typing_context, address, value):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def store(typing_context, address, value):
+        def lower(context, builder, signature, arguments):
             address, value = arguments
             value = convert(builder, value) if convert else value
             _assembly(builder, VOID, f"st.global.{suffix} [$0], $1;", f"l,{letter}", [address, value], True)
@@ -410,10 +412,10 @@ store_byte = _global_storer("b8", types.int64, "h", lambda builder, value: build
 
 
 @intrinsic
-def store_run(typing_context, address, values):  # type: ignore[no-untyped-def]
+def store_run(typing_context, address, values):
     """Stores the 16 weights of a run at a multiple of 16 bytes."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         address, values = arguments
         for i in range(0, 16, 4):
             parts = [builder.extract_element(values, ir.Constant(I32, i + j)) for j in range(4)]
@@ -426,10 +428,10 @@ def store_run(typing_context, address, values):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_part(typing_context, address, values, count):  # type: ignore[no-untyped-def]
+def store_part(typing_context, address, values, count):
     """Stores the first ``count`` weights of a run, at a multiple of 4 bytes."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         address, values, count = arguments
         for i in range(16):
             with builder.if_then(builder.icmp_signed("<", ir.Constant(I64, i), count)):
@@ -447,10 +449,10 @@ def store_part(typing_context, address, values, count):  # type: ignore[no-untyp
 
 
 @intrinsic
-def dot16(typing_context, a, b):  # type: ignore[no-untyped-def]
+def dot16(typing_context, a, b):
     """The product of 16 signed bytes by 16 signed bytes, as float32 (exact: it stays below 2**19)."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         a, b = arguments
         total: ir.Value = ir.Constant(I32, 0)
         for i in range(4):
@@ -462,10 +464,10 @@ def dot16(typing_context, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def dot_floats(typing_context, a, b):  # type: ignore[no-untyped-def]
+def dot_floats(typing_context, a, b):
     """The product of 16 floats by 16 floats, fused, in two chains."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         a, b = arguments
         chains: list[ir.Value] = [ir.Constant(F32, 0.0)] * 2
         for i in range(16):
@@ -483,10 +485,10 @@ def _shuffle(builder: ir.IRBuilder, value: ir.Value, distance: int) -> ir.Value:
 
 
 @intrinsic
-def sum_of_warp(typing_context, value):  # type: ignore[no-untyped-def]
+def sum_of_warp(typing_context, value):
     """The sum over the 32 lanes, in every lane, in one fixed order."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         (value,) = arguments
         for distance in (16, 8, 4, 2, 1):
             value = builder.fadd(value, _shuffle(builder, value, distance))
@@ -496,10 +498,10 @@ def sum_of_warp(typing_context, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def sum_of_half_warp(typing_context, value):  # type: ignore[no-untyped-def]
+def sum_of_half_warp(typing_context, value):
     """The sum of whole numbers over the 16 lanes of a half warp, in each of them."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         value = builder.trunc(arguments[0], I32)
         for distance in (8, 4, 2, 1):
             value = builder.add(value, _shuffle(builder, value, distance))
@@ -509,13 +511,13 @@ def sum_of_half_warp(typing_context, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def largest_of_warp(typing_context, value):  # type: ignore[no-untyped-def]
+def largest_of_warp(typing_context, value):
     """The largest magnitude over the 32 lanes, in every lane; a NaN counts as larger than everything.
 
     Magnitudes are compared as bit patterns, which order as the numbers do.
     """
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         bits = builder.and_(builder.bitcast(arguments[0], I32), ir.Constant(I32, 0x7FFFFFFF))
         for distance in (16, 8, 4, 2, 1):
             other = _shuffle(builder, bits, distance)
@@ -526,30 +528,30 @@ def largest_of_warp(typing_context, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def round_to_int(typing_context, value):  # type: ignore[no-untyped-def]
+def round_to_int(typing_context, value):
     """The nearest whole number, halves to even; NaN becomes 0."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         return builder.sext(_assembly(builder, I32, "cvt.rni.s32.f32 $0, $1;", "=r,f", [arguments[0]]), I64)
 
     return types.int64(types.float32), lower
 
 
 @intrinsic
-def divide(typing_context, a, b):  # type: ignore[no-untyped-def]
+def divide(typing_context, a, b):
     """``a / b``, correctly rounded."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         return _assembly(builder, F32, "div.rn.f32 $0, $1, $2;", "=f,f,f", list(arguments))
 
     return types.float32(types.float32, types.float32), lower
 
 
 @intrinsic
-def power_of_two_below(typing_context, value):  # type: ignore[no-untyped-def]
+def power_of_two_below(typing_context, value):
     """The largest power of two up to a normal positive number, at most 2**126 so that its reciprocal is normal too."""
 
-    def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, arguments):
         exponent = builder.and_(builder.bitcast(arguments[0], I32), ir.Constant(I32, 0x7F800000))
         largest = ir.Constant(I32, 253 << 23)
         return builder.bitcast(builder.select(builder.icmp_unsigned(">", exponent, largest), largest, exponent), F32)

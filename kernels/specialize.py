@@ -214,7 +214,7 @@ class _Flatten(ast.NodeTransformer):
     def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
         test = self.visit(node.test)
         if isinstance(test, ast.Constant):
-            return self.visit(node.body if test.value else node.orelse)  # type: ignore[no-any-return]
+            return self.visit(node.body if test.value else node.orelse)
         return ast.IfExp(test, self.visit(node.body), self.visit(node.orelse))
 
 
@@ -244,4 +244,4 @@ def _fold(node: Any) -> ast.expr:
     if all(isinstance(leaf, ast.Constant) for leaf in ast.iter_child_nodes(node) if isinstance(leaf, ast.expr)):
         expression = ast.fix_missing_locations(ast.Expression(node))
         return ast.Constant(eval(compile(expression, "<fold>", "eval"), {"__builtins__": {}}))
-    return node  # type: ignore[no-any-return]
+    return node

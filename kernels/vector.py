@@ -87,13 +87,13 @@ def define(toolkit: Toolkit) -> tuple[VectorTypes, dict[object, object]]:
 
 
 def _register_types(toolkit: Toolkit) -> VectorTypes:
-    class Register(toolkit.types.Type):  # type: ignore[name-defined, misc]
+    class Register(toolkit.types.Type):  # type: ignore[name-defined]
         def __init__(self, name: str, carrier: ir.Type) -> None:
             self.carrier = carrier
             super().__init__(name)
 
     @toolkit.register_model(Register)
-    class _RegisterModel(toolkit.primitive_model):  # type: ignore[name-defined, misc]
+    class _RegisterModel(toolkit.primitive_model):  # type: ignore[name-defined]
         def __init__(self, manager: Any, register: Any) -> None:
             super().__init__(manager, register, register.carrier)
 
@@ -110,7 +110,7 @@ def _register_operators(toolkit: Toolkit, types: VectorTypes) -> None:
     register = type(types.word)
     for function, instruction in OPERATORS.items():
 
-        class Template(toolkit.abstract_template):  # type: ignore[name-defined, misc]
+        class Template(toolkit.abstract_template):  # type: ignore[name-defined]
             def generic(self, arguments: Any, keywords: Any) -> Any:
                 left, right = arguments
                 if left in (types.word, types.words):
@@ -139,39 +139,39 @@ def _common_intrinsics(toolkit: Toolkit, types: VectorTypes) -> dict[object, obj
     float32, int64 = numba_types.float32, numba_types.int64
 
     @toolkit.intrinsic
-    def word(typing_context, words, index):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def word(typing_context, words, index):
+        def lower(context, builder, signature, arguments):
             return builder.extract_element(arguments[0], builder.trunc(arguments[1], I32))
 
         return types.word(types.words, int64), lower
 
     @toolkit.intrinsic
-    def half(typing_context, bits):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def half(typing_context, bits):
+        def lower(context, builder, signature, arguments):
             return builder.fpext(builder.bitcast(builder.trunc(arguments[0], I16), F16), F32)
 
         return float32(types.word), lower
 
     @toolkit.intrinsic
-    def to_float(typing_context, value):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def to_float(typing_context, value):
+        def lower(context, builder, signature, arguments):
             return builder.sitofp(arguments[0], F32)
 
         return float32(types.word), lower
 
     @toolkit.intrinsic
-    def signed_byte(typing_context, value):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def signed_byte(typing_context, value):
+        def lower(context, builder, signature, arguments):
             return builder.sitofp(builder.trunc(arguments[0], I8), F32)
 
         return float32(types.word), lower
 
     @toolkit.intrinsic
-    def run_weights(typing_context, q, scale, minimum):  # type: ignore[no-untyped-def]
-        def plain(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def run_weights(typing_context, q, scale, minimum):
+        def plain(context, builder, signature, arguments):
             return arguments[0]
 
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        def lower(context, builder, signature, arguments):
             q, scale, minimum = arguments
             values = builder.sitofp(builder.bitcast(q, vector(I8, 16)), vector(F32, 16))
             products = toolkit.multiply(builder, values, splat(builder, scale, 16))
@@ -182,16 +182,16 @@ def _common_intrinsics(toolkit: Toolkit, types: VectorTypes) -> dict[object, obj
         return types.floats(types.words, float32, float32), lower
 
     @toolkit.intrinsic
-    def half_floats(typing_context, low, high):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def half_floats(typing_context, low, high):
+        def lower(context, builder, signature, arguments):
             halves = [builder.bitcast(part, vector(F16, 8)) for part in arguments]
             return builder.fpext(join(builder, *halves), vector(F32, 16))
 
         return types.floats(types.words, types.words), lower
 
     @toolkit.intrinsic
-    def bfloat_floats(typing_context, low, high):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def bfloat_floats(typing_context, low, high):
+        def lower(context, builder, signature, arguments):
             halves = join(builder, *[builder.bitcast(part, vector(I16, 8)) for part in arguments])
             bits = builder.shl(builder.zext(halves, vector(I32, 16)), ir.Constant(vector(I32, 16), [16] * 16))
             return builder.bitcast(bits, vector(F32, 16))
@@ -199,16 +199,16 @@ def _common_intrinsics(toolkit: Toolkit, types: VectorTypes) -> dict[object, obj
         return types.floats(types.words, types.words), lower
 
     @toolkit.intrinsic
-    def float_floats(typing_context, a, b, c, d):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def float_floats(typing_context, a, b, c, d):
+        def lower(context, builder, signature, arguments):
             a, b, c, d = arguments
             return builder.bitcast(join(builder, join(builder, a, b), join(builder, c, d)), vector(F32, 16))
 
         return types.floats(*[types.words] * 4), lower
 
     @toolkit.intrinsic
-    def masked(typing_context, values, count):  # type: ignore[no-untyped-def]
-        def lower(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def masked(typing_context, values, count):
+        def lower(context, builder, signature, arguments):
             values, count = arguments
             index = ir.Constant(vector(I32, 16), list(range(16)))
             keep = builder.icmp_signed("<", index, splat(builder, builder.trunc(count, I32), 16))

@@ -1,7 +1,8 @@
 """Mapping a file into memory, once a process.
 
 The mapping is always PROT_READ and MAP_SHARED. Never private: registering a private mapping with CUDA copies every page
-or hangs, depending on the flags (shared/facts.md has the table).
+or hangs, depending on the flags (seen on an H200 with driver 580: without ReadOnly a copy, with it a call that did not
+return in 12 s even for 16 MiB).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Registering the pages of a mapped file with CUDA, so that kernels can read them where they are.
 
-What can go wrong, and is held here (measured: shared/facts.md): only PROT_READ + MAP_SHARED mappings with the ReadOnly
-flag work, and FileMapping makes no others; registered ranges must not overlap, so all registrations of a process share
-a table of what is registered; one call of 512 GiB or more fails, so it is cut; a refused call leaves the runtime's last
-error set, so it is cleared; the device address may differ from the host's, so it is asked for.
+What can go wrong, and is held here (each was seen, on an H200 with driver 580): only PROT_READ + MAP_SHARED mappings
+with the ReadOnly flag work, and FileMapping makes no others; registered ranges must not overlap, so all registrations
+of a process share a table of what is registered; one call of 512 GiB or more fails, so it is cut; a refused call leaves
+the runtime's last error set, so it is cleared; the device address may differ from the host's, so it is asked for.
 """
 
 from __future__ import annotations

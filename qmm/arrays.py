@@ -23,10 +23,10 @@ ITEM_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Slab(NamedTuple):
-    """A part of a view that is two-dimensional in memory: ``count`` rows from row ``first``; strides in bytes."""
+    """A part of a view that is two-dimensional in memory: ``rows`` of them from row ``first``; strides in bytes."""
 
     first: int
-    count: int
+    rows: int
     address: int
     row_stride: int
     column_stride: int
@@ -85,8 +85,8 @@ class View:
         for size, step in zip(reversed(self.shape[leading:]), reversed(self.strides[leading:]), strict=True):
             if length > 1 and size > 1 and step != stride * length:
                 raise ArrayError(
-                    f"out has strides {self.strides}, whose last {len(self.shape) - leading} dimensions are not one row; "
-                    "pass a contiguous array"
+                    f"out has strides {self.strides}: its last {len(self.shape) - leading} dimensions are not one row. "
+                    "Pass a contiguous array."
                 )
             if length == 1 and size > 1:
                 stride = step
@@ -136,7 +136,8 @@ class ArrayKind:
         raise NotImplementedError
 
     def to_host(self, array: Any) -> npt.NDArray[np.float32]:
-        """Its values as ``(n, k)`` float32 in host memory, row-major: the array's own memory where it is that already."""
+        """Its values as ``(n, k)`` float32 in host memory, row-major: the array's own memory where it is that
+        already."""
         raise NotImplementedError
 
     def from_host(self, values: npt.NDArray[np.float32], target: Any) -> None:
@@ -290,6 +291,6 @@ def kind_of(array: Any) -> ArrayKind:
         if root in ("numba", "numba_cuda") and hasattr(base, "__cuda_array_interface__"):
             return _NUMBA
     raise ArrayError(
-        f"{type(array).__module__}.{type(array).__qualname__} is no array that qmm knows: pass a NumPy, CuPy, PyTorch or "
-        "Numba array (np.asarray makes one of a list, cupy.asarray of whatever has the CUDA array interface)"
+        f"{type(array).__module__}.{type(array).__qualname__} is no array that qmm knows. Pass a NumPy, CuPy, PyTorch "
+        "or Numba array: np.asarray makes one of a list, cupy.asarray of whatever has the CUDA array interface."
     )

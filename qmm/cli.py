@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 import qmm
 from qmm.errors import QmmError, TensorNotFoundError, UnsupportedTypeError
@@ -33,13 +34,15 @@ PLAIN_WIDTH = 200
 
 EPILOG = (
     "Exit codes: 0, all is well; 1, a check failed (a product outside its tolerance, a step of smoke); 2, the command "
-    'line is wrong; 3, an error, whose message is on stderr, or with --json on stdout as {"error": {"type", "message"}}.'
+    "line is wrong; 3, an error, whose message is on stderr, and with --json on stdout too, as "
+    '{"error": {"type": ..., "message": ...}}.'
 )
 
 app = typer.Typer(
     name="qmm",
     epilog=EPILOG,
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,  # an error that is not a QmmError is a bug, and its traceback is for copying
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -175,7 +178,7 @@ def run(
             chosen = largest(model) if tensor is None else model[tensor]
             if chosen is None:
                 raise UnsupportedTypeError(
-                    f"{file}: has no matrix of a type that qmm has a kernel for. See `qmm info`."
+                    f"{file}: has no matrix that qmm has a kernel for. `qmm info` lists the types."
                 )
             with _engine(model, device, placement, [chosen.name]) as engine:
                 bar.stage(f"compiling and multiplying by {chosen.name}")
@@ -226,7 +229,7 @@ def smoke(
     device: Annotated[int, typer.Option(min=0, help="CUDA's number of the GPU.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Eight steps from a file to a kernel that reads it: map, initialise, register, address, compare, size, read, free."""
+    """Eight steps from a file to a GPU kernel that reads it, each with its result and time."""
 
     def work(bar: Bar) -> Report:
         from qmm.smoke import smoke as walk
@@ -286,7 +289,7 @@ def _present(work: Callable[[Bar], Report], as_json: bool) -> None:
         narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
         console = Console(width=None if narrow else PLAIN_WIDTH, highlight=False)
         for renderable in report.renderables():
-            console.print(renderable)
+            console.print(renderable, soft_wrap=isinstance(renderable, Text))  # sentences stay on one line
     if not report.ok:
         raise typer.Exit(CHECK_FAILED)
 

@@ -167,6 +167,6 @@ def _conclusion(model: Model, engine: Engine, checks: Sequence[TensorCheck]) -> 
         "device": "on the GPU, from unpadded copies of its bytes",
     }[engine.placement]
     return (
-        f"All {len(checks)} tensors of a real model were multiplied {where}; dequantized they are bit for bit what gguf "
-        "gives, and the products are as near to float64 as their activations allow."
+        f"All {len(checks)} tensors of a real model were multiplied {where}; dequantized they are bit for bit what "
+        "gguf gives, and the products are as near to float64 as their activations allow."
     )

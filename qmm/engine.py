@@ -106,7 +106,8 @@ class Engine:
 
         Args:
             tensor: its name, or a tensor of this engine's model.
-            x: ``(..., k)`` float32, float16 or bfloat16, any leading shape, contiguous or not: a NumPy, CuPy, PyTorch or
+            x: ``(..., k)`` float32, float16 or bfloat16, any leading shape, contiguous or not: a NumPy, CuPy, PyTorch
+            or
                 Numba array, in host memory or on the engine's GPU. It is only read.
             out: ``(..., m)`` of the same kind and device, of any of the three dtypes; results are stored into it.
             stream: where to queue the work, for arrays on the GPU: a stream of CuPy, PyTorch, Numba or cuda.core, or a
@@ -269,7 +270,8 @@ class Engine:
         what = f"{self.model.path}: tensor {tensor.name!r}"
         if not x.shape or x.shape[-1] != tensor.k:
             raise ArrayError(
-                f"{what} has k = {tensor.k} weights a row, but x has shape {x.shape}: its last dimension must be {tensor.k}"
+                f"{what} has k = {tensor.k} weights a row, but x has shape {x.shape}; "
+                f"its last dimension must be {tensor.k}"
             )
         if x.device is not None and f"cuda:{x.device}" != self.device:
             raise ArrayError(

@@ -147,14 +147,14 @@ class GPU:
                 first = slab.first
                 quantize.launch(
                     self.device,
-                    self._grid(-(-slab.count * blocks // WARPS), 0),
+                    self._grid(-(-slab.rows * blocks // WARPS), 0),
                     stream,
                     slab.address,
                     slab.row_stride,
                     slab.column_stride,
                     k,
                     blocks,
-                    slab.count,
+                    slab.rows,
                     values + first * pitch * item,
                     scales + first * blocks * 4,
                     sums + first * blocks * 8,
@@ -208,10 +208,10 @@ class GPU:
         for slab in out.slabs():
             launch.cast_kernel(out.dtype).launch(
                 self.device,
-                self._grid(-(-slab.count * m // (WARPS * 32)), 0),
+                self._grid(-(-slab.rows * m // (WARPS * 32)), 0),
                 stream,
                 results + slab.first * m * 4,
-                slab.count,
+                slab.rows,
                 m,
                 slab.address,
                 slab.row_stride,

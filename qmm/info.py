@@ -1,8 +1,8 @@
 """What ``qmm info`` says of a model, and what ggml's CUDA backend would have to pad in it.
 
 ggml allocates a quantized tensor on the GPU with room behind its last row: where a row's length ``ne0`` is no multiple
-of 512 (MATRIX_ROW_PADDING), it adds the bytes of the values that are missing (``ggml_backend_cuda_buffer_type_get_alloc_size`` in
-ggml-cuda.cu), since its kernels read up to there.
+of 512 (MATRIX_ROW_PADDING), it adds the bytes of the values that are missing, since its kernels read up to there
+(``ggml_backend_cuda_buffer_type_get_alloc_size`` in ggml-cuda.cu).
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ __all__ = ["DeviceCopies", "HostWeights", "MappedWeights", "Weights"]
 class Weights:
     """The tensors that an engine was made for, and their addresses on its device.
 
-    It has mapping handles of its own, so that the model may be closed, and compares the file with what was mapped before
-    each use: the operating system ends the process that reads a page of a file that became shorter.
+    It has mapping handles of its own, so that the model may be closed, and compares the file with what was mapped
+    before each use: the operating system ends the process that reads a page of a file that became shorter.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:

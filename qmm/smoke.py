@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +142,7 @@ def smoke(path: Path, device: int = 0) -> SmokeReport:
         except QmmError as reason:
             failed, result = True, str(reason)
         shown.append(Step(number, name, not failed, result, (time.perf_counter() - started) * 1e3))
-    if failed:
-        try:
-            walk.cleanup.close()
-        except QmmError:  # the failed step has said it
-            pass
-    else:
+    with suppress(QmmError) if failed else nullcontext():  # the failed step has said why
         walk.cleanup.close()
     advice = None
     if failed:

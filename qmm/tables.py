@@ -79,7 +79,7 @@ def scientific(value: float | None) -> str:
 
 def shortened(value: object, limit: int = 60) -> str:
     """A metadata value on one line."""
-    text = " ".join(str(plain(value)).split())
+    text = f"{value:.9g}" if isinstance(value, float) else " ".join(str(plain(value)).split())
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 

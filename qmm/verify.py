@@ -12,8 +12,8 @@ The oracle is ``gguf.quants.dequantize`` of the very bytes in the file. A produc
     energy. The rest of 1e-6 is for float32 sums. (On the CPU these activations stay float32.)
 
 A weight with independent values treats the error as it treats ``x``, so the ratio passes on to ``y``, if enough results
-are summed: a single one may come out near zero by itself and have any relative error. Hence at least RESULTS of them are
-summed up for each tensor and number of columns, over several batches of activations where ``m * n`` is smaller.
+are summed: a single one may come out near zero by itself and have any relative error. Hence at least RESULTS of them
+are summed up for each tensor and number of columns, over several batches of activations where ``m * n`` is smaller.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ def median_ms(engine: Engine, tensor: Tensor, n: int, mode: str, repeats: int, s
         work = functools.partial(engine.matmul, tensor, x_device, out_device, gpu.stream, activations=mode)
         work()
         gpu.synchronize(gpu.stream)
-        return statistics.median(gpu.time(work, gpu.stream, repeats))
+        device_times: list[float] = gpu.time(work, gpu.stream, repeats)
+        return statistics.median(device_times)
 
 
 def _wall_ms(engine: Engine, tensor: Tensor, x: Floats, out: Floats, mode: str) -> float:

@@ -129,7 +129,7 @@ def ptx_of_target(spec: Spec, target: str) -> str:
         ptx, _ = cuda.compile(
             kernel.function, kernel.signature, cc=TARGETS[target], device=False, abi="numba", output="ptx"
         )
-    assert re.search(r"(?m)^\.target (\S+)$", ptx)[1] == target  # type: ignore[index]
+    assert re.search(r"(?m)^\.target (\S+)$", ptx)[1] == target
     return str(ptx)
 
 

@@ -6,9 +6,9 @@
            | hmask[32]    | qs[64]                     | scales[12] | d  f16 |
 
 The block has two halves of 128 weights with 32 bytes of ``qs`` each; the bits ``2j`` of those bytes are the low bits of
-the half's weights ``32 j`` to ``32 j + 31``, and bit ``4 half + j`` of ``hmask`` their third bit. Scale ``i`` has its low
-four bits in byte ``i % 8`` (low nibble for ``i < 8``, else high) and its upper two in byte ``8 + i % 4`` at bit
-``2 (i / 4)``. A lane takes 16 bytes of ``qs``, which are four runs. Layout: ``block_q3_K`` in ggml-common.h.
+the half's weights ``32 j`` to ``32 j + 31``, and bit ``4 half + j`` of ``hmask`` their third bit. Scale ``i`` has its
+low four bits in byte ``i % 8`` (low nibble for ``i < 8``, else high) and its upper two in byte ``8 + i % 4`` at bit ``2
+(i / 4)``. A lane takes 16 bytes of ``qs``, which are four runs. Layout: ``block_q3_K`` in ggml-common.h.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     byte   0        2           4              16                              144
            | d  f16 | dmin  f16 | scales[12]   | qs[128]                       |
 
-Bytes ``32 j`` to ``32 j + 31`` of ``qs`` hold weights ``64 j`` to ``64 j + 31`` in their low nibbles and the next 32 in the
-high ones. The twelve bytes pack eight scales and eight minima: see :func:`scales_and_minima`. A lane takes 16 bytes of
-``qs``, which are two runs. Layout: ``block_q4_K`` in ggml-common.h.
+Bytes ``32 j`` to ``32 j + 31`` of ``qs`` hold weights ``64 j`` to ``64 j + 31`` in their low nibbles and the next 32 in
+the high ones. The twelve bytes pack eight scales and eight minima: see :func:`scales_and_minima`. A lane takes 16 bytes
+of ``qs``, which are two runs. Layout: ``block_q4_K`` in ggml-common.h.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     byte   0        2           4              16         48                              176
            | d  f16 | dmin  f16 | scales[12]   | qh[32]   | qs[128]                       |
 
-``qs`` and ``scales`` are laid out as in Q4_K; bit ``i`` of byte ``l`` of ``qh`` is the fifth bit of weight ``32 i + l``.
-A lane takes 16 bytes of ``qs``, which are two runs. Layout: ``block_q5_K`` in ggml-common.h.
+``qs`` and ``scales`` are laid out as in Q4_K; bit ``i`` of byte ``l`` of ``qh`` is the fifth bit of weight ``32 i +
+l``. A lane takes 16 bytes of ``qs``, which are two runs. Layout: ``block_q5_K`` in ggml-common.h.
 """
 
 from __future__ import annotations

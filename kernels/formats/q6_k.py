@@ -6,9 +6,9 @@
            | ql[128]              | qh[64]        | scales[16]   | d  f16 |
                                                     int8
 
-The block has two halves of 128 weights. In a half, weight ``32 s + l`` has its low four bits in byte ``32 (s % 2) + l`` of
-``ql`` (low nibble for ``s < 2``, else high) and its upper two in byte ``l`` of ``qh`` at bit ``2 s``. A lane takes 16 bytes
-of ``ql``, which are two runs: ``s`` and ``s + 2``. Layout: ``block_q6_K`` in ggml-common.h.
+The block has two halves of 128 weights. In a half, weight ``32 s + l`` has its low four bits in byte ``32 (s % 2) + l``
+of ``ql`` (low nibble for ``s < 2``, else high) and its upper two in byte ``l`` of ``qh`` at bit ``2 s``. A lane takes
+16 bytes of ``ql``, which are two runs: ``s`` and ``s + 2``. Layout: ``block_q6_K`` in ggml-common.h.
 """
 
 from __future__ import annotations

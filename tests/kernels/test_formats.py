@@ -225,9 +225,7 @@ MINIMA = [0x3F, 0x2E, 0x1D, 0x0C, 0x37, 0x26, 0x15, 0x04]
 PACKED_SCALES = bytes([0x01, 0x52, 0xA3, 0xF4, 0xFF, 0xAE, 0x5D, 0x0C, 0x79, 0x6A, 0x5B, 0x4C])
 # 32 bytes hold 32 weights in their low nibbles and the next 32 in their high ones.
 NIBBLES = bytes([0x10] * 32 + [0x32] * 32 + [0x54] * 32 + [0x76] * 16 + [0xFE] * 16)
-FOUR_BITS = (
-    [0] * 32 + [1] * 32 + [2] * 32 + [3] * 32 + [4] * 32 + [5] * 32 + [6] * 16 + [14] * 16 + [7] * 16 + [15] * 16
-)
+FOUR_BITS = [n // 32 for n in range(192)] + [6] * 16 + [14] * 16 + [7] * 16 + [15] * 16
 
 
 def q4_k() -> tuple[bytes, list[float]]:

@@ -57,7 +57,7 @@ def workers() -> Iterator[ProcessPoolExecutor]:
 def compiled(workers: ProcessPoolExecutor, request: pytest.FixtureRequest) -> dict[Spec, Future[Compiled]]:
     """The kernels of all groups that tests were selected for, under way."""
     items = [item for item in request.session.items if "compiled" in getattr(item, "fixturenames", ())]
-    groups = dict.fromkeys(item.callspec.params["group"] for item in items)  # type: ignore[attr-defined]
+    groups = dict.fromkeys(item.callspec.params["group"] for item in items)
     return {spec: workers.submit(compile_spec, spec) for group in groups for spec in GROUPS[group]}
 
 
@@ -189,7 +189,7 @@ def spilling(live: int) -> object:
     return namespace["spilling"]
 
 
-def indexing(address, index):  # type: ignore[no-untyped-def]
+def indexing(address, index):
     """A kernel whose array is indexed by a variable, and so lies in memory."""
     array = cuda.local.array(256, types.float32)
     for i in range(256):
