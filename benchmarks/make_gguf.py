@@ -2,8 +2,8 @@
 
     python benchmarks/make_gguf.py odd.gguf --m 1,3,4097 --k 1,896,2880,14336
 
-``k`` is rounded down to whole blocks, and up to one block at least; plain formats take it as it is. Shapes that come out
-equal are written once.
+``k`` is rounded down to whole blocks, and up to one block at least; plain formats take it as it is. Shapes that come
+out equal are written once.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
             block = chunk * CHUNK_BLOCKS + place
             if block < blocks:
                 part = unit & (LANES - 1)
-                phase = (weights + row * row_nbytes + chunk * CHUNK_NBYTES) & 15
+                phase = (weights + row * row_nbytes + chunk * CHUNK_NBYTES) & 127
                 runs = unpack(part, *load(ring + full + phase + place * BLOCK_NBYTES, part))
                 target = out + (row * k + block * (16 * BLOCK_RUNS)) * 4
                 for i in unroll(RUNS):

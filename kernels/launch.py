@@ -14,6 +14,7 @@ from numba import cuda
 from numba.cuda import types
 
 from qmm.kernels import activations, probe, ptx
+from qmm.kernels.cuda_target import CUDATarget
 from qmm.kernels.dequantize import dequantize
 from qmm.kernels.formats import Format
 from qmm.kernels.matvec import COLUMN_TILES, WARPS, Staging, matvec
@@ -134,7 +135,7 @@ def matvec_kernel(block_format: Format, columns: int, int8: bool, alignment: int
         raise ValueError(f"a kernel takes {COLUMN_TILES} columns, not {columns}")
     staging = Staging.of(block_format, alignment)
     constants = {**staging.constants(block_format), "COLUMNS": columns, "INT8": int8}
-    function = specialize(matvec, constants, ptx.CUDATarget(staging.alignment))
+    function = specialize(matvec, constants, CUDATarget(staging.alignment))
     name = f"matvec_{block_format.name}_{columns}_{'int8' if int8 else 'f16'}_{staging.alignment}"
     return CUDAKernel(name, function, 13, staging.shared_nbytes, staging.rows)
 
@@ -143,7 +144,7 @@ def matvec_kernel(block_format: Format, columns: int, int8: bool, alignment: int
 def dequantize_kernel(block_format: Format, alignment: int = 16) -> CUDAKernel:
     """Dequantization to float32."""
     staging = Staging.of(block_format, alignment, rows=1)
-    function = specialize(dequantize, staging.constants(block_format), ptx.CUDATarget(staging.alignment))
+    function = specialize(dequantize, staging.constants(block_format), CUDATarget(staging.alignment))
     name = f"dequantize_{block_format.name}_{staging.alignment}"
     return CUDAKernel(name, function, 7, staging.shared_nbytes)
 
@@ -152,7 +153,7 @@ def dequantize_kernel(block_format: Format, alignment: int = 16) -> CUDAKernel:
 def quantize_kernel(dtype: str, int8: bool) -> CUDAKernel:
     """Activations of ``dtype`` to blocks of 32 int8 or float16 values."""
     constants = {"INT8": int8, "WARPS": WARPS, "load_value": LOADS[dtype]}
-    function = specialize(activations.quantize, constants, ptx.CUDATarget(16))
+    function = specialize(activations.quantize, constants, CUDATarget(16))
     return CUDAKernel(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", function, 9)
 
 
@@ -160,11 +161,11 @@ def quantize_kernel(dtype: str, int8: bool) -> CUDAKernel:
 def cast_kernel(dtype: str) -> CUDAKernel:
     """float32 results to an array of ``dtype`` with any strides."""
     constants = {"WARPS": WARPS, "store_value": STORES[dtype]}
-    function = specialize(activations.cast, constants, ptx.CUDATarget(16))
+    function = specialize(activations.cast, constants, CUDATarget(16))
     return CUDAKernel(f"cast_{dtype}", function, 6)
 
 
 @functools.cache
 def read_kernel() -> CUDAKernel:
     """A copy of bytes to device memory by a kernel, from wherever they lie."""
-    return CUDAKernel("read", specialize(probe.read, {"WARPS": WARPS}, ptx.CUDATarget(16)), 3)
+    return CUDAKernel("read", specialize(probe.read, {"WARPS": WARPS}, CUDATarget(16)), 3)

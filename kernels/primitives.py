@@ -2,7 +2,8 @@
 
 This module is the meaning of a kernel: run with these functions, a format or a schedule is ordinary Python over NumPy
 values, and the tests do just that. For speed each target replaces them by intrinsics of the same name and effect
-(:mod:`qmm.kernels.cpu_target`, :mod:`qmm.kernels.ptx`); :func:`qmm.kernels.specialize.specialize` makes the exchange.
+(:mod:`qmm.kernels.cpu_target`, :mod:`qmm.kernels.cuda_target`), and :func:`qmm.kernels.specialize.specialize` makes the
+exchange.
 
 Three kinds of value pass between them:
 

@@ -1,37 +1,23 @@
-"""The GPU as a target: the primitives and the few machine operations of the CUDA schedules, as inline PTX.
+"""The machine operations of the CUDA schedules, as inline PTX: where a thread is, memory, arithmetic, the warp.
 
-Block fields are read from shared memory, where the schedules stage the bytes of a row; addresses there are the 32-bit
-shared-window addresses that ``ld.shared`` takes, kept in int64 like every other number of a kernel. How wide a field
-may be read depends on what its offset divides by, so :class:`CUDATarget` is made for an alignment:
-
-=========  ==================================================  ==================================
-alignment  ``load16``                                          formats
-=========  ==================================================  ==================================
-16         one 16-byte load                                    Q4_K, Q5_K
-4, 8       four 4-byte loads                                   Q2_K, Q4_1, Q5_1, F32
-1, 2       five aligned 4-byte loads and four funnel shifts    Q8_0, Q3_K, Q6_K, Q4_0, Q5_0, F16
-=========  ==================================================  ==================================
-
-The five loads of the last line may touch up to three bytes on either side of the field: bytes of the stage, never of
-the tensor. Only :func:`copy16` and the byte loads of the schedules' edges ever read the tensor.
+Only :func:`copy16` and the edge copies ever read a tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import cuda
 from numba.cuda import types
 from numba.cuda.extending import core_models, intrinsic, lower_builtin, register_model
 from numba.cuda.typing.templates import AbstractTemplate, infer_global, signature
 
-from qmm.kernels import primitives
-from qmm.kernels.vector import F32, I8, I16, I32, I64, Toolkit, define, splat, vector
+from qmm.kernels.vector import F32, I8, I16, I32, I64, Toolkit, define, vector
 
 __all__ = [
-    "CUDATarget",
+    "COMMON",
+    "VECTORS",
+    "assembly",
     "block_count",
     "block_index",
     "commit",
@@ -39,29 +25,38 @@ __all__ = [
     "copy_edge1",
     "copy_edge2",
     "copy_edge4",
+    "divide",
     "dot16",
     "dot_floats",
     "lane_index",
     "largest_of_warp",
+    "load_bfloat",
     "load_byte",
     "load_float",
     "load_global16",
+    "load_half",
+    "power_of_two_below",
+    "quad",
+    "round_to_int",
     "shared_memory",
+    "store_bfloat",
     "store_byte",
     "store_float",
     "store_half",
+    "store_part",
     "store_run",
+    "sum_of_half_warp",
     "sum_of_warp",
     "synchronize_warp",
     "thread_index",
     "wait",
+    "words_of",
 ]
 
 VOID = ir.VoidType()
-WARP = 32
 
 
-def _assembly(
+def assembly(
     builder: ir.IRBuilder,
     result: ir.Type,
     text: str,
@@ -81,12 +76,12 @@ def _multiply(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     products = ir.Constant(vector(F32, 16), ir.Undefined)
     for i in range(16):
         parts = [builder.extract_element(side, ir.Constant(I32, i)) for side in (a, b)]
-        product = _assembly(builder, F32, "mul.rn.f32 $0, $1, $2;", "=f,f,f", parts)
+        product = assembly(builder, F32, "mul.rn.f32 $0, $1, $2;", "=f,f,f", parts)
         products = builder.insert_element(products, product, ir.Constant(I32, i))
     return products
 
 
-VECTORS, _COMMON = define(
+VECTORS, COMMON = define(
     Toolkit(
         types=types,
         intrinsic=intrinsic,
@@ -101,147 +96,19 @@ VECTORS, _COMMON = define(
 )
 
 
-def _words(builder: ir.IRBuilder, registers: list[ir.Value]) -> ir.Value:
+def words_of(builder: ir.IRBuilder, registers: list[ir.Value]) -> ir.Value:
     value = ir.Constant(vector(I32, 4), ir.Undefined)
     for index, register in enumerate(registers):
         value = builder.insert_element(value, register, ir.Constant(I32, index))
     return value
 
 
-def _quad(builder: ir.IRBuilder, text: str, address: ir.Value, volatile: bool = False) -> ir.Value:
+def quad(builder: ir.IRBuilder, text: str, address: ir.Value, volatile: bool = False) -> ir.Value:
     """A load of four registers as Words."""
     kind = ir.LiteralStructType([I32] * 4)
     letter = "l" if address.type == I64 else "r"
-    loaded = _assembly(builder, kind, text, f"=r,=r,=r,=r,{letter}", [address], volatile)
-    return _words(builder, [builder.extract_value(loaded, i) for i in range(4)])
-
-
-def _shared(builder: ir.IRBuilder, arguments: Any) -> ir.Value:
-    """``arguments[0] + arguments[1]`` as a shared-window address."""
-    return builder.trunc(builder.add(arguments[0], arguments[1]), I32)
-
-
-def _load_shared(builder: ir.IRBuilder, address: ir.Value, suffix: str) -> ir.Value:
-    # Volatile: the bytes change under the same address from stage to stage.
-    return _assembly(builder, I32, f"ld.shared.{suffix} $0, [$1];", "=r,r", [address], volatile=True)
-
-
-def _make_load16(alignment: int) -> Any:
-    @intrinsic
-    def load16(typing_context, address, offset):
-        def lower(context, builder, signature, arguments):
-            address = _shared(builder, arguments)
-            if alignment >= 16:
-                return _quad(builder, "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", address, volatile=True)
-            base = address if alignment >= 4 else builder.and_(address, ir.Constant(I32, -4))
-            count = 4 if alignment >= 4 else 5
-            aligned = [_load_shared(builder, builder.add(base, ir.Constant(I32, 4 * i)), "u32") for i in range(count)]
-            if alignment >= 4:
-                return _words(builder, aligned)
-            return _words(builder, [_funnel(builder, aligned[i], aligned[i + 1], address) for i in range(4)])
-
-        return VECTORS.words(types.int64, types.int64), lower
-
-    return load16
-
-
-def _funnel(builder: ir.IRBuilder, low: ir.Value, high: ir.Value, address: ir.Value) -> ir.Value:
-    """The four bytes that start at ``address & 3`` of two neighbouring registers."""
-    shift = builder.shl(address, ir.Constant(I32, 3))  # modulo 32 is the instruction's own
-    return _assembly(builder, I32, "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift])
-
-
-def _make_load4(alignment: int) -> Any:
-    @intrinsic
-    def load4(typing_context, address, offset):
-        def lower(context, builder, signature, arguments):
-            address = _shared(builder, arguments)
-            if alignment >= 4:
-                return _load_shared(builder, address, "u32")
-            base = builder.and_(address, ir.Constant(I32, -4))
-            low = _load_shared(builder, base, "u32")
-            high = _load_shared(builder, builder.add(base, ir.Constant(I32, 4)), "u32")
-            return _funnel(builder, low, high, address)
-
-        return VECTORS.word(types.int64, types.int64), lower
-
-    return load4
-
-
-def _make_load2(alignment: int) -> Any:
-    @intrinsic
-    def load2(typing_context, address, offset):
-        def lower(context, builder, signature, arguments):
-            address = _shared(builder, arguments)
-            if alignment >= 2:
-                return _load_shared(builder, address, "u16")
-            low = _load_shared(builder, address, "u8")
-            high = _load_shared(builder, builder.add(address, ir.Constant(I32, 1)), "u8")
-            return builder.or_(low, builder.shl(high, ir.Constant(I32, 8)))
-
-        return VECTORS.word(types.int64, types.int64), lower
-
-    return load2
-
-
-@intrinsic
-def _load1(typing_context, address, offset):
-    def lower(context, builder, signature, arguments):
-        return _load_shared(builder, _shared(builder, arguments), "u8")
-
-    return VECTORS.word(types.int64, types.int64), lower
-
-
-@intrinsic
-def _subtract_bytes(typing_context, words, value):
-    def lower(context, builder, signature, arguments):
-        # The top bit, set, takes the borrow that would otherwise reach the next byte.
-        words, value = arguments
-        top = ir.Constant(vector(I32, 4), [0x80808080] * 4)
-        each = builder.mul(builder.trunc(value, I32), ir.Constant(I32, 0x01010101))
-        return builder.xor(builder.sub(builder.or_(words, top), splat(builder, each, 4)), top)
-
-    return VECTORS.words(VECTORS.words, types.int64), lower
-
-
-@intrinsic
-def _spread_bits(typing_context, bits):
-    def lower(context, builder, signature, arguments):
-        # 0x00204081 copies bit i of a nibble to bit 8 i, among others that the mask takes away.
-        (bits,) = arguments
-        spread = []
-        for i in range(4):
-            nibble = builder.and_(builder.lshr(bits, ir.Constant(I32, 4 * i)), ir.Constant(I32, 15))
-            copies = builder.mul(nibble, ir.Constant(I32, 0x00204081))
-            spread.append(builder.and_(copies, ir.Constant(I32, 0x01010101)))
-        return _words(builder, spread)
-
-    return VECTORS.words(VECTORS.word), lower
-
-
-class CUDATarget:
-    """Specializes kernels for the GPU, with block fields that keep to ``alignment`` bytes."""
-
-    name = "cuda"
-
-    def __init__(self, alignment: int) -> None:
-        self._intrinsics = {
-            **_COMMON,
-            primitives.load16: _make_load16(alignment),
-            primitives.load4: _make_load4(alignment),
-            primitives.load2: _make_load2(alignment),
-            primitives.load1: _load1,
-            primitives.subtract_bytes: _subtract_bytes,
-            primitives.spread_bits: _spread_bits,
-        }
-
-    def intrinsic(self, primitive: object) -> object | None:
-        """The target's implementation of a primitive, or None."""
-        return self._intrinsics.get(primitive)
-
-    def device_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that kernels call."""
-        return cuda.jit(device=True)(function)
+    loaded = assembly(builder, kind, text, f"=r,=r,=r,=r,{letter}", [address], volatile)
+    return words_of(builder, [builder.extract_value(loaded, i) for i in range(4)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +120,7 @@ def _special_register(register: str) -> Any:
     @intrinsic
     def read(typing_context):
         def lower(context, builder, signature, arguments):
-            return builder.zext(_assembly(builder, I32, f"mov.u32 $0, %{register};", "=r", []), I64)
+            return builder.zext(assembly(builder, I32, f"mov.u32 $0, %{register};", "=r", []), I64)
 
         return types.int64(), lower
 
@@ -268,14 +135,14 @@ block_count = _special_register("nctaid.x")
 
 @intrinsic
 def shared_memory(typing_context):
-    """The shared-window address of the launch's dynamic shared memory, 16-byte aligned."""
+    """The shared-window address of the launch's dynamic shared memory, aligned to a line of 128 bytes."""
 
     def lower(context, builder, signature, arguments):
         name = "qmm_shared"
         if name not in builder.module.globals:
             memory = ir.GlobalVariable(builder.module, ir.ArrayType(I8, 0), name, addrspace=3)
             memory.linkage = "external"
-            memory.align = 16
+            memory.align = 128
         return builder.zext(builder.ptrtoint(builder.module.globals[name], I32), I64)
 
     return types.int64(), lower
@@ -293,7 +160,7 @@ def copy16(typing_context, target, source):
     def lower(context, builder, signature, arguments):
         target, source = arguments
         text = "cp.async.cg.shared.global [$0], [$1], 16;"
-        _assembly(builder, VOID, text, "r,l", [builder.trunc(target, I32), source], volatile=True)
+        assembly(builder, VOID, text, "r,l", [builder.trunc(target, I32), source], volatile=True)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), lower
@@ -306,9 +173,9 @@ def _edge_copier(nbytes: int) -> Any:
     def copy(typing_context, target, source):
         def lower(context, builder, signature, arguments):
             target, source = arguments
-            value = _assembly(builder, carrier, f"ld.global.{register} $0, [$1];", f"={letter},l", [source], True)
+            value = assembly(builder, carrier, f"ld.global.{register} $0, [$1];", f"={letter},l", [source], True)
             place = builder.trunc(target, I32)
-            _assembly(builder, VOID, f"st.shared.{register} [$0], $1;", f"r,{letter}", [place, value], True)
+            assembly(builder, VOID, f"st.shared.{register} [$0], $1;", f"r,{letter}", [place, value], True)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), lower
@@ -325,7 +192,7 @@ def _statement(text: str) -> Any:
     @intrinsic
     def execute(typing_context):
         def lower(context, builder, signature, arguments):
-            _assembly(builder, VOID, text, "", [], volatile=True)
+            assembly(builder, VOID, text, "", [], volatile=True)
             return context.get_dummy_value()
 
         return types.void(), lower
@@ -352,7 +219,7 @@ def load_global16(typing_context, address):
     """16 bytes of global memory that no thread writes during the kernel, at a multiple of 16."""
 
     def lower(context, builder, signature, arguments):
-        return _quad(builder, "ld.global.nc.v4.u32 {$0, $1, $2, $3}, [$4];", arguments[0])
+        return quad(builder, "ld.global.nc.v4.u32 {$0, $1, $2, $3}, [$4];", arguments[0])
 
     return VECTORS.words(types.int64), lower
 
@@ -361,7 +228,7 @@ def _global_loader(suffix: str, result: Any, carrier: ir.Type, letter: str, conv
     @intrinsic
     def load(typing_context, address):
         def lower(context, builder, signature, arguments):
-            value = _assembly(builder, carrier, f"ld.global.nc.{suffix} $0, [$1];", f"={letter},l", [arguments[0]])
+            value = assembly(builder, carrier, f"ld.global.nc.{suffix} $0, [$1];", f"={letter},l", [arguments[0]])
             return convert(builder, value) if convert else value
 
         return result(types.int64), lower
@@ -389,7 +256,7 @@ def _global_storer(suffix: str, value_type: Any, letter: str, convert: Any = Non
         def lower(context, builder, signature, arguments):
             address, value = arguments
             value = convert(builder, value) if convert else value
-            _assembly(builder, VOID, f"st.global.{suffix} [$0], $1;", f"l,{letter}", [address, value], True)
+            assembly(builder, VOID, f"st.global.{suffix} [$0], $1;", f"l,{letter}", [address, value], True)
             return context.get_dummy_value()
 
         return types.void(types.int64, value_type), lower
@@ -398,11 +265,11 @@ def _global_storer(suffix: str, value_type: Any, letter: str, convert: Any = Non
 
 
 def _to_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    return _assembly(builder, I16, "cvt.rn.f16.f32 $0, $1;", "=h,f", [value])
+    return assembly(builder, I16, "cvt.rn.f16.f32 $0, $1;", "=h,f", [value])
 
 
 def _to_bfloat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    return _assembly(builder, I16, "cvt.rn.bf16.f32 $0, $1;", "=h,f", [value])
+    return assembly(builder, I16, "cvt.rn.bf16.f32 $0, $1;", "=h,f", [value])
 
 
 store_float = _global_storer("f32", types.float32, "f")
@@ -421,7 +288,7 @@ def store_run(typing_context, address, values):
             parts = [builder.extract_element(values, ir.Constant(I32, i + j)) for j in range(4)]
             place = builder.add(address, ir.Constant(I64, 4 * i))
             text = "st.global.v4.f32 [$0], {$1, $2, $3, $4};"
-            _assembly(builder, VOID, text, "l,f,f,f,f", [place, *parts], volatile=True)
+            assembly(builder, VOID, text, "l,f,f,f,f", [place, *parts], volatile=True)
         return context.get_dummy_value()
 
     return types.void(types.int64, VECTORS.floats), lower
@@ -437,7 +304,7 @@ def store_part(typing_context, address, values, count):
             with builder.if_then(builder.icmp_signed("<", ir.Constant(I64, i), count)):
                 place = builder.add(address, ir.Constant(I64, 4 * i))
                 value = builder.extract_element(values, ir.Constant(I32, i))
-                _assembly(builder, VOID, "st.global.f32 [$0], $1;", "l,f", [place, value], volatile=True)
+                assembly(builder, VOID, "st.global.f32 [$0], $1;", "l,f", [place, value], volatile=True)
         return context.get_dummy_value()
 
     return types.void(types.int64, VECTORS.floats, types.int64), lower
@@ -457,7 +324,7 @@ def dot16(typing_context, a, b):
         total: ir.Value = ir.Constant(I32, 0)
         for i in range(4):
             parts = [builder.extract_element(side, ir.Constant(I32, i)) for side in (a, b)]
-            total = _assembly(builder, I32, "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [*parts, total])
+            total = assembly(builder, I32, "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [*parts, total])
         return builder.sitofp(total, F32)
 
     return types.float32(VECTORS.words, VECTORS.words), lower
@@ -472,7 +339,7 @@ def dot_floats(typing_context, a, b):
         chains: list[ir.Value] = [ir.Constant(F32, 0.0)] * 2
         for i in range(16):
             parts = [builder.extract_element(side, ir.Constant(I32, i)) for side in (a, b)]
-            chains[i % 2] = _assembly(builder, F32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [*parts, chains[i % 2]])
+            chains[i % 2] = assembly(builder, F32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [*parts, chains[i % 2]])
         return builder.fadd(*chains)
 
     return types.float32(VECTORS.floats, VECTORS.floats), lower
@@ -481,7 +348,7 @@ def dot_floats(typing_context, a, b):
 def _shuffle(builder: ir.IRBuilder, value: ir.Value, distance: int) -> ir.Value:
     letter = "f" if value.type == F32 else "r"
     text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
-    return _assembly(builder, value.type, text, f"={letter},{letter}", [value], volatile=True)
+    return assembly(builder, value.type, text, f"={letter},{letter}", [value], volatile=True)
 
 
 @intrinsic
@@ -532,7 +399,7 @@ def round_to_int(typing_context, value):
     """The nearest whole number, halves to even; NaN becomes 0."""
 
     def lower(context, builder, signature, arguments):
-        return builder.sext(_assembly(builder, I32, "cvt.rni.s32.f32 $0, $1;", "=r,f", [arguments[0]]), I64)
+        return builder.sext(assembly(builder, I32, "cvt.rni.s32.f32 $0, $1;", "=r,f", [arguments[0]]), I64)
 
     return types.int64(types.float32), lower
 
@@ -542,7 +409,7 @@ def divide(typing_context, a, b):
     """``a / b``, correctly rounded."""
 
     def lower(context, builder, signature, arguments):
-        return _assembly(builder, F32, "div.rn.f32 $0, $1, $2;", "=f,f,f", list(arguments))
+        return assembly(builder, F32, "div.rn.f32 $0, $1, $2;", "=f,f,f", list(arguments))
 
     return types.float32(types.float32, types.float32), lower
 

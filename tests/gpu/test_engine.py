@@ -195,12 +195,10 @@ def test_an_empty_batch_is_an_empty_result(engine: qmm.Engine) -> None:
 
 def test_arrays_on_the_wrong_side_are_refused(path: Path) -> None:
     torch = pytest.importorskip("torch")
-    with qmm.open(path) as model, qmm.Engine(model, "cpu") as engine:
-        with pytest.raises(qmm.ArrayError, match="device 0"):
-            engine.matmul("q8_0", torch.zeros((1, 96), device="cuda"))
-    with qmm.open(path) as model, qmm.Engine(model, "cuda") as engine:
-        with pytest.raises(qmm.ArrayError, match="host memory"):
-            engine.matmul("q8_0", torch.zeros((1, 96), device="cuda"), out=torch.zeros((1, 5)))
+    with qmm.open(path) as model, qmm.Engine(model, "cpu") as engine, pytest.raises(qmm.ArrayError, match="device 0"):
+        engine.matmul("q8_0", torch.zeros((1, 96), device="cuda"))
+    with qmm.open(path) as model, qmm.Engine(model, "cuda") as engine, pytest.raises(qmm.ArrayError, match="host"):
+        engine.matmul("q8_0", torch.zeros((1, 96), device="cuda"), out=torch.zeros((1, 5)))
 
 
 def test_copies_take_exactly_their_bytes_and_mapped_ones_none(path: Path) -> None:

@@ -1,64 +1,23 @@
 """Every CUDA kernel compiles for every target, keeps its values in registers, and reads the weights as it should.
 
-No GPU is needed: ``ptx_compile.py`` says how. About 900 kernels are assembled, in as many processes as there are CPUs.
+No GPU is needed: ``ptx_compile.py`` says how. About 900 kernels are assembled (see ``conftest.py``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
 from numba import cuda
 from numba.cuda import types
-from ptx_compile import FAMILIES, TARGETS, Compiled, Spec, compile_kernel, compile_spec, pool, problems, ptx_of_target
+from ptx_compile import FAMILIES, GROUPS, TARGETS, Compiled, Spec, compile_kernel, compile_spec, problems, ptx_of_target
 
 from qmm.kernels import launch, ptx
 from qmm.kernels.formats import FORMATS
-from qmm.kernels.matvec import COLUMN_TILES, Staging
+from qmm.kernels.matvec import Staging
 
-
-def specs_of(name: str) -> list[Spec]:
-    """The kernels of a format, those that take longest first."""
-    modes = (False,) if FORMATS[name].plain else (True, False)
-    columns = sorted(COLUMN_TILES, reverse=True)
-    matvec = [Spec("matvec_kernel", (name, count, int8)) for count in columns for int8 in modes]
-    return [*matvec, Spec("dequantize_kernel", (name,))]
-
-
-# A tensor that starts at an odd address: for one format of each way to load (16 bytes at a time, 4, 1), whatever the
-# alignment would have let it do. What differs between formats otherwise is in the kernels above.
-UNALIGNED = [
-    spec
-    for name in ("Q4_K", "F32", "Q6_K")
-    for spec in (
-        Spec("matvec_kernel", (name, max(COLUMN_TILES), not FORMATS[name].plain, 1)),
-        Spec("matvec_kernel", (name, 1, False, 1)),
-        Spec("dequantize_kernel", (name, 1)),
-    )
-]
-ACTIVATIONS = [
-    *[Spec("quantize_kernel", (dtype, int8)) for dtype in launch.LOADS for int8 in (True, False)],
-    *[Spec("cast_kernel", (dtype,)) for dtype in launch.STORES],
-]
-GROUPS = {**{name: specs_of(name) for name in FORMATS}, "unaligned": UNALIGNED, "activations": ACTIVATIONS}
 OF_WEIGHTS = [group for group in GROUPS if group != "activations"]
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[ProcessPoolExecutor]:
-    with pool() as executor:
-        yield executor
-        executor.shutdown(cancel_futures=True)
-
-
-@pytest.fixture(scope="module")
-def compiled(workers: ProcessPoolExecutor, request: pytest.FixtureRequest) -> dict[Spec, Future[Compiled]]:
-    """The kernels of all groups that tests were selected for, under way."""
-    items = [item for item in request.session.items if "compiled" in getattr(item, "fixturenames", ())]
-    groups = dict.fromkeys(item.callspec.params["group"] for item in items)
-    return {spec: workers.submit(compile_spec, spec) for group in groups for spec in GROUPS[group]}
 
 
 def test_every_kernel_of_launch_is_compiled_here() -> None:

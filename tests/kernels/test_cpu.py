@@ -1,0 +1,441 @@
+"""The CPU schedules: weights bit for bit, products within derived bounds, and not a byte read that is not theirs.
+
+In bounds, ``u = 2**-24`` is the rounding of float32: a sum errs by at most about ``t u`` times the sum of its terms'
+magnitudes, where t is the number of roundings on a term's way. Every result is held to its own bound.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import functools
+import itertools
+import mmap
+import os
+import signal
+import traceback
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import gguf
+import numpy as np
+import pytest
+from gguf_files import random_blocks
+
+from qmm.kernels import cpu
+from qmm.kernels.formats import FORMATS, Format
+
+U = 2.0**-24
+COLUMNS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 33)
+ROWS = (1, 3, 37)
+
+each_format = pytest.mark.parametrize("block_format", FORMATS.values(), ids=FORMATS)
+each_product = pytest.mark.parametrize(
+    ("block_format", "activations"),
+    [
+        pytest.param(block_format, activations, id=f"{name}-{activations}")
+        for name, block_format in FORMATS.items()
+        for activations in (("f16",) if block_format.plain else ("int8", "f16"))
+    ],
+)
+
+
+def widths_of(block_format: Format) -> tuple[int, ...]:
+    """k: one block, a few (odd ones for plain formats), and about three thousand."""
+    if block_format.plain:
+        return (1, 16, 17, 899, 2880)
+    return (block_format.block_weights, 896, 2880) if block_format.block_weights == 32 else (256, 768, 2816)
+
+
+@functools.cache
+def compile_product(block_format: Format, activations: str, tiled: bool) -> None:
+    """Compiles the kernels of a product, in a thread.
+
+    This deep in pytest's stack, CPython 3.11 maps and unmaps memory at every other call (a frame that just misses the
+    end of a chunk of stack), and compiling takes twice as long.
+    """
+    n, k = cpu.COLUMN_TILE if tiled else 1, block_format.block_weights
+    data, x, out = np.zeros(k * 4, np.uint8), np.zeros((n, k), np.float32), np.zeros((n, 1), np.float32)
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(cpu.matmul, block_format, data.ctypes.data, 1, k, x, out, activations).result()
+
+
+class Weights(NamedTuple):
+    """A tensor: its bytes, and its values as gguf has them."""
+
+    block_format: Format
+    data: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, block_format: Format, data: bytes, m: int) -> Weights:
+        raw = np.frombuffer(data, np.uint8)
+        with np.errstate(all="ignore"):
+            values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[block_format.name])
+        return cls(block_format, raw, values.reshape(m, -1))
+
+    @classmethod
+    def random(cls, block_format: Format, m: int, k: int, rng: np.random.Generator, extreme: bool = False) -> Weights:
+        return cls.of(block_format, random_blocks(block_format.name, (m, k), rng, extreme), m)
+
+    def matmul(self, x: np.ndarray, activations: str) -> np.ndarray:
+        compile_product(self.block_format, activations, len(x) >= cpu.COLUMN_TILE)
+        m, k = self.values.shape
+        out = np.full((len(x), m), np.nan, np.float32)
+        cpu.matmul(self.block_format, self.data.ctypes.data, m, k, x, out, activations)
+        return out
+
+    def dequantize(self) -> np.ndarray:
+        m, k = self.values.shape
+        out = np.full((m, k), np.nan, np.float32)
+        cpu.dequantize(self.block_format, self.data.ctypes.data, m, k, out)
+        return out
+
+    def activations(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        """Normal numbers plus a row of the weight, as large: no product is small by chance, even where m is 1."""
+        m, k = self.values.shape
+        rows = self.values[np.arange(n) % m].astype(np.float64)
+        rows *= np.sqrt(k) / np.linalg.norm(rows, axis=1, keepdims=True)
+        return (rows + rng.standard_normal((n, k))).astype(np.float32)
+
+
+def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Equal bit for bit; a NaN is a NaN."""
+    assert actual.dtype == expected.dtype == np.float32
+    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+    numbers = ~np.isnan(expected)
+    np.testing.assert_array_equal(actual[numbers].view(np.uint32), expected[numbers].view(np.uint32))
+
+
+def nmse(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.sum((actual - expected) ** 2) / np.sum(expected**2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dequantization
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@each_format
+@pytest.mark.parametrize("extreme", [False, True], ids=["ordinary", "extreme"])
+def test_dequantized_weights_are_gguf_s_bit_for_bit(
+    block_format: Format, extreme: bool, rng: np.random.Generator
+) -> None:
+    for m, k in itertools.product((1, 5, 37), widths_of(block_format)):
+        weights = Weights.random(block_format, m, k, rng, extreme)
+        assert_same_bits(weights.dequantize(), weights.values)
+
+
+@each_format
+def test_any_bytes_are_dequantized_as_gguf_does(block_format: Format, rng: np.random.Generator) -> None:
+    weights = Weights.of(block_format, rng.bytes(512 * block_format.block_nbytes), 8)  # NaN and infinite scales, too
+    assert_same_bits(weights.dequantize(), weights.values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@each_product
+def test_products_are_those_of_the_dequantized_weights(
+    block_format: Format, activations: str, rng: np.random.Generator
+) -> None:
+    # An int8 activation is off by at most d / 2 = max|x| / 254, so a block of 32 by at most 32 / 254**2 = 4.96e-4 of
+    # its energy, and so is a product whose errors add up no better than its terms. Rounded float16 activations would
+    # be off by 2**-11 each, 2.4e-7 of the energy; the CPU keeps float32 and only its sums round (next test).
+    limit = 5e-4 if activations == "int8" else 1e-6
+    for k, m in itertools.product(widths_of(block_format), ROWS):
+        weights = Weights.random(block_format, m, k, rng)
+        x = weights.activations(max(COLUMNS), rng)
+        expected = x.astype(np.float64) @ weights.values.astype(np.float64).T
+        for n in COLUMNS:
+            actual = weights.matmul(x[:n], activations)
+            assert nmse(actual, expected[:n]) <= limit, (m, k, n)
+
+
+@each_format
+def test_float_products_err_by_the_rounding_of_their_sum_only(block_format: Format, rng: np.random.Generator) -> None:
+    # Weights are gguf's float32 to the bit. 16 lanes each add k / 16 products (rounded too, where no fused
+    # multiply-add is to be had), and a tree of 4 additions follows: k / 16 + 5 roundings at most on a term's way.
+    for k, m in itertools.product(widths_of(block_format), ROWS):
+        weights = Weights.random(block_format, m, k, rng)
+        x = weights.activations(max(COLUMNS), rng)
+        expected = x.astype(np.float64) @ weights.values.astype(np.float64).T
+        magnitude = np.abs(x).astype(np.float64) @ np.abs(weights.values).astype(np.float64).T
+        bound = 1.001 * (-(-k // 16) + 5) * U * magnitude
+        for n in COLUMNS:
+            error = np.abs(weights.matmul(x[:n], "f16") - expected[:n])
+            assert np.all(error <= bound[:n]), (m, k, n, np.max(error / bound[:n]))
+
+
+@pytest.mark.parametrize(
+    "block_format", [f for f in FORMATS.values() if not f.plain], ids=[f.name for f in FORMATS.values() if not f.plain]
+)
+def test_int8_products_are_those_of_the_quantized_activations(block_format: Format, rng: np.random.Generator) -> None:
+    # The products of bytes are exact. On the way of a term into the sum: the product of the two scales is rounded, one
+    # of 8 lanes adds k / 16 of them (2 more roundings where nothing is fused), then come 3 additions for the lanes, up
+    # to 3 for the chains of a block, and the difference: k / 16 + 10. A minimum's way is shorter. The expected value
+    # is made of weights that gguf rounded twice.
+    for k, m in itertools.product(widths_of(block_format), ROWS):
+        weights = Weights.random(block_format, m, k, rng)
+        x = weights.activations(max(COLUMNS), rng)
+        q, d, _ = quantized(x)
+        seen = (q * d.astype(np.float64)[:, :, None]).reshape(len(x), k)
+        expected = seen @ weights.values.astype(np.float64).T
+        bound = (k // 16 + 12) * 1.001 * U * np.abs(seen) @ magnitudes(block_format, weights).T
+        for n in COLUMNS:
+            error = np.abs(weights.matmul(x[:n], "int8") - expected[:n])
+            assert np.all(error <= bound[:n]), (m, k, n, np.max(error / bound[:n]))
+
+
+def magnitudes(block_format: Format, weights: Weights) -> np.ndarray:
+    """``|scale q| + |minimum|`` for each weight: what the rounding of a weight or of its product goes by."""
+    made = np.zeros((weights.data.size // block_format.block_nbytes, block_format.block_weights // 16, 16))
+    for index, block in enumerate(weights.data.reshape(-1, block_format.block_nbytes)):
+        for lane in range(block_format.lanes):
+            for i, (q, scale, minimum) in enumerate(block_format.unpack(lane, *block_format.load(block, lane))):
+                made[index, block_format.position(lane, i)] = abs(float(scale) * q.view(np.int8)) + abs(minimum)
+    return made.reshape(weights.values.shape)
+
+
+def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int8 activations by NumPy, in float32 as the kernel makes them: ``q (n, blocks, 32)``, scales and sums."""
+    blocks = x.reshape(len(x), -1, 32)
+    largest = np.abs(blocks).max(axis=2)
+    d = np.where(largest < np.float32(2.0**-119), np.float32(0), largest / np.float32(127))
+    with np.errstate(all="ignore"):
+        q = np.rint(blocks * (np.float32(1) / d)[:, :, None])
+        q = np.where((d > 0)[:, :, None], q, np.float32(0))
+        sums = d[:, :, None] * q.reshape(len(x), -1, 2, 16).sum(axis=3)
+    return q, d, sums.reshape(len(x), -1)
+
+
+def test_activations_are_quantized_as_numpy_does(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((5, 320)).astype(np.float32) * np.exp2(rng.integers(-60, 60, (5, 1))).astype(np.float32)
+    x[0, 32:64] = 0
+    x[1, 64:96] = np.tile(np.arange(-3.5, 4.5), 4)  # ties, with the largest value below
+    x[1, 64] = 127
+    x[2, :32] = np.float32(3.4028235e38)
+    x[3, :32] = np.linspace(-1, 1, 32, dtype=np.float32) * np.float32(2.0**-119)  # the smallest that count ...
+    x[4, :32] = np.nextafter(x[3, :32], np.float32(0))  # ... and the largest that do not
+    q, scales, sums = cpu.quantize_activations(x)
+    expected_q, expected_scales, expected_sums = quantized(x)
+    np.testing.assert_array_equal(q.reshape(expected_q.shape), expected_q)
+    assert_same_bits(scales, expected_scales)
+    assert_same_bits(sums, expected_sums)
+    assert np.abs(q).max() == 127
+    assert scales[3, 0] > 0 == scales[4, 0]
+
+
+@each_product
+def test_tiny_and_huge_activations(block_format: Format, activations: str, rng: np.random.Generator) -> None:
+    m, k = 3, widths_of(block_format)[-1]
+    weights = Weights.random(block_format, m, k, rng)
+    x = weights.activations(5, rng)
+    plain = weights.matmul(x, activations)
+    x[1] = 1e-40  # below 2**-119: int8 activations call it zero
+    x[3] = 1e30
+    actual = weights.matmul(x, activations)
+    for column in (0, 2, 4):
+        assert_same_bits(actual[column], plain[column])
+    sums = weights.values.astype(np.float64).sum(axis=1)
+    magnitude = np.abs(weights.values).astype(np.float64).sum(axis=1)
+    if not block_format.plain:
+        magnitude = magnitudes(block_format, weights).sum(axis=1)
+    # All of x[3] has the code 127; its scale and the scale's reciprocal add roundings to those above.
+    assert np.all(np.abs(actual[3] - np.float64(x[3, 0]) * sums) <= (k / 16 + 16) * U * np.float64(1e30) * magnitude)
+    if activations == "int8":
+        np.testing.assert_array_equal(actual[1], 0)
+    else:  # a result below the normal numbers rounds to a multiple of 2**-149, at each of its additions
+        rounding = (k / 16 + 5) * U * 1e-40 * magnitude + (k + 5) * 2.0**-150
+        assert np.all(np.abs(actual[1] - np.float64(x[1, 0]) * sums) <= rounding)
+        assert np.any(actual[1])
+
+
+@each_product
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("n", [1, 6])
+def test_a_nan_or_infinity_is_seen_in_its_own_column_only(
+    block_format: Format, activations: str, poison: float, n: int, rng: np.random.Generator
+) -> None:
+    m, k = 5, widths_of(block_format)[-1]
+    weights = Weights.random(block_format, m, k, rng)
+    x = weights.activations(n, rng)
+    clean = weights.matmul(x, activations)
+    for column, place in itertools.product({0, n - 1}, (0, k // 2, k - 1)):
+        poisoned = x.copy()
+        poisoned[column, place] = poison
+        actual = weights.matmul(poisoned, activations)
+        assert not np.any(np.isfinite(actual[column])), (column, place)
+        others = np.arange(n) != column
+        assert_same_bits(actual[others], clean[others])
+
+
+@each_product
+def test_a_nan_is_not_lost_in_zero_weights(block_format: Format, activations: str) -> None:
+    k = widths_of(block_format)[-1]
+    weights = Weights.of(block_format, bytes(3 * block_format.row_nbytes(k)), 3)
+    np.testing.assert_array_equal(weights.values, 0)
+    x = np.ones((2, k), np.float32)
+    x[1, 7] = np.nan
+    actual = weights.matmul(x, activations)
+    np.testing.assert_array_equal(actual[0], 0)
+    assert np.all(np.isnan(actual[1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Threads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "BF16"])
+@pytest.mark.parametrize("m", [2, 5, 997])
+def test_threads_change_no_bit(name: str, m: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = Weights.random(FORMATS[name], m, 256, rng)  # 997 rows: more than spans, and none of equal length
+    x = weights.activations(3, rng)
+    results = []
+    monkeypatch.setattr(cpu, "SMALL_NBYTES", 0)
+    for threads in (1, 2, 3, 7):
+        with ThreadPoolExecutor(threads) as executor:
+            monkeypatch.setattr(cpu, "_threads", lambda made=(executor, threads): made)
+            results.append((weights.matmul(x, "int8"), weights.matmul(x, "f16"), weights.dequantize()))
+    for result in results[1:]:
+        for one, many in zip(results[0], result, strict=True):
+            assert_same_bits(many, one)
+
+
+def test_a_failing_span_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SMALL_NBYTES", 0)
+
+    def work(first: int, last: int) -> None:
+        if first <= 60 < last:
+            raise RuntimeError(f"rows {first} to {last}")
+
+    with ThreadPoolExecutor(2) as executor:
+        monkeypatch.setattr(cpu, "_threads", lambda: (executor, 2))
+        with pytest.raises(RuntimeError, match="rows"):
+            cpu._over_rows(100, 1, work)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masking: what lies beside the tensor, the activations and the results is neither read nor written
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@each_product
+def test_neighbours_change_no_bit(block_format: Format, activations: str, rng: np.random.Generator) -> None:
+    m, k = 3, widths_of(block_format)[-1]
+    weights = Weights.random(block_format, m, k, rng)
+    x = weights.activations(5, rng)
+    results = []
+    for filler in (0x00, 0xFF, 0x7C):  # 0xFF: every float a NaN; 0x7C7C: float16 NaN, and large numbers elsewhere
+        buffer = np.full(weights.data.size + 512, filler, np.uint8)
+        buffer[256:-256] = weights.data
+        beside = weights._replace(data=buffer[256:-256])
+        results.append((beside.matmul(x[:1], activations), beside.matmul(x, activations), beside.dequantize()))
+        assert np.all(buffer[:256] == filler)
+        assert np.all(buffer[-256:] == filler)
+    for result in results[1:]:
+        for one, other in zip(results[0], result, strict=True):
+            np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))
+
+
+class Guarded:
+    """Memory between two pages that must not be touched, from the start of its first page or to the end of its last."""
+
+    def __init__(self, nbytes: int, at_end: bool) -> None:
+        page = mmap.PAGESIZE
+        inner = -(-nbytes // page) * page
+        self.map = mmap.mmap(-1, inner + 2 * page)
+        self.all = np.frombuffer(self.map, np.uint8)
+        start = page + (inner - nbytes if at_end else 0)
+        self.bytes = self.all[start : start + nbytes]
+        libc = ctypes.CDLL(None, use_errno=True)
+        for offset in (0, page + inner):
+            address = ctypes.c_void_p(self.all.ctypes.data + offset)
+            assert libc.mprotect(address, ctypes.c_size_t(page), 0) == 0, os.strerror(ctypes.get_errno())  # PROT_NONE
+
+    def holding(self, array: np.ndarray) -> np.ndarray:
+        """A copy of ``array`` in this memory, which must have its size."""
+        self.bytes[:] = array.reshape(-1).view(np.uint8)
+        return self.bytes.view(array.dtype).reshape(array.shape)
+
+
+def guarded(array: np.ndarray, at_end: bool) -> np.ndarray:
+    return Guarded(array.nbytes, at_end).holding(array)
+
+
+@each_format
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
+def test_no_byte_is_touched_across_the_page(block_format: Format, at_end: bool, rng: np.random.Generator) -> None:
+    """The weights, x and the results each lie against a page that faults; a fault ends a child, not the tests."""
+    cases = []
+    for k, m, n in itertools.product(widths_of(block_format)[:3], (1, 3), (1, 5)):
+        weights = Weights.random(block_format, m, k, rng)
+        x = weights.activations(n, rng)
+        # Also compiles the kernels, which the child inherits.
+        products = {mode: weights.matmul(x, mode) for mode in (("f16",) if block_format.plain else ("f16", "int8"))}
+        cases.append((weights, x, products, weights.dequantize()))
+
+    def child(say: Callable[[str], None]) -> None:
+        for weights, x, products, dequantized in cases:
+            m, k = weights.values.shape
+            data = guarded(weights.data, at_end)
+            for mode, expected in products.items():
+                say(f"{block_format.name} matmul {mode}, m={m}, k={k}, n={len(x)}")
+                x_there, out = guarded(x, at_end), guarded(np.full_like(expected, np.nan), at_end)
+                cpu.matmul(block_format, data.ctypes.data, m, k, x_there, out, mode)
+                assert_same_bits(out, expected)
+            say(f"{block_format.name} dequantize, m={m}, k={k}")
+            out = guarded(np.full_like(dequantized, np.nan), at_end)
+            cpu.dequantize(block_format, data.ctypes.data, m, k, out)
+            assert_same_bits(out, dequantized)
+
+    status, notes = in_child(child)
+    assert status == 0, f"{outcome(status)} at: {notes}"
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
+def test_a_byte_across_the_page_is_noticed(at_end: bool) -> None:
+    """The test above can fail: a block that is said to begin one byte away from where it does."""
+    data = np.zeros(34, np.uint8)
+    out = np.zeros((1, 32), np.float32)
+    cpu.dequantize(FORMATS["Q8_0"], data.ctypes.data, 1, 32, out)
+
+    def child(say: Callable[[str], None]) -> None:
+        say("the wrong byte")
+        cpu.dequantize(FORMATS["Q8_0"], guarded(data, at_end).ctypes.data + (1 if at_end else -1), 1, 32, out)
+
+    status, notes = in_child(child)
+    assert (outcome(status), notes) == ("killed by SIGSEGV", "the wrong byte")
+
+
+def in_child(work: Callable[[Callable[[str], None]], None]) -> tuple[int, str]:
+    """Runs ``work`` in a fork of this process: its status, and what it said last or the exception that it raised."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: qmm's pool is made anew there
+        process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            faulthandler.disable()  # pytest's: what a fault means is told by the parent
+            work(lambda note: os.write(writer, f"\0{note}".encode()) and None)
+            status = 0
+        except BaseException:
+            os.write(writer, traceback.format_exc()[-4000:].encode())
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        said = pipe.read().decode()
+    return os.waitpid(process, 0)[1], said.rpartition("\0")[2]
+
+
+def outcome(status: int) -> str:
+    """A wait status in words."""
+    code = os.waitstatus_to_exitcode(status)
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"

