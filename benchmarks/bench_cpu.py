@@ -4,14 +4,15 @@
 
 ``qmm / ggml`` in the closing table is qmm's speed in parts of ggml's; the goal is 0.5 for Q8_0, Q4_K and Q6_K.
 
-The two sides take turns: before each timed round of one, the other runs once and then it does, untimed. So both meet the
-same noise of the machine, with their threads awake (ggml's sleep while qmm runs, where they would poll for work on its
-time; waking them can cost a time slice) and with their own copy of the weights as far in the caches as it goes. Results
-are compared before anything is timed.
+Each side walks through its own copies of the weights, 256 MiB in all, so that weights come from memory and not from a
+cache, as they do in a model. The sides take turns: before each timed round of one, the other runs once and then it
+does, untimed. So both meet the same noise of the machine and have their threads awake. ggml's sleep while qmm runs:
+they would poll for work on its time, and to wake them can cost a time slice. Results are compared before any timing.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +36,8 @@ AIMED_AT = ("Q8_0", "Q4_K", "Q6_K")
 SHAPES = [(14336, 4096), (4096, 4096), (4096, 14336), (2048, 640)]
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 THREADS = sorted({1, CPUS})
-ROUND_NBYTES = 1 << 30
-"""Rounds are as many as read this many bytes, between 15 and 300."""
+COPIES_NBYTES = 1 << 28
+ROUNDS = 40
 
 
 def cases() -> list[Any]:
@@ -54,19 +55,22 @@ class Pair:
         rng = np.random.default_rng(0)
         self.format, self.m, self.k, self.threads = FORMATS[name], m, k, threads
         self.weights = np.frombuffer(random_blocks(name, (m, k), rng), np.uint8)
+        self.copies = max(2, COPIES_NBYTES // self.weights.nbytes)
+        self.next_copy = itertools.cycle([self.weights.copy() for _ in range(self.copies)])
         self.x = rng.standard_normal((1, k), dtype=np.float32)
         self.y = np.zeros((1, m), np.float32)
-        self.ggml = ggml_cpu.Product(gguf.GGMLQuantizationType[name], self.weights, m, self.x, threads)
+        self.ggml = ggml_cpu.Product(gguf.GGMLQuantizationType[name], self.weights, m, self.x, threads, self.copies)
         self.medians: dict[str, float] = {}
         self.qmm_run()
-        self.ggml_run()
+        for _ in range(self.copies):
+            self.ggml_run()
         weights = gguf.quants.dequantize(self.weights, gguf.GGMLQuantizationType[name]).reshape(m, k)
         expected = self.x.astype(np.float64) @ weights.astype(np.float64).T
         self.nmse = {side: nmse(y, expected) for side, y in (("qmm", self.y), ("ggml", self.ggml.y))}
         assert max(self.nmse.values()) < 5e-4, self.nmse  # int8 activations on both sides: kernels/activations.py
 
     def qmm_run(self) -> None:
-        cpu.matmul(self.format, self.weights.ctypes.data, self.m, self.k, self.x, self.y)
+        cpu.matmul(self.format, next(self.next_copy).ctypes.data, self.m, self.k, self.x, self.y)
 
     def ggml_run(self) -> None:
         self.ggml.run()
@@ -108,9 +112,8 @@ def test_product(pair: Pair, side: str, benchmark: BenchmarkFixture, record: Cal
     nbytes = pair.weights.nbytes
     threads = f"{pair.threads} thread" + "s" * (pair.threads > 1)
     benchmark.group = f"{pair.format.name} {pair.m}x{pair.k}, {threads}"
-    rounds = min(300, max(15, ROUND_NBYTES // nbytes // 2))
     run = {"qmm": pair.qmm_run, "ggml": pair.ggml_run}[side]
-    benchmark.pedantic(run, setup=pair.before(side), rounds=rounds, warmup_rounds=2)
+    benchmark.pedantic(run, setup=pair.before(side), rounds=ROUNDS, warmup_rounds=2)
     if benchmark.stats is None:  # --benchmark-disable
         return
     stats = benchmark.stats.stats

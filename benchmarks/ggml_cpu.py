@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from ctypes import POINTER, c_bool, c_int, c_int64, c_size_t, c_uint8, c_uint32, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ SIGNATURES = {
     "ggml_free": (None, c_void_p),
     "ggml_new_tensor_2d": (c_void_p, c_void_p, c_int, c_int64, c_int64),
     "ggml_mul_mat": (c_void_p, c_void_p, c_void_p, c_void_p),
-    "ggml_new_graph": (c_void_p, c_void_p),
+    "ggml_new_graph_custom": (c_void_p, c_void_p, c_size_t, c_bool),
     "ggml_build_forward_expand": (None, c_void_p, c_void_p),
     "ggml_get_data": (c_void_p, c_void_p),
     "ggml_version": (ctypes.c_char_p,),
@@ -91,35 +92,42 @@ def version() -> str:
 
 
 class Product:
-    """A planned product; ``run()`` computes it into ``y``.
+    """A planned product over several copies of the weights; ``run()`` computes it with the next copy, into ``y``.
 
     Args:
         number: ggml's number of the weights' type.
         weights: Their bytes, ``m`` rows of ``k`` values; copied.
         x: ``(n, k)`` float32, row-major; copied.
         threads: How many compute, the caller's among them.
+        copies: Of the weights, so that a run finds its own in no cache.
     """
 
-    def __init__(self, number: int, weights: np.ndarray, m: int, x: np.ndarray, threads: int) -> None:
+    def __init__(self, number: int, weights: np.ndarray, m: int, x: np.ndarray, threads: int, copies: int = 1) -> None:
         self.ggml = ggml()
         n, k = x.shape
-        self.context = self.ggml.ggml_init(InitParams(weights.nbytes + x.nbytes + n * m * 4 + (1 << 20), None, False))
-        tensor = self.ggml.ggml_new_tensor_2d(self.context, number, k, m)
+        nbytes = copies * (weights.nbytes + n * m * 4 + (1 << 14)) + x.nbytes + (1 << 20)
+        self.context = self.ggml.ggml_init(InitParams(nbytes, None, False))
         column = self.ggml.ggml_new_tensor_2d(self.context, F32, k, n)
-        result = self.ggml.ggml_mul_mat(self.context, tensor, column)
-        ctypes.memmove(self.ggml.ggml_get_data(tensor), weights.ctypes.data, weights.nbytes)
         ctypes.memmove(self.ggml.ggml_get_data(column), x.ctypes.data, x.nbytes)
-        self.graph = self.ggml.ggml_new_graph(self.context)
-        self.ggml.ggml_build_forward_expand(self.graph, result)
         self.pool = self.ggml.ggml_threadpool_new(ctypes.byref(self.ggml.ggml_threadpool_params_default(threads)))
-        self.plan = self.ggml.ggml_graph_plan(self.graph, threads, self.pool)
-        self.work = np.zeros(self.plan.work_size + 64, np.uint8)
-        self.plan.work_data = self.work.ctypes.data_as(POINTER(c_uint8))
+        planned = []
+        for _ in range(copies):
+            tensor = self.ggml.ggml_new_tensor_2d(self.context, number, k, m)
+            ctypes.memmove(self.ggml.ggml_get_data(tensor), weights.ctypes.data, weights.nbytes)
+            result = self.ggml.ggml_mul_mat(self.context, tensor, column)
+            graph = self.ggml.ggml_new_graph_custom(self.context, 8, False)
+            self.ggml.ggml_build_forward_expand(graph, result)
+            planned.append((graph, self.ggml.ggml_graph_plan(graph, threads, self.pool)))
+        self.work = np.zeros(planned[0][1].work_size + 64, np.uint8)
+        for _, plan in planned:
+            plan.work_data = self.work.ctypes.data_as(POINTER(c_uint8))
+        self.planned = itertools.cycle(planned)
         address = ctypes.cast(self.ggml.ggml_get_data(result), POINTER(ctypes.c_float))
-        self.y = np.ctypeslib.as_array(address, (n, m))
+        self.y = np.ctypeslib.as_array(address, (n, m))  # the last copy's
 
     def run(self) -> None:
-        status = self.ggml.ggml_graph_compute(self.graph, ctypes.byref(self.plan))
+        graph, plan = next(self.planned)
+        status = self.ggml.ggml_graph_compute(graph, ctypes.byref(plan))
         assert status == 0, f"ggml_graph_compute returned {status}"
 
     def rest(self) -> None:

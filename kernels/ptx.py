@@ -97,6 +97,7 @@ VECTORS, COMMON = define(
 
 
 def words_of(builder: ir.IRBuilder, registers: list[ir.Value]) -> ir.Value:
+    """Four registers as Words."""
     value = ir.Constant(vector(I32, 4), ir.Undefined)
     for index, register in enumerate(registers):
         value = builder.insert_element(value, register, ir.Constant(I32, index))

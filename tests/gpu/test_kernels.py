@@ -1,4 +1,4 @@
-"""Kernels on the GPU, off memory of exactly the tensor's size, so that compute-sanitizer sees any byte read beyond it."""
+"""Kernels on the GPU, off memory of exactly the tensor's size: compute-sanitizer sees any byte read beyond it."""
 
 from __future__ import annotations
 
