@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+import qmm
+
 Row = dict[str, Any]
 ROWS = pytest.StashKey[dict[str, list[Row]]]()
 ABOUT = pytest.StashKey[dict[str, Row]]()
-PACKAGES = ("qmm", "numpy", "numba", "llvmlite", "libggml-python", "gguf")
+PACKAGES = ("qmm", "numpy", "numba", "llvmlite", "libggml-python", "gguf", "numba-cuda", "cuda-bindings")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,7 +70,7 @@ def shown(value: Any) -> str:
 
 def save(name: str, rows: list[Row], about: Row) -> Path:
     date = datetime.datetime.now(datetime.UTC)
-    model = re.sub(r"\W+", "-", cpu_model()).strip("-").lower()
+    model = re.sub(r"\W+", "-", str(about.get("gpu", cpu_model()))).strip("-").lower()
     path = Path(__file__).parent / "results" / f"{name}-{model}-{date:%Y-%m-%d}.json"
     path.parent.mkdir(exist_ok=True)
     machine = {
@@ -77,11 +79,18 @@ def save(name: str, rows: list[Row], about: Row) -> Path:
         "load_average": os.getloadavg(),  # after the run: about that of the run itself, plus whatever else ran
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{package: metadata.version(package) for package in PACKAGES},
+        **{package: version(package) for package in PACKAGES},
     }
     everything = {"date": date.isoformat("T", "seconds"), **machine, **about, "rows": rows}
     path.write_text(json.dumps(everything, indent=1) + "\n")
     return path
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # qmm itself, where it is used from the tree
+        return qmm.__version__ if package == "qmm" else None
 
 
 def cpu_model() -> str:

@@ -294,39 +294,54 @@ class GPU:
             held = max(1, min(held, self.shared_nbytes // (shared_nbytes + SHARED_RESERVED)))
         return max(1, min(wanted, self.multiprocessors * held))
 
+    @contextmanager
+    def replay(self, work: Callable[[], object], stream: int, batch: int = 1) -> Iterator[Callable[[], None]]:
+        """Capture calls of ``work()`` into a CUDA graph, for use inside the ``with`` block.
+
+        Args:
+            work: queues launches and copies on ``stream``, with no allocation left to make: call it once before.
+            stream: a handle other than 0.
+            batch: calls in one replay.
+
+        Yields:
+            A function that puts one replay on the stream.
+        """
+        mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        with current_device(self.device), ExitStack() as made:
+            with self.errors("capturing a graph"):
+                call("cudaStreamBeginCapture", stream, mode)
+                try:
+                    for _ in range(batch):
+                        work()
+                finally:  # a stream left capturing would be of no use to anyone
+                    graph = call("cudaStreamEndCapture", stream)
+                made.callback(call, "cudaGraphDestroy", graph)
+                executable = call("cudaGraphInstantiate", graph, 0)
+                made.callback(call, "cudaGraphExecDestroy", executable)
+            yield lambda: call("cudaGraphLaunch", executable, stream)
+
     def time(self, work: Callable[[], object], stream: int, repeats: int, batch: int = 8) -> list[float]:
         """Milliseconds of device time that ``work()`` takes.
 
-        Several calls are captured into a CUDA graph, whose replays are timed: what Python does between launches, about
-        0.1 ms a product, is not in it.
+        Replays of a graph are timed: what Python does between launches, about 0.1 ms a product, is not in it.
 
         Args:
-            work: queues launches on ``stream``, with no allocation left to make: call it once before.
-            stream: a handle other than 0.
+            work: as for :meth:`replay`.
+            stream: as for :meth:`replay`.
             repeats: replays.
             batch: calls in one replay.
 
         Returns:
             The time of one call, as the mean of each replay.
         """
-        mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        with self.errors("timing"), current_device(self.device), ExitStack() as made:
-            call("cudaStreamBeginCapture", stream, mode)
-            try:
-                for _ in range(batch):
-                    work()
-            finally:  # a stream left capturing would be of no use to anyone
-                graph = call("cudaStreamEndCapture", stream)
-            made.callback(call, "cudaGraphDestroy", graph)
-            replay = call("cudaGraphInstantiate", graph, 0)
-            made.callback(call, "cudaGraphExecDestroy", replay)
+        with self.replay(work, stream, batch) as replay, self.errors("timing"), ExitStack() as made:
             start, end = call("cudaEventCreate"), call("cudaEventCreate")
             made.callback(call, "cudaEventDestroy", start)
             made.callback(call, "cudaEventDestroy", end)
             times = []
             for _ in range(repeats + 1):
                 call("cudaEventRecord", start, stream)
-                call("cudaGraphLaunch", replay, stream)
+                replay()
                 call("cudaEventRecord", end, stream)
                 call("cudaEventSynchronize", end)
                 times.append(float(call("cudaEventElapsedTime", start, end)) / batch)

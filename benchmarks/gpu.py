@@ -1,0 +1,35 @@
+"""What the benchmarks on a GPU share: which GPU it is, and the ceiling of its link."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qmm.errors import DeviceError
+from qmm.loaders.cuda import call
+from qmm.platform import gpu_info
+
+__all__ = ["about", "missing"]
+
+
+def missing() -> str | None:
+    """Why there is no GPU to measure, or None."""
+    try:
+        gpu_info(0)
+    except DeviceError as reason:
+        return str(reason)
+    return None
+
+
+def about() -> dict[str, Any]:
+    """The head of a results file: the GPU, and the CUDA version of its driver."""
+    version = call("cudaDriverGetVersion")
+    return {"gpu": gpu_info(0).name, "driver": driver(), "driver_cuda": f"{version // 1000}.{version % 1000 // 10}"}
+
+
+def driver() -> str:
+    """The driver's own version."""
+    try:
+        with open("/proc/driver/nvidia/version") as file:
+            return file.readline().split("Module", 1)[-1].split()[0]
+    except (OSError, IndexError):
+        return "unknown"
