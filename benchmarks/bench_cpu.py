@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -100,11 +99,11 @@ def nmse(actual: np.ndarray, expected: np.ndarray) -> float:
 @pytest.fixture(scope="module", params=cases())
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     name, m, k, threads = request.param
-    with ThreadPoolExecutor(threads) as pool, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_threads", lambda: (pool, threads))
-        made = Pair(name, m, k, threads)
-        yield made
-        made.close()
+    cpu.set_threads(threads)
+    made = Pair(name, m, k, threads)
+    yield made
+    made.close()
+    cpu.set_threads(CPUS)
 
 
 @pytest.mark.parametrize("side", ["ggml", "qmm"])

@@ -17,6 +17,8 @@ padded with zeros to whole blocks, in scratch memory of qmm's own; ``x`` itself 
 
 from __future__ import annotations
 
+import numpy as np
+
 from qmm.kernels.ptx import (
     block_count,
     block_index,
@@ -66,7 +68,7 @@ def quantize(x, row_stride, column_stride, k, blocks, n, q, scales, sums):
             store_byte(q + item * 32 + lane, rounded)
             total = sum_of_half_warp(rounded)
             if lane & 15 == 0:
-                store_float(sums + (item * 2 + (lane >> 4)) * 4, scale * float(total))
+                store_float(sums + (item * 2 + (lane >> 4)) * 4, scale * np.float32(total))
         else:
             if largest < SMALLEST_F16:
                 scale = 0.0

@@ -1,8 +1,8 @@
 """The CPU schedules: products, and dequantization, straight off the mapping.
 
-Rows are dealt to threads in contiguous spans. A row is walked block by block and lane by lane, the lanes written out,
-so that what the lanes of a block share (its scales) is decoded once. Weights are unpacked into 16 bytes at a time and
-never stored: a product reads the row's bytes and nothing else of the tensor.
+Threads take spans of rows from a common counter. A row is walked block by block and lane by lane, the lanes written
+out, so that what the lanes of a block share (its scales) is decoded once. Weights are unpacked into 16 bytes at a time
+and never stored: a product reads the row's bytes and nothing else of the tensor.
 
 Activations are int16 here, although their values fit int8: the multiply-add of pairs takes int16, and widening them
 once beats widening them for every row (0.33 against 0.31 ms for 14336x4096 Q4_K on a Zen 4 core).
@@ -23,7 +23,9 @@ import numpy as np
 
 from qmm.kernels.cpu_target import (
     CPU,
+    CPU_PRODUCTS,
     dot_run,
+    fetch_add,
     load1,
     load_float,
     load_floats,
@@ -40,11 +42,11 @@ from qmm.kernels.formats import Format
 from qmm.kernels.primitives import masked, run_weights
 from qmm.kernels.specialize import registers, specialize, unroll
 
-__all__ = ["CPUKernels", "dequantize", "matmul", "quantize_activations"]
+__all__ = ["CPUKernels", "dequantize", "matmul", "quantize_activations", "set_threads"]
 
 COLUMN_TILE = 4
-SMALL_NBYTES = 1 << 18
-"""Below this many weight bytes a second thread costs more than it saves (about 30 us to wake one)."""
+HELPER_NBYTES = 1 << 20
+"""Weight bytes that are worth a further thread: about 0.1 ms of work, and to wake one takes about half of that."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,7 +57,7 @@ SMALL_NBYTES = 1 << 18
 def product_int8(row, blocks, k, x, x_scales, x_sums, column, scratch, y, y_pitch):
     """COLUMNS products of one row with int8 activations; ``y`` addresses the row's first output."""
     partial = registers(COLUMNS * CHAINS, zero_partial())
-    offset = registers(COLUMNS, 0.0)
+    offset = registers(COLUMNS * CHAINS, 0.0)
     for block in range(blocks):
         address = row + block * BLOCK_NBYTES
         for lane in unroll(LANES):
@@ -71,12 +73,14 @@ def product_int8(row, blocks, k, x, x_scales, x_sums, column, scratch, y, y_pitc
                         partial[c * CHAINS + i % CHAINS], q, x + (first + 16 * run) * 2, scale * scale_x
                     )
                     if HAS_MINIMUM:
-                        offset[c] += minimum * load_float(x_sums, ((first >> 4) + run) * 4)
+                        offset[c * CHAINS + i % CHAINS] += minimum * load_float(x_sums, ((first >> 4) + run) * 4)
     for c in unroll(COLUMNS):
         total = sum_partial(partial[c * CHAINS])
         for i in unroll(range(1, CHAINS)):
             total += sum_partial(partial[c * CHAINS + i])
-        store_float(y, (column + c) * y_pitch, total - offset[c])
+        for i in unroll(CHAINS):
+            total -= offset[c * CHAINS + i]
+        store_float(y, (column + c) * y_pitch, total)
 
 
 def product_float(row, blocks, k, x, x_scales, x_sums, column, scratch, y, y_pitch):
@@ -105,45 +109,58 @@ def product_float(row, blocks, k, x, x_scales, x_sums, column, scratch, y, y_pit
         store_float(y, (column + c) * y_pitch, sum_floats(total[c]))
 
 
-def product_rows(weights, row_nbytes, first_row, last_row, blocks, k, n, x, x_scales, x_sums, scratch, y, y_pitch):
-    """The products of a span of rows with every column; a row stays in the L1 cache while columns pass over it."""
-    for row in range(first_row, last_row):
-        address = weights + row * row_nbytes
-        out = y + row * 4
-        column = 0
-        if TILED:
-            while column + COLUMN_TILE <= n:
-                product_tile(address, blocks, k, x, x_scales, x_sums, column, scratch, out, y_pitch)
-                column += COLUMN_TILE
-        while column < n:
-            product_one(address, blocks, k, x, x_scales, x_sums, column, scratch, out, y_pitch)
-            column += 1
+def product_rows(weights, row_nbytes, m, blocks, k, n, x, x_scales, x_sums, scratch, y, y_pitch, span, next_row):
+    """The products of rows with every column; a row stays in the L1 cache while columns pass over it.
+
+    Threads take spans of rows off the counter at ``next_row`` until there are none.
+    """
+    first = fetch_add(next_row, span)
+    while first < m:
+        for row in range(first, min(first + span, m)):
+            address = weights + row * row_nbytes
+            out = y + row * 4
+            column = 0
+            if TILED:
+                while column + COLUMN_TILE <= n:
+                    product_tile(address, blocks, k, x, x_scales, x_sums, column, scratch, out, y_pitch)
+                    column += COLUMN_TILE
+            while column < n:
+                product_one(address, blocks, k, x, x_scales, x_sums, column, scratch, out, y_pitch)
+                column += 1
+        first = fetch_add(next_row, span)
 
 
-def dequantize_rows(weights, row_nbytes, first_row, last_row, blocks, k, scratch, tail, out):
-    """Float32 weights of a span of rows, ``out`` row-major with ``k`` to a row."""
-    for row in range(first_row, last_row):
-        for block in range(blocks):
-            address = weights + row * row_nbytes + block * BLOCK_NBYTES
-            target = out + (row * k + block * (16 * BLOCK_RUNS)) * 4
-            if PLAIN:
-                left = k - block * 16
-                if left < 16:
-                    copy_bytes(address, left * (BLOCK_NBYTES // 16), scratch)
-                    address = scratch
-            for lane in unroll(LANES):
-                runs = unpack(lane, *load(address, lane))
-                for i in unroll(RUNS):
-                    q, scale, minimum = runs[i]
-                    values = run_weights(q, scale, minimum)
-                    if PLAIN:
-                        if left < 16:
-                            store_floats(tail, 0, values)
-                            copy_bytes(tail, left * 4, target)
-                        else:
-                            store_floats(target, 0, values)
+def dequantize_rows(weights, row_nbytes, m, blocks, k, scratch, tail, out, span, next_row):
+    """Float32 weights of rows, ``out`` row-major with ``k`` to a row; spans are taken as for products."""
+    first = fetch_add(next_row, span)
+    while first < m:
+        for row in range(first, min(first + span, m)):
+            dequantize_row(weights + row * row_nbytes, blocks, k, scratch, tail, out + row * k * 4)
+        first = fetch_add(next_row, span)
+
+
+def dequantize_row(row, blocks, k, scratch, tail, out):
+    for block in range(blocks):
+        address = row + block * BLOCK_NBYTES
+        target = out + block * (16 * BLOCK_RUNS) * 4
+        if PLAIN:
+            left = k - block * 16
+            if left < 16:
+                copy_bytes(address, left * (BLOCK_NBYTES // 16), scratch)
+                address = scratch
+        for lane in unroll(LANES):
+            runs = unpack(lane, *load(address, lane))
+            for i in unroll(RUNS):
+                q, scale, minimum = runs[i]
+                values = run_weights(q, scale, minimum)
+                if PLAIN:
+                    if left < 16:
+                        store_floats(tail, 0, values)
+                        copy_bytes(tail, left * 4, target)
                     else:
-                        store_floats(target, position(lane, i) * 64, values)
+                        store_floats(target, 0, values)
+                else:
+                    store_floats(target, position(lane, i) * 64, values)
 
 
 def copy_bytes(source, count, target):
@@ -190,7 +207,7 @@ def quantize_rows(x, k, n, q, scales, sums):
 
 
 class CPUKernels:
-    """The compiled kernels of one format; compiling takes one to three seconds a kernel, one for each process."""
+    """The compiled kernels of one format; compiling takes one to five seconds a kernel, once a process."""
 
     def __init__(self, block_format: Format) -> None:
         self.format = block_format
@@ -217,13 +234,14 @@ class CPUKernels:
 
     @functools.lru_cache  # noqa: B019  (one object a format, and kernels live as long as the process)
     def _product(self, int8: bool, tiled: bool) -> Callable[..., Any]:
+        made = {"product_one": self._tile(int8, 1)} | ({"product_tile": self._tile(int8, COLUMN_TILE)} if tiled else {})
+        constants = {**self._constants(), **made, "TILED": tiled}
+        return CPU_PRODUCTS.kernel(specialize(product_rows, constants, CPU_PRODUCTS))
+
+    @functools.lru_cache  # noqa: B019
+    def _tile(self, int8: bool, columns: int) -> Callable[..., Any]:
         product = product_int8 if int8 else product_float
-        tiles = {"product_one": 1} | ({"product_tile": COLUMN_TILE} if tiled else {})
-        made = {
-            name: CPU.device_function(specialize(product, self._constants(columns), CPU))
-            for name, columns in tiles.items()
-        }
-        return CPU.kernel(specialize(product_rows, {**self._constants(), **made, "TILED": tiled}, CPU))
+        return CPU_PRODUCTS.device_function(specialize(product, self._constants(columns), CPU_PRODUCTS))
 
     @functools.cached_property
     def dequantize(self) -> Callable[..., Any]:
@@ -242,26 +260,50 @@ def _quantize_kernel() -> Callable[..., Any]:
     return CPU.kernel(quantize_rows)
 
 
-@functools.cache
-def _threads() -> tuple[ThreadPoolExecutor, int]:
-    """The process's pool and its size: the CPUs that this process may run on."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(count, thread_name_prefix="qmm"), count
+class _Threads:
+    """The threads that a call may use beside its own."""
+
+    def __init__(self) -> None:
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.resize(available)
+
+    def resize(self, count: int) -> None:
+        self.count = count
+        self.pool = ThreadPoolExecutor(max(1, count - 1), thread_name_prefix="qmm")  # starts threads when used
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads
+_threads = _Threads()
+os.register_at_fork(after_in_child=lambda: _threads.resize(_threads.count))  # a child has none of its parent's threads
+
+
+def set_threads(count: int) -> None:
+    """Use ``count`` threads for a product or dequantization; at first it is the CPUs that the process may run on.
+
+    Raises:
+        ValueError: ``count`` is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"a product needs a thread at least, not {count}")
+    _threads.resize(count)
 
 
 def _over_rows(m: int, nbytes: int, work: Callable[[int, int], None]) -> None:
-    """Calls ``work(first_row, last_row)`` over all rows, on several threads where there is enough to do."""
-    pool, count = _threads()
-    if count == 1 or nbytes < SMALL_NBYTES or m < 2:
-        work(0, m)
-        return
-    spans = min(m, count * 4)  # a few spans a thread, so that a slow core holds nobody up
-    edges = [m * i // spans for i in range(spans + 1)]
-    for _ in pool.map(work, edges[:-1], edges[1:]):
-        pass
+    """Calls ``work(span, next_row)`` on one thread or several; each takes rows off the counter until there are none.
+
+    The caller takes its share at once: a thread that wakes late finds less to do, and one that has not even begun when
+    the rows are done is called off, so that a small product never waits for it.
+    """
+    helpers = min(_threads.count - 1, nbytes // HELPER_NBYTES)
+    span = max(1, -(-m // (8 * (helpers + 1))))  # a few spans a thread, so that a slow core holds nobody up
+    next_row = np.zeros(1, np.int64)
+    address = next_row.ctypes.data
+    started = [_threads.pool.submit(work, span, address) for _ in range(helpers)]
+    try:
+        work(span, address)
+    finally:
+        for future in started:
+            if not future.cancel():
+                future.result()
 
 
 def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -308,22 +350,14 @@ def matmul(
         values = _padded(x, blocks * block_format.block_weights)
         scales = sums = values
 
-    def work(first_row: int, last_row: int) -> None:
+    addresses = [array.ctypes.data for array in (values, scales, sums)]
+    result = out.ctypes.data
+
+    def work(span: int, next_row: int) -> None:
         scratch = np.zeros(64, np.uint8)
         kernel(
-            address,
-            row_nbytes,
-            first_row,
-            last_row,
-            blocks,
-            k,
-            n,
-            values.ctypes.data,
-            scales.ctypes.data,
-            sums.ctypes.data,
-            scratch.ctypes.data,
-            out.ctypes.data,
-            m * 4,
+            *(address, row_nbytes, m, blocks, k, n, *addresses),
+            *(scratch.ctypes.data, result, m * 4, span, next_row),
         )
 
     _over_rows(m, m * row_nbytes * n, work)
@@ -343,20 +377,10 @@ def dequantize(block_format: Format, address: int, m: int, k: int, out: np.ndarr
     row_nbytes = block_format.row_nbytes(k)
     kernel = kernels_for(block_format).dequantize
 
-    def work(first_row: int, last_row: int) -> None:
-        scratch = np.zeros(64, np.uint8)
-        tail = np.zeros(64, np.uint8)
-        kernel(
-            address,
-            row_nbytes,
-            first_row,
-            last_row,
-            blocks,
-            k,
-            scratch.ctypes.data,
-            tail.ctypes.data,
-            out.ctypes.data,
-        )
+    def work(span: int, next_row: int) -> None:
+        scratch, tail = np.zeros(64, np.uint8), np.zeros(64, np.uint8)
+        buffers = (scratch.ctypes.data, tail.ctypes.data, out.ctypes.data)
+        kernel(address, row_nbytes, m, blocks, k, *buffers, span, next_row)
 
     _over_rows(m, m * row_nbytes, work)
 

@@ -6,7 +6,7 @@ neighbouring pairs (``vpmaddwd`` on x86-64), and everything else is plain vector
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numba
@@ -16,11 +16,13 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
 from qmm.kernels import primitives
-from qmm.kernels.vector import F32, I8, I16, I32, Toolkit, define, splat, vector
+from qmm.kernels.vector import F32, I8, I16, I32, I64, Toolkit, define, splat, vector
 
 __all__ = [
     "CPU",
+    "CPU_PRODUCTS",
     "dot_run",
+    "fetch_add",
     "load_float",
     "load_floats",
     "multiply_add",
@@ -50,20 +52,32 @@ PARTIAL = VECTORS.make("Partial", vector(F32, 8))
 
 
 class CPUTarget:
-    """Specializes kernels for the CPU that runs them."""
+    """Specializes kernels for the CPU that runs them.
+
+    Args:
+        fastmath: what LLVM may do to float arithmetic. Nothing, where results must be an oracle's bit for bit.
+    """
 
     name = "cpu"
 
+    def __init__(self, fastmath: Collection[str] = ()) -> None:
+        self._options = {"error_model": "numpy", "nogil": True, "fastmath": set(fastmath)}
+
     def intrinsic(self, primitive: object) -> object | None:
+        """The target's implementation of a primitive, or None."""
         return _INTRINSICS.get(primitive)
 
     def device_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return numba.njit(error_model="numpy", nogil=True)(function)
+        """A function that kernels call."""
+        return numba.njit(**self._options)(function)
 
     kernel = device_function
 
 
 CPU = CPUTarget()
+CPU_PRODUCTS = CPUTarget(("contract", "nsz", "reassoc"))
+"""For products: a scale of the activations may be multiplied in where it is shared, which makes Q4_K 9% faster and Q6_K
+3% (14336x4096 on a Zen 4 core). A NaN or an infinity stays one."""
 
 
 def _address(builder: ir.IRBuilder, arguments: Any, carrier: ir.Type) -> ir.Value:
@@ -117,6 +131,17 @@ def store1(typing_context, address, offset, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, VECTORS.word), lower
+
+
+@extending.intrinsic
+def fetch_add(typing_context, address, value):
+    """Adds ``value`` to the int64 at ``address`` and returns what it was before, as one step for all threads."""
+
+    def lower(context, builder, signature, arguments):
+        address, value = arguments
+        return builder.atomic_rmw("add", builder.inttoptr(address, I64.as_pointer()), value, "monotonic")
+
+    return types.int64(types.int64, types.int64), lower
 
 
 @extending.intrinsic

@@ -146,6 +146,7 @@ class _Flatten(ast.NodeTransformer):
                 return self.block(node.body if test.value else node.orelse)
             return [ast.If(test, self.block(node.body) or [ast.Pass()], self.block(node.orelse))]
         if isinstance(node, ast.While):
+            _refuse(node, bool(node.orelse), "an else of a loop")
             return [ast.While(self.visit(node.test), self.block(node.body) or [ast.Pass()], [])]
         if isinstance(node, ast.Assign) and _called(node.value) == "registers":
             return self.bank(node)
@@ -153,9 +154,12 @@ class _Flatten(ast.NodeTransformer):
         return [visited] if visited is not None else []
 
     def loop(self, node: ast.For) -> list[ast.stmt]:
+        _refuse(node, bool(node.orelse), "an else of a loop")
         if _called(node.iter) != "unroll":
             return [ast.For(node.target, self.visit(node.iter), self.block(node.body), [], None)]
         assert isinstance(node.iter, ast.Call) and isinstance(node.target, ast.Name)
+        leaves = any(isinstance(inner, ast.Break | ast.Continue) for inner in ast.walk(node))
+        _refuse(node, leaves, "break or continue inside unroll")
         flat: list[ast.stmt] = []
         for value in unroll(self.evaluate(node.iter.args[0])):
             inner = _Flatten({**self.literals, node.target.id: value})
@@ -178,6 +182,7 @@ class _Flatten(ast.NodeTransformer):
         return eval(compile(expression, "<unroll>", "eval"), {"__builtins__": {}, "range": range})
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
+        _refuse(node, isinstance(node.ctx, ast.Store) and node.id in self.literals, f"a new value for {node.id}")
         if isinstance(node.ctx, ast.Load) and node.id in self.literals:
             return ast.Constant(self.literals[node.id])
         return node
@@ -225,6 +230,12 @@ class _SingleFloats(ast.NodeTransformer):
         if isinstance(node.value, float):
             return ast.Call(ast.Name("float32", ast.Load()), [node], [])
         return node
+
+
+def _refuse(node: ast.expr | ast.stmt, found: bool, what: str) -> None:
+    """What flattening would silently give another meaning is an error."""
+    if found:
+        raise SyntaxError(f"line {node.lineno} of a kernel: specialize cannot write out {what}")
 
 
 def _called(node: ast.expr) -> str | None:

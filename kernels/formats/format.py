@@ -38,7 +38,8 @@ class Format:
     unpack: Callable[..., Any]
     position: Callable[[int, int], int]
     alignment: int
-    """What every offset that ``load`` reads at divides by, in a tensor that is aligned to 16 bytes."""
+    """What the offsets of wider loads divide by, in a tensor that is aligned to 16 bytes: an ``n``-byte load of
+    ``load`` is at a multiple of ``min(n, alignment)``."""
     plain: bool = False
 
     def __post_init__(self) -> None:

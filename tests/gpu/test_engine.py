@@ -239,3 +239,27 @@ def test_auto_explains_itself(path: Path) -> None:
 def test_a_gpu_that_is_not_there_is_named(path: Path) -> None:
     with qmm.open(path) as model, pytest.raises(qmm.DeviceError, match="device 99"):
         qmm.Engine(model, device=99)
+
+
+def test_a_replay_repeats_the_product(engine: qmm.Engine, rng: np.random.Generator) -> None:
+    from numba import cuda
+
+    gpu = engine.gpu
+    assert gpu is not None
+    x = cuda.to_device(rng.standard_normal((N, 768)).astype(np.float32))
+    out = cuda.device_array((N, 5), np.float32)
+
+    def work() -> None:
+        engine.matmul("q4_k", x, out, gpu.stream)
+
+    work()
+    gpu.synchronize(gpu.stream)
+    expected = out.copy_to_host()
+    out.copy_to_device(np.full((N, 5), np.nan, np.float32))
+    with gpu.replay(work, gpu.stream) as replay:
+        replay()
+        gpu.synchronize(gpu.stream)
+    np.testing.assert_array_equal(out.copy_to_host(), expected)
+    times = gpu.time(work, gpu.stream, repeats=3)
+    assert len(times) == 3
+    assert all(0 < time < 1 for time in times)  # milliseconds: two launches of a few microseconds each

@@ -13,10 +13,12 @@ import itertools
 import mmap
 import os
 import signal
+import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import gguf
@@ -291,33 +293,48 @@ def test_a_nan_is_not_lost_in_zero_weights(block_format: Format, activations: st
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def restored_threads() -> Iterator[None]:
+    before = cpu._threads.count
+    try:
+        yield
+    finally:
+        cpu.set_threads(before)
+
+
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "BF16"])
 @pytest.mark.parametrize("m", [2, 5, 997])
 def test_threads_change_no_bit(name: str, m: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = Weights.random(FORMATS[name], m, 256, rng)  # 997 rows: more than spans, and none of equal length
     x = weights.activations(3, rng)
     results = []
-    monkeypatch.setattr(cpu, "SMALL_NBYTES", 0)
-    for threads in (1, 2, 3, 7):
-        with ThreadPoolExecutor(threads) as executor:
-            monkeypatch.setattr(cpu, "_threads", lambda made=(executor, threads): made)
+    monkeypatch.setattr(cpu, "HELPER_NBYTES", 1)
+    with restored_threads():
+        for threads in (1, 2, 3, 7):
+            cpu.set_threads(threads)
             results.append((weights.matmul(x, "int8"), weights.matmul(x, "f16"), weights.dequantize()))
     for result in results[1:]:
         for one, many in zip(results[0], result, strict=True):
             assert_same_bits(many, one)
 
 
-def test_a_failing_span_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "SMALL_NBYTES", 0)
+def test_a_failing_thread_is_heard_of() -> None:
+    both = threading.Barrier(2)
 
-    def work(first: int, last: int) -> None:
-        if first <= 60 < last:
-            raise RuntimeError(f"rows {first} to {last}")
+    def work(span: int, next_row: int) -> None:
+        both.wait(timeout=60)  # so that neither is called off
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("a helper's rows")
 
-    with ThreadPoolExecutor(2) as executor:
-        monkeypatch.setattr(cpu, "_threads", lambda: (executor, 2))
-        with pytest.raises(RuntimeError, match="rows"):
-            cpu._over_rows(100, 1, work)
+    with restored_threads():
+        cpu.set_threads(2)
+        with pytest.raises(RuntimeError, match="a helper's rows"):
+            cpu._over_rows(100, cpu.HELPER_NBYTES, work)
+
+
+def test_no_threads_are_refused() -> None:
+    with pytest.raises(ValueError, match="not 0"):
+        cpu.set_threads(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

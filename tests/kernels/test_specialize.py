@@ -399,3 +399,36 @@ def test_a_specialized_function_computes_what_the_plain_one_does(
     expected = type(product)(product.__code__, plain)(x, y, len(x))
     # Every intermediate is a whole multiple of 2**-7 below 2**14: float32 and float64 agree on each bit.
     assert specialize(product, constants, PythonTarget())(x, y, len(x)) == expected
+
+
+def leaves_an_unrolled_loop(n):
+    for i in unroll(4):
+        if i == n:
+            break
+    return i
+
+
+def has_an_else(n):
+    for _ in range(n):
+        n += 1
+    else:
+        n = 0
+    return n
+
+
+def gives_a_constant_a_new_value(n):
+    COUNT = n
+    return COUNT
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (leaves_an_unrolled_loop, "break or continue"),
+        (has_an_else, "else of a loop"),
+        (gives_a_constant_a_new_value, "new value for COUNT"),
+    ],
+)
+def test_what_would_change_its_meaning_is_refused(function, message) -> None:
+    with pytest.raises(SyntaxError, match=message):
+        specialize(function, {"COUNT": 3}, PythonTarget())
