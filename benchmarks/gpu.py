@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from qmm.errors import DeviceError
@@ -29,7 +31,7 @@ def about() -> dict[str, Any]:
 def driver() -> str:
     """The driver's own version."""
     try:
-        with open("/proc/driver/nvidia/version") as file:
-            return file.readline().split("Module", 1)[-1].split()[0]
-    except (OSError, IndexError):
+        found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
         return "unknown"
+    return found[0] if found else "unknown"

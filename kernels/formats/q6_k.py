@@ -30,9 +30,8 @@ def load(block, lane):
 
 def unpack(lane, d_bits, low_scale, high_scale, qh, ql):
     d = half(d_bits)
-    upper = qh >> (lane & 2)
-    low = (ql & 0x0F0F0F0F) | ((upper & 0x03030303) << 4)
-    high = ((ql >> 4) & 0x0F0F0F0F) | (upper & 0x30303030)
+    low = (ql & 0x0F0F0F0F) | ((qh << (4 - (lane & 2))) & 0x30303030)
+    high = ((ql >> 4) & 0x0F0F0F0F) | ((qh >> (lane & 2)) & 0x30303030)
     return (
         (subtract_bytes(low, 32), d * signed_byte(low_scale), 0.0),
         (subtract_bytes(high, 32), d * signed_byte(high_scale), 0.0),
