@@ -6,7 +6,7 @@ neighbouring pairs (``vpmaddwd`` on x86-64), and everything else is plain vector
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numba
@@ -168,6 +168,31 @@ def _spread_bits(typing_context, bits):
     return VECTORS.words(VECTORS.word), lower
 
 
+def _byte_table(name: str, values: Iterable[int]) -> Any:
+    """A byte as float32, looked up: one load, which the product with the block's ``d`` takes in, where a conversion
+    moves the byte to a vector register first (a fifth of the time of Q6_K and an eighth of that of Q4_K, 14336x4096 on
+    a Zen 4 core)."""
+
+    @extending.intrinsic
+    def look_up(typing_context, value):
+        def lower(context, builder, signature, arguments):
+            kind = ir.ArrayType(F32, 256)
+            table = builder.module.globals.get(name)
+            if table is None:
+                table = ir.GlobalVariable(builder.module, kind, name)
+                table.linkage = "internal"
+                table.global_constant = True
+                table.initializer = ir.Constant(kind, [float(value) for value in values])
+            index = builder.zext(builder.trunc(arguments[0], I8), I64)
+            return builder.load(builder.gep(table, [ir.Constant(I64, 0), index], inbounds=True))
+
+        return types.float32(VECTORS.word), lower
+
+    return look_up
+
+
+_INTRINSICS[primitives.unsigned_byte] = _byte_table("qmm_unsigned_byte", range(256))
+_INTRINSICS[primitives.signed_byte] = _byte_table("qmm_signed_byte", [*range(128), *range(-128, 0)])
 _INTRINSICS[primitives.subtract_bytes] = _subtract_bytes
 _INTRINSICS[primitives.spread_bits] = _spread_bits
 

@@ -28,7 +28,7 @@ from numba.cuda.extending import intrinsic
 
 from qmm.kernels import primitives
 from qmm.kernels.ptx import COMMON, VECTORS, assembly, quad, words_of
-from qmm.kernels.vector import I32, splat, vector
+from qmm.kernels.vector import F32, I8, I32, splat, vector
 
 __all__ = ["CUDATarget"]
 
@@ -136,6 +136,22 @@ def _spread_bits(typing_context, bits):
     return VECTORS.words(VECTORS.word), lower
 
 
+@intrinsic
+def _unsigned_byte(typing_context, value):
+    def lower(context, builder, signature, arguments):
+        return builder.uitofp(builder.and_(arguments[0], ir.Constant(I32, 0xFF)), F32)
+
+    return types.float32(VECTORS.word), lower
+
+
+@intrinsic
+def _signed_byte(typing_context, value):
+    def lower(context, builder, signature, arguments):
+        return builder.sitofp(builder.trunc(arguments[0], I8), F32)
+
+    return types.float32(VECTORS.word), lower
+
+
 class CUDATarget:
     """Specializes kernels for the GPU, with block fields that keep to ``alignment`` bytes."""
 
@@ -150,6 +166,8 @@ class CUDATarget:
             primitives.load1: _load1,
             primitives.subtract_bytes: _subtract_bytes,
             primitives.spread_bits: _spread_bits,
+            primitives.unsigned_byte: _unsigned_byte,
+            primitives.signed_byte: _signed_byte,
         }
 
     def intrinsic(self, primitive: object) -> object | None:

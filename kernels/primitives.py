@@ -39,7 +39,7 @@ __all__ = [
     "signed_byte",
     "spread_bits",
     "subtract_bytes",
-    "to_float",
+    "unsigned_byte",
     "word",
 ]
 
@@ -78,14 +78,14 @@ def half(bits: Word) -> np.float32:
     return np.float32(np.uint16(int(bits) & 0xFFFF).view(np.float16))
 
 
-def to_float(value: Word) -> np.float32:
-    """A word read as a signed number, as float32."""
-    return np.float32(np.int32(value.view(np.int32)))
-
-
 def signed_byte(value: Word) -> np.float32:
     """The low byte of a word read as a signed number, as float32."""
     return np.float32(np.uint8(int(value) & 0xFF).view(np.int8))
+
+
+def unsigned_byte(value: Word) -> np.float32:
+    """The low byte of a word as float32."""
+    return np.float32(int(value) & 0xFF)
 
 
 def subtract_bytes(words: Words, value: int) -> Words:

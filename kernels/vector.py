@@ -153,20 +153,6 @@ def _common_intrinsics(toolkit: Toolkit, types: VectorTypes) -> dict[object, obj
         return float32(types.word), lower
 
     @toolkit.intrinsic
-    def to_float(typing_context, value):
-        def lower(context, builder, signature, arguments):
-            return builder.sitofp(arguments[0], F32)
-
-        return float32(types.word), lower
-
-    @toolkit.intrinsic
-    def signed_byte(typing_context, value):
-        def lower(context, builder, signature, arguments):
-            return builder.sitofp(builder.trunc(arguments[0], I8), F32)
-
-        return float32(types.word), lower
-
-    @toolkit.intrinsic
     def run_weights(typing_context, q, scale, minimum):
         def plain(context, builder, signature, arguments):
             return arguments[0]
@@ -216,5 +202,5 @@ def _common_intrinsics(toolkit: Toolkit, types: VectorTypes) -> dict[object, obj
 
         return types.floats(types.floats, int64), lower
 
-    made = (word, half, to_float, signed_byte, run_weights, half_floats, bfloat_floats, float_floats, masked)
+    made = (word, half, run_weights, half_floats, bfloat_floats, float_floats, masked)
     return {getattr(primitives, intrinsic._name): intrinsic for intrinsic in made}

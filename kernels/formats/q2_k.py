@@ -14,7 +14,7 @@ ggml-common.h.
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.primitives import half, load4, load16, to_float
+from qmm.kernels.primitives import half, load4, load16, unsigned_byte
 
 
 def load(block, lane):
@@ -29,10 +29,10 @@ def unpack(lane, dm, scales_low, scales_high, qs):
     low = scales_low >> shift
     high = scales_high >> shift
     return (
-        (qs & 0x03030303, d * to_float(low & 15), dmin * to_float((low >> 4) & 15)),
-        ((qs >> 2) & 0x03030303, d * to_float((low >> 16) & 15), dmin * to_float((low >> 20) & 15)),
-        ((qs >> 4) & 0x03030303, d * to_float(high & 15), dmin * to_float((high >> 4) & 15)),
-        ((qs >> 6) & 0x03030303, d * to_float((high >> 16) & 15), dmin * to_float((high >> 20) & 15)),
+        (qs & 0x03030303, d * unsigned_byte(low & 15), dmin * unsigned_byte((low >> 4) & 15)),
+        ((qs >> 2) & 0x03030303, d * unsigned_byte((low >> 16) & 15), dmin * unsigned_byte((low >> 20) & 15)),
+        ((qs >> 4) & 0x03030303, d * unsigned_byte(high & 15), dmin * unsigned_byte((high >> 4) & 15)),
+        ((qs >> 6) & 0x03030303, d * unsigned_byte((high >> 16) & 15), dmin * unsigned_byte((high >> 20) & 15)),
     )
 
 

@@ -14,7 +14,7 @@ low four bits in byte ``i % 8`` (low nibble for ``i < 8``, else high) and its up
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.primitives import half, load2, load4, load16, subtract_bytes, to_float
+from qmm.kernels.primitives import half, load2, load4, load16, subtract_bytes, unsigned_byte
 
 
 def load(block, lane):
@@ -37,10 +37,10 @@ def unpack(lane, d_bits, scales_low, scales_high, scales_top, hmask, qs):
     high = (((scales_high >> upper) & 0x0F0F0F0F) | (((top >> 2) & 0x03030303) << 4)) >> shift
     third = hmask >> upper
     return (
-        (quants(qs, third), d * (to_float(low & 63) - 32.0), 0.0),
-        (quants(qs >> 2, third >> 1), d * (to_float((low >> 16) & 63) - 32.0), 0.0),
-        (quants(qs >> 4, third >> 2), d * (to_float(high & 63) - 32.0), 0.0),
-        (quants(qs >> 6, third >> 3), d * (to_float((high >> 16) & 63) - 32.0), 0.0),
+        (quants(qs, third), d * (unsigned_byte(low & 63) - 32.0), 0.0),
+        (quants(qs >> 2, third >> 1), d * (unsigned_byte((low >> 16) & 63) - 32.0), 0.0),
+        (quants(qs >> 4, third >> 2), d * (unsigned_byte(high & 63) - 32.0), 0.0),
+        (quants(qs >> 6, third >> 3), d * (unsigned_byte((high >> 16) & 63) - 32.0), 0.0),
     )
 
 

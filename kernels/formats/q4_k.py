@@ -13,7 +13,7 @@ of ``qs``, which are two runs. Layout: ``block_q4_K`` in ggml-common.h.
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.primitives import half, load16, to_float, word
+from qmm.kernels.primitives import half, load16, unsigned_byte, word
 
 
 def load(block, lane):
@@ -25,8 +25,8 @@ def unpack(lane, header, qs):
     d = half(word(header, 0))
     dmin = half(word(header, 0) >> 16)
     return (
-        (qs & 0x0F0F0F0F, d * to_float(scales & 63), dmin * to_float(minima & 63)),
-        ((qs >> 4) & 0x0F0F0F0F, d * to_float((scales >> 8) & 63), dmin * to_float((minima >> 8) & 63)),
+        (qs & 0x0F0F0F0F, d * unsigned_byte(scales & 63), dmin * unsigned_byte(minima & 63)),
+        ((qs >> 4) & 0x0F0F0F0F, d * unsigned_byte((scales >> 8) & 63), dmin * unsigned_byte((minima >> 8) & 63)),
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
 from qmm.kernels.formats.q4_k import position, scales_and_minima
-from qmm.kernels.primitives import half, load16, to_float, word
+from qmm.kernels.primitives import half, load16, unsigned_byte, word
 
 
 def load(block, lane):
@@ -28,8 +28,8 @@ def unpack(lane, header, qh, qs):
     low = (qs & 0x0F0F0F0F) | ((fifth & 0x01010101) << 4)
     high = ((qs >> 4) & 0x0F0F0F0F) | (((fifth >> 1) & 0x01010101) << 4)
     return (
-        (low, d * to_float(scales & 63), dmin * to_float(minima & 63)),
-        (high, d * to_float((scales >> 8) & 63), dmin * to_float((minima >> 8) & 63)),
+        (low, d * unsigned_byte(scales & 63), dmin * unsigned_byte(minima & 63)),
+        (high, d * unsigned_byte((scales >> 8) & 63), dmin * unsigned_byte((minima >> 8) & 63)),
     )
 
 
