@@ -35,7 +35,7 @@ from qmm.kernels.ptx import (
     thread_index,
 )
 
-__all__ = ["BLOCK", "quantize"]
+__all__ = ["BLOCK", "cast", "quantize"]
 
 BLOCK = 32
 INFINITY = float("inf")

@@ -89,19 +89,14 @@ def product_float(row, blocks, k, x, x_scales, x_sums, column, scratch, y, y_pit
     total = registers(COLUMNS, zero_floats())
     pitch = blocks * (16 * BLOCK_RUNS)
     for block in range(blocks):
-        address = row + block * BLOCK_NBYTES
-        if PLAIN:
-            left = k - block * 16
-            if left < 16:
-                copy_bytes(address, left * (BLOCK_NBYTES // 16), scratch)
-                address = scratch
+        address = whole_block(row, block, k, scratch)
         for lane in unroll(LANES):
             runs = unpack(lane, *load(address, lane))
             for i in unroll(RUNS):
                 q, scale, minimum = runs[i]
                 weights = run_weights(q, scale, minimum)
                 if PLAIN:
-                    weights = masked(weights, left)
+                    weights = masked(weights, k - block * 16)
                 run = block * BLOCK_RUNS + position(lane, i)
                 for c in unroll(COLUMNS):
                     values = load_floats(x, ((column + c) * pitch + 16 * run) * 4)
@@ -142,19 +137,15 @@ def dequantize_rows(weights, row_nbytes, m, blocks, k, scratch, tail, out, span,
 
 def dequantize_row(row, blocks, k, scratch, tail, out):
     for block in range(blocks):
-        address = row + block * BLOCK_NBYTES
+        address = whole_block(row, block, k, scratch)
         target = out + block * (16 * BLOCK_RUNS) * 4
-        if PLAIN:
-            left = k - block * 16
-            if left < 16:
-                copy_bytes(address, left * (BLOCK_NBYTES // 16), scratch)
-                address = scratch
         for lane in unroll(LANES):
             runs = unpack(lane, *load(address, lane))
             for i in unroll(RUNS):
                 q, scale, minimum = runs[i]
                 values = run_weights(q, scale, minimum)
                 if PLAIN:
+                    left = k - block * 16
                     if left < 16:
                         store_floats(tail, 0, values)
                         copy_bytes(tail, left * 4, target)
@@ -162,6 +153,17 @@ def dequantize_row(row, blocks, k, scratch, tail, out):
                         store_floats(target, 0, values)
                 else:
                     store_floats(target, position(lane, i) * 64, values)
+
+
+def whole_block(row, block, k, scratch):
+    """Where a block's bytes may be loaded 16 at a time: in the row, or, if the row's end cuts it short, in a copy."""
+    address = row + block * BLOCK_NBYTES
+    if PLAIN:
+        left = k - block * 16
+        if left < 16:
+            copy_bytes(address, left * (BLOCK_NBYTES // 16), scratch)
+            address = scratch
+    return address
 
 
 def copy_bytes(source, count, target):
@@ -213,22 +215,6 @@ class CPUKernels:
     def __init__(self, block_format: Format) -> None:
         self.format = block_format
 
-    def _constants(self, columns: int = 1) -> dict[str, Any]:
-        block_format = self.format
-        return {
-            "BLOCK_NBYTES": block_format.block_nbytes,
-            "BLOCK_RUNS": block_format.block_weights // 16,
-            "CHAINS": block_format.runs if columns == 1 else 1,  # one sum waits 4 cycles for its last addition
-            "COLUMNS": columns,
-            "HAS_MINIMUM": block_format.has_minimum,
-            "LANES": block_format.lanes,
-            "PLAIN": block_format.plain,
-            "RUNS": block_format.runs,
-            "load": block_format.load,
-            "position": block_format.position,
-            "unpack": block_format.unpack,
-        }
-
     def product(self, int8: bool, n: int) -> Callable[..., Any]:
         """The kernel for ``n`` columns; the one for few columns compiles in a third of the time."""
         return self._product(int8, n >= COLUMN_TILE)
@@ -236,18 +222,20 @@ class CPUKernels:
     @functools.lru_cache  # noqa: B019  (one object a format, and kernels live as long as the process)
     def _product(self, int8: bool, tiled: bool) -> Callable[..., Any]:
         made = {"product_one": self._tile(int8, 1)} | ({"product_tile": self._tile(int8, COLUMN_TILE)} if tiled else {})
-        constants = {**self._constants(), **made, "TILED": tiled}
+        constants = {**made, "TILED": tiled}
         return CPU_PRODUCTS.kernel(specialize(product_rows, constants, CPU_PRODUCTS))
 
     @functools.lru_cache  # noqa: B019
     def _tile(self, int8: bool, columns: int) -> Callable[..., Any]:
         product = product_int8 if int8 else product_float
-        return CPU_PRODUCTS.device_function(specialize(product, self._constants(columns), CPU_PRODUCTS))
+        chains = self.format.runs if columns == 1 else 1  # one sum waits 4 cycles for its last addition
+        constants = {**self.format.constants(), "CHAINS": chains, "COLUMNS": columns}
+        return CPU_PRODUCTS.device_function(specialize(product, constants, CPU_PRODUCTS))
 
     @functools.cached_property
     def dequantize(self) -> Callable[..., Any]:
         """The kernel that dequantizes rows."""
-        return CPU.kernel(specialize(dequantize_rows, self._constants(), CPU))
+        return CPU.kernel(specialize(dequantize_rows, self.format.constants(), CPU))
 
 
 @functools.cache

@@ -24,7 +24,6 @@ __all__ = [
     "CUDAKernel",
     "alignment_of",
     "cast_kernel",
-    "chunks",
     "dequantize_kernel",
     "matvec_kernel",
     "quantize_kernel",
@@ -42,16 +41,15 @@ class CUDAKernel:
     launch of Numba's own costs four times as much on the host (17 against 4.8 us) and warns of every small grid.
     """
 
-    def __init__(
-        self, name: str, function: Callable[..., Any], arguments: int, shared_nbytes: int = 0, rows: int = 1
-    ) -> None:
-        """Args are the name for messages, the specialized function, how many arguments it has, its dynamic shared
-        memory in bytes and the rows that a warp takes at a time."""
+    def __init__(self, name: str, function: Callable[..., Any], arguments: int, staging: Staging | None = None) -> None:
+        """Args are the name for messages, the specialized function, how many arguments it has, and how rows pass
+        through shared memory if they do."""
         self.name = name
         self.function = function
         self.signature = types.void(*[types.int64] * arguments)
-        self.shared_nbytes = shared_nbytes
-        self.rows = rows
+        self.shared_nbytes = staging.shared_nbytes if staging else 0
+        self.rows = staging.rows if staging else 1
+        self.chunk_blocks = staging.chunk_blocks if staging else 1
         self._argument_types = (ctypes.c_int64,) * arguments
         self._loaded: dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -123,11 +121,6 @@ def alignment_of(address: int) -> int:
     return min(16, address & -address) if address else 16
 
 
-def chunks(block_format: Format, k: int) -> int:
-    """Chunks that a row of ``k`` weights is staged in."""
-    return -(-block_format.blocks(k) // Staging.of(block_format, 16).chunk_blocks)
-
-
 @functools.cache
 def matvec_kernel(block_format: Format, columns: int, int8: bool, alignment: int = 16) -> CUDAKernel:
     """The product of up to ``columns`` columns (one of COLUMN_TILES) with int8 or float16 activations."""
@@ -137,7 +130,7 @@ def matvec_kernel(block_format: Format, columns: int, int8: bool, alignment: int
     constants = {**staging.constants(block_format), "COLUMNS": columns, "INT8": int8}
     function = specialize(matvec, constants, CUDATarget(staging.alignment))
     name = f"matvec_{block_format.name}_{columns}_{'int8' if int8 else 'f16'}_{staging.alignment}"
-    return CUDAKernel(name, function, 13, staging.shared_nbytes, staging.rows)
+    return CUDAKernel(name, function, 13, staging)
 
 
 @functools.cache
@@ -146,7 +139,7 @@ def dequantize_kernel(block_format: Format, alignment: int = 16) -> CUDAKernel:
     staging = Staging.of(block_format, alignment, rows=1)
     function = specialize(dequantize, staging.constants(block_format), CUDATarget(staging.alignment))
     name = f"dequantize_{block_format.name}_{staging.alignment}"
-    return CUDAKernel(name, function, 7, staging.shared_nbytes)
+    return CUDAKernel(name, function, 7, staging)
 
 
 @functools.cache

@@ -94,26 +94,18 @@ class Staging:
     def constants(self, block_format: Format) -> dict[str, Any]:
         """What kernels that stage are specialized with."""
         return {
+            **block_format.constants(),
             "ALIGNMENT": self.alignment,
-            "BLOCK_NBYTES": block_format.block_nbytes,
-            "BLOCK_RUNS": block_format.block_weights // 16,
             "CHUNK_BLOCKS": self.chunk_blocks,
             "CHUNK_NBYTES": self.chunk_blocks * block_format.block_nbytes,
             "EDGE": min(4, self.alignment),
-            "HAS_MINIMUM": block_format.has_minimum,
-            "LANES": block_format.lanes,
-            "PLAIN": block_format.plain,
             "ROWS": self.rows,
-            "RUNS": block_format.runs,
             "STAGES": self.stages,
             "STAGE_NBYTES": self.stage_nbytes,
             "UNITS": self.units,
             "VECTORS": -(-(127 + self.chunk_blocks * block_format.block_nbytes) // 512),
             "WARPS": WARPS,
             "copy_edge": {1: copy_edge1, 2: copy_edge2, 4: copy_edge4}[min(4, self.alignment)],
-            "load": block_format.load,
-            "position": block_format.position,
-            "unpack": block_format.unpack,
             "wait_for_oldest": wait(self.stages - 2),
         }
 

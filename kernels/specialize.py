@@ -89,7 +89,6 @@ class _Specializer:
         definition.body = _Flatten(literals).block(definition.body) or [ast.Pass()]
         _SingleFloats().visit(tree)
         source = ast.unparse(ast.fix_missing_locations(tree))
-        tree = ast.parse(source)
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         namespace = {name: self.bind(value) for name, value in known.items() if name in names}
         namespace["float32"] = np.float32

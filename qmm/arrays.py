@@ -131,8 +131,8 @@ class ArrayKind:
         """
         raise NotImplementedError
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        """A new array of ``like``'s kind, on its device."""
+    def empty(self, shape: tuple[int, ...], like: Any) -> Any:
+        """A new array of ``like``'s kind and dtype, on its device."""
         raise NotImplementedError
 
     def to_host(self, array: Any) -> npt.NDArray[np.float32]:
@@ -168,7 +168,7 @@ class NumPyArrays(ArrayKind):
             )
         return View(array.shape, array.strides, dtype, array.ctypes.data, None, array.flags.writeable)
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def empty(self, shape: tuple[int, ...], like: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return np.empty(shape, like.dtype)
 
     def to_host(self, array: np.ndarray[Any, Any]) -> npt.NDArray[np.float32]:
@@ -197,7 +197,7 @@ class TorchArrays(ArrayKind):
         device = array.device.index if array.device.type == "cuda" else None
         return View(tuple(array.shape), strides, dtype, array.data_ptr(), device)
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+    def empty(self, shape: tuple[int, ...], like: Any) -> Any:
         return like.new_empty(shape, requires_grad=False)
 
     def to_host(self, array: Any) -> npt.NDArray[np.float32]:
@@ -242,7 +242,7 @@ class CuPyArrays(CudaInterfaceArrays):
     def _device(self, array: Any) -> int:
         return int(array.device.id)
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+    def empty(self, shape: tuple[int, ...], like: Any) -> Any:
         with like.device:
             return sys.modules["cupy"].empty(shape, like.dtype)
 
@@ -262,7 +262,7 @@ class NumbaArrays(CudaInterfaceArrays):
             return int(call("cudaGetDevice"))
         return int(call("cudaPointerGetAttributes", address).device)
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+    def empty(self, shape: tuple[int, ...], like: Any) -> Any:
         from numba import cuda
 
         return cuda.device_array(shape, like.dtype)

@@ -135,7 +135,7 @@ class Engine:
         self._check_input(tensor, source)
         shape = (*source.shape[:-1], *tensor.shape[:-1])
         if out is None:
-            out = kind.empty(shape, source.dtype, x)
+            out = kind.empty(shape, x)
         else:
             self._check_output(tensor, kind, source, out, shape)
         int8 = mode == "int8" and not tensor.format.plain

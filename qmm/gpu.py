@@ -135,13 +135,13 @@ class GPU:
             return
         blocks = -(-k // BLOCK)
         pitch = blocks * BLOCK
+        item = 1 if int8 else 2
         direct = out.dtype == "float32" and out.contiguous
         with self._lock, self.errors(f"the product with {m} x {k} {block_format.name}"), current_device(self.device):
             values, scales, sums, results = self._scratch_for(
-                stream, [n * pitch * (1 if int8 else 2), n * blocks * 4, n * blocks * 8, 0 if direct else n * m * 4]
+                stream, [n * pitch * item, n * blocks * 4, n * blocks * 8, 0 if direct else n * m * 4]
             )
             quantize = launch.quantize_kernel(x.dtype, int8)
-            item = 1 if int8 else 2
             for slab in x.slabs():
                 first = slab.first
                 quantize.launch(
@@ -191,7 +191,7 @@ class GPU:
                 row_nbytes,
                 m,
                 block_format.blocks(k),
-                launch.chunks(block_format, k),
+                -(-block_format.blocks(k) // kernel.chunk_blocks),
                 k,
                 values + first * pitch * (1 if int8 else 2),
                 scales + first * pitch // BLOCK * 4,
@@ -231,7 +231,7 @@ class GPU:
                 block_format.row_nbytes(k),
                 m,
                 block_format.blocks(k),
-                launch.chunks(block_format, k),
+                -(-block_format.blocks(k) // kernel.chunk_blocks),
                 k,
                 out,
             )

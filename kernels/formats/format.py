@@ -51,6 +51,20 @@ class Format:
         if gcd(self.block_nbytes, 16) % self.alignment:
             raise ValueError(f"{self.name}: blocks of {self.block_nbytes} bytes cannot keep to {self.alignment}")
 
+    def constants(self) -> dict[str, Any]:
+        """What every kernel of the format is specialized with."""
+        return {
+            "BLOCK_NBYTES": self.block_nbytes,
+            "BLOCK_RUNS": self.block_weights // 16,
+            "HAS_MINIMUM": self.has_minimum,
+            "LANES": self.lanes,
+            "PLAIN": self.plain,
+            "RUNS": self.runs,
+            "load": self.load,
+            "position": self.position,
+            "unpack": self.unpack,
+        }
+
     def blocks(self, k: int) -> int:
         """Blocks in a row of ``k`` weights, a cut-short one counted."""
         return -(-k // self.block_weights)
