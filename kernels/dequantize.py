@@ -5,7 +5,7 @@ The bytes are staged as in :mod:`qmm.kernels.matvec`, one row at a time to a war
 
 from __future__ import annotations
 
-from qmm.kernels.matvec import fetch
+from qmm.kernels.matvec import fetch, following
 from qmm.kernels.primitives import run_weights
 from qmm.kernels.ptx import (
     block_count,
@@ -33,10 +33,7 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
     next_chunk = 0
     for stage in unroll(STAGES - 1):
         fetch(ring + stage * STAGE_NBYTES, weights, row_nbytes, next_row, m, next_chunk, lane)
-        next_chunk += 1
-        if next_chunk == chunks:
-            next_chunk = 0
-            next_row += row_step
+        next_row, next_chunk = following(next_row, next_chunk, chunks, row_step)
     chunk = 0
     full = 0
     empty = (STAGES - 1) * STAGE_NBYTES
@@ -44,10 +41,7 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
         wait_for_oldest()
         synchronize_warp()
         fetch(ring + empty, weights, row_nbytes, next_row, m, next_chunk, lane)
-        next_chunk += 1
-        if next_chunk == chunks:
-            next_chunk = 0
-            next_row += row_step
+        next_row, next_chunk = following(next_row, next_chunk, chunks, row_step)
         for u in unroll(UNITS):
             unit = lane + 32 * u
             place = unit // LANES
@@ -64,10 +58,7 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
                         store_part(target, values, min(16, k - block * 16))
                     else:
                         store_run(target + position(part, i) * 64, values)
-        chunk += 1
-        if chunk == chunks:
-            chunk = 0
-            row += row_step
+        row, chunk = following(row, chunk, chunks, row_step)
         empty = full
         full += STAGE_NBYTES
         if full == STAGES * STAGE_NBYTES:

@@ -132,10 +132,7 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_scales, x_sums, x_pit
     next_chunk = 0
     for stage in unroll(STAGES - 1):
         fetch(ring + stage * (ROWS * STAGE_NBYTES), weights, row_nbytes, next_row, m, next_chunk, lane)
-        next_chunk += 1
-        if next_chunk == chunks:
-            next_chunk = 0
-            next_row += row_step
+        next_row, next_chunk = following(next_row, next_chunk, chunks, row_step)
     chunk = 0
     full = 0
     empty = (STAGES - 1) * (ROWS * STAGE_NBYTES)
@@ -143,10 +140,7 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_scales, x_sums, x_pit
         wait_for_oldest()
         synchronize_warp()  # every lane's copies have arrived, and every lane is done with the stage before
         fetch(ring + empty, weights, row_nbytes, next_row, m, next_chunk, lane)
-        next_chunk += 1
-        if next_chunk == chunks:
-            next_chunk = 0
-            next_row += row_step
+        next_row, next_chunk = following(next_row, next_chunk, chunks, row_step)
 
         for u in unroll(UNITS):
             unit = lane + 32 * u
@@ -200,6 +194,14 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_scales, x_sums, x_pit
         full += ROWS * STAGE_NBYTES
         if full == STAGES * (ROWS * STAGE_NBYTES):
             full = 0
+
+
+def following(row, chunk, chunks, row_step):
+    """The chunk that a warp takes after this one: the row's next, or the first of its next row."""
+    chunk += 1
+    if chunk == chunks:
+        return row + row_step, 0
+    return row, chunk
 
 
 def fetch(stage, weights, row_nbytes, row, m, chunk, lane):

@@ -110,8 +110,7 @@ class Engine:
         Args:
             tensor: its name, or a tensor of this engine's model.
             x: ``(..., k)`` float32, float16 or bfloat16, any leading shape, contiguous or not: a NumPy, CuPy, PyTorch
-            or
-                Numba array, in host memory or on the engine's GPU. It is only read.
+                or Numba array, in host memory or on the engine's GPU. It is only read.
             out: ``(..., m)`` of the same kind and device, of any of the three dtypes; results are stored into it.
             stream: where to queue the work, for arrays on the GPU: a stream of CuPy, PyTorch, Numba or cuda.core, or a
                 handle. Without one, the stream that the array's library uses now. With host arrays the call waits.
@@ -136,14 +135,14 @@ class Engine:
         shape = (*source.shape[:-1], *tensor.shape[:-1])
         if out is None:
             out = kind.empty(shape, x)
+            target = kind.view(out).rows(len(source.shape) - 1)
         else:
-            self._check_output(tensor, kind, source, out, shape)
+            target = self._check_output(tensor, kind, source, out, shape)
         int8 = mode == "int8" and not tensor.format.plain
         if source.device is not None and self.gpu is not None:
             handle = kind.stream(x) if stream is None else _stream_handle(stream)
-            rows = kind.view(out).rows(len(source.shape) - 1)
             address = self._weights.address(tensor)
-            self.gpu.matmul(tensor.format, address, tensor.m, tensor.k, source, rows, int8, handle)
+            self.gpu.matmul(tensor.format, address, tensor.m, tensor.k, source, target, int8, handle)
         else:
             if stream is not None:
                 raise ArrayError("stream= is for arrays on the GPU; x is in host memory, where the call waits anyway")
@@ -282,7 +281,8 @@ class Engine:
                 "Move x to host memory, or make the engine with that device."
             )
 
-    def _check_output(self, tensor: Tensor, kind: ArrayKind, x: View, out: Any, shape: tuple[int, ...]) -> None:
+    def _check_output(self, tensor: Tensor, kind: ArrayKind, x: View, out: Any, shape: tuple[int, ...]) -> View:
+        """``out`` as ``(..., m)``, if it can take the product."""
         what = f"{self.model.path}: tensor {tensor.name!r}"
         if kind_of(out) is not kind:
             raise ArrayError(f"{what}: x is a {kind.name} array, but out is a {kind_of(out).name} array; use one kind")
@@ -294,7 +294,7 @@ class Engine:
             raise ArrayError(f"{what}: x is in {where[0]}, but out in {where[1]}; use one place")
         if not view.writable or view.overlaps_itself:
             raise ArrayError(f"{what}: out is read-only, or a broadcast array whose elements share memory")
-        view.rows(len(x.shape) - 1)
+        return view.rows(len(x.shape) - 1)
 
 
 def _stream_handle(stream: Any) -> int:
