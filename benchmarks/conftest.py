@@ -65,6 +65,8 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def shown(value: Any) -> str:
+    if value is None:
+        return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
