@@ -12,13 +12,12 @@ import os
 import threading
 import weakref
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from qmm.errors import ClosedError, MappingError
+from qmm.loaders.closing import Closing
 from qmm.loaders.files import FileIdentity, open_regular
 
 __all__ = ["FileMapping"]
@@ -49,7 +48,7 @@ _pages: weakref.WeakValueDictionary[FileIdentity, _Pages] = weakref.WeakValueDic
 _lock = threading.Lock()
 
 
-class FileMapping:
+class FileMapping(Closing):
     """A handle on the read-only mapping of one file. A context manager.
 
     All handles on the same file (device, inode, size and modification time) share one mapping, whichever thread opened
@@ -87,14 +86,6 @@ class FileMapping:
     def close(self) -> None:
         """Give up this handle. The last one of a file unmaps it, as soon as no view is left."""
         self._pages = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._pages is None else f"at 0x{self._pages.address:x}"

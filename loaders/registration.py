@@ -12,15 +12,15 @@ import mmap
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from qmm.errors import ClosedError, RegistrationError
+from qmm.loaders.closing import Closing
 from qmm.loaders.cuda import CudaCallError, attribute, call, current_device, runtime
 from qmm.loaders.mapping import FileMapping
 from qmm.loaders.pages import Span, covering_pages, cut, gaps
 
-__all__ = ["HostRegistration"]
+__all__ = ["REQUIRED_ATTRIBUTES", "HostRegistration"]
 
 CHUNK_NBYTES: Final = 256 << 30  # half of what driver 580 refuses in one call
 
@@ -29,6 +29,7 @@ REQUIRED_ATTRIBUTES: Final = {
     "HostRegisterSupported": "the device or its driver cannot register host memory",
     "HostRegisterReadOnlySupported": "the device or its driver cannot register read-only memory",
 }
+"""Device attributes without which nothing can be registered, and what their absence means."""
 
 WAY_OUT: Final = 'Use placement="device" (a copy in GPU memory) or placement="host" (the CPU).'
 
@@ -58,7 +59,7 @@ _tables: dict[int, _Table] = {}
 _lock = threading.Lock()
 
 
-class HostRegistration:
+class HostRegistration(Closing):
     """Registered pages of one mapped file. A context manager; share it between threads freely.
 
     Registrations of one file share pages: each page is registered once in the process, and unregistered by the last
@@ -191,18 +192,6 @@ class HostRegistration:
                 f"{self.path}: closing its registration on device {self.device}: {failure}. If a kernel failed before, "
                 "this is that error, and the process cannot use the device any more: start a new one."
             ) from failure
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except RegistrationError:
-            if kind is None:  # otherwise the error that ended the block is the one to show
-                raise
 
     def __repr__(self) -> str:
         return f"<HostRegistration of {self.path}: {self.nbytes_registered} bytes in {len(self._chunks)} chunks>"

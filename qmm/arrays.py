@@ -13,10 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qmm.errors import ArrayError
+from qmm.errors import ArrayError, DeviceError
 from qmm.loaders.cuda import call
 
-__all__ = ["DTYPES", "ArrayKind", "Slab", "View", "kind_of"]
+__all__ = ["DTYPES", "ArrayKind", "Slab", "View", "kind_of", "stream_handle"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 ITEM_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -294,3 +294,21 @@ def kind_of(array: Any) -> ArrayKind:
         f"{type(array).__module__}.{type(array).__qualname__} is no array that qmm knows. Pass a NumPy, CuPy, PyTorch "
         "or Numba array: np.asarray makes one of a list, cupy.asarray of whatever has the CUDA array interface."
     )
+
+
+def stream_handle(stream: Any) -> int:
+    """The handle of a stream of any library; a handle is itself.
+
+    Raises:
+        DeviceError: it is no stream that qmm knows.
+    """
+    if isinstance(stream, int):
+        return stream
+    if hasattr(stream, "__cuda_stream__"):
+        described = stream.__cuda_stream__
+        return int((described() if callable(described) else described)[1])
+    for attribute in ("cuda_stream", "ptr", "handle"):  # PyTorch, CuPy, Numba
+        value = getattr(stream, attribute, None)
+        if value is not None:
+            return int(getattr(value, "value", value) or 0)
+    raise DeviceError(f"{stream!r} is no stream that qmm knows: pass one of PyTorch, CuPy, Numba, or its handle")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qmm.arrays import ArrayKind, View, kind_of
-from qmm.errors import ArrayError, ClosedError, DeviceError, QmmError
+from qmm.arrays import ArrayKind, View, kind_of, stream_handle
+from qmm.errors import ArrayError, ClosedError
+from qmm.loaders.closing import Closing
 from qmm.model import Model, Tensor
 from qmm.placement import DeviceCopies, HostWeights, MappedWeights, Weights
 from qmm.platform import choose
@@ -24,7 +24,7 @@ __all__ = ["Engine"]
 ACTIVATIONS = ("int8", "f16")
 
 
-class Engine:
+class Engine(Closing):
     """Multiplies by the tensors of a model, on one device, from one placement. A context manager.
 
     Args:
@@ -133,14 +133,15 @@ class Engine:
         source = kind.view(x)
         self._check_input(tensor, source)
         shape = (*source.shape[:-1], *tensor.shape[:-1])
+        target = None
         if out is None:
             out = kind.empty(shape, x)
-            target = kind.view(out).rows(len(source.shape) - 1)
         else:
             target = self._check_output(tensor, kind, source, out, shape)
         int8 = mode == "int8" and not tensor.format.plain
         if source.device is not None and self.gpu is not None:
-            handle = kind.stream(x) if stream is None else _stream_handle(stream)
+            handle = kind.stream(x) if stream is None else stream_handle(stream)
+            target = target or kind.view(out).rows(len(source.shape) - 1)
             address = self._weights.address(tensor)
             self.gpu.matmul(tensor.format, address, tensor.m, tensor.k, source, target, int8, handle)
         else:
@@ -211,18 +212,6 @@ class Engine:
             finally:
                 if self.gpu is not None:
                     self.gpu.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except QmmError:
-            if kind is None:  # otherwise the error that ended the block is the one to show
-                raise
 
     def __del__(self) -> None:
         try:
@@ -295,17 +284,3 @@ class Engine:
         if not view.writable or view.overlaps_itself:
             raise ArrayError(f"{what}: out is read-only, or a broadcast array whose elements share memory")
         return view.rows(len(x.shape) - 1)
-
-
-def _stream_handle(stream: Any) -> int:
-    """The handle of a stream of any library."""
-    if isinstance(stream, int):
-        return stream
-    if hasattr(stream, "__cuda_stream__"):
-        described = stream.__cuda_stream__
-        return int((described() if callable(described) else described)[1])
-    for attribute in ("cuda_stream", "ptr", "handle"):  # PyTorch, CuPy, Numba
-        value = getattr(stream, attribute, None)
-        if value is not None:
-            return int(getattr(value, "value", value) or 0)
-    raise DeviceError(f"{stream!r} is no stream that qmm knows: pass one of PyTorch, CuPy, Numba, or its handle")

@@ -6,14 +6,13 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from qmm.errors import ClosedError, TensorNotFoundError, UnsupportedTypeError
 from qmm.kernels.formats import FORMATS, Format
+from qmm.loaders.closing import Closing
 from qmm.loaders.gguf import GGUFIndex, TensorInfo
 from qmm.loaders.mapping import FileMapping
 from qmm.loaders.metadata import Metadata
@@ -105,7 +104,7 @@ class Tensor:
         return f"<Tensor {self.name!r}: {shape} {self.type}, {self.nbytes} bytes>"
 
 
-class Model(Mapping[str, Tensor]):
+class Model(Closing, Mapping[str, Tensor]):
     """The tensors of a model by name, in file order. A context manager.
 
     Engines hold the mappings that they need on their own: a model may be closed before them.
@@ -196,14 +195,6 @@ class Model(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._index.tensors
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<Model {self.path}: {len(self)} tensors, {self.nbytes} bytes{', closed' if self._closed else ''}>"
