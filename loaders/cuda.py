@@ -54,7 +54,7 @@ def runtime() -> Any:
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """The result of ``cuda.bindings.runtime.<function>(*arguments)``, None if it has none.
+    """The result of ``cuda.bindings.runtime.<function>(*arguments)``, None if it has none, a tuple if it has several.
 
     Raises:
         CudaCallError: It did not return cudaSuccess. The runtime's last error is cleared: otherwise the next innocent
@@ -64,7 +64,7 @@ def call(function: str, *arguments: Any) -> Any:
     if int(error) != 0:
         runtime().cudaGetLastError()
         raise CudaCallError(f"{function} returned {error.name} ({int(error)})", error.name)
-    return results[0] if results else None
+    return tuple(results) if len(results) > 1 else results[0] if results else None
 
 
 def attribute(name: str, device: int) -> int:

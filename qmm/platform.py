@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from qmm.errors import DeviceError
 from qmm.loaders.cuda import CudaCallError, attribute, call, current_device
+from qmm.loaders.registration import REQUIRED_ATTRIBUTES
 
 __all__ = ["PLACEMENTS", "Choice", "GPUInfo", "choose", "gpu_info"]
 
@@ -59,11 +60,8 @@ def gpu_info(number: int) -> GPUInfo:
             raise DeviceError(f"there is no CUDA device {number}: the driver sees {count}, numbered from 0")
         with current_device(number):
             properties = call("cudaGetDeviceProperties", number)
-            free_nbytes, total_nbytes = _memory()
-            read_only = all(
-                attribute(name, number)
-                for name in ("CanMapHostMemory", "HostRegisterSupported", "HostRegisterReadOnlySupported")
-            )
+            free_nbytes, total_nbytes = call("cudaMemGetInfo")
+            read_only = all(attribute(name, number) for name in REQUIRED_ATTRIBUTES)
     except (CudaCallError, RuntimeError) as reason:  # the bindings raise RuntimeError where there is no driver
         raise DeviceError(f"CUDA cannot be used: {' '.join(str(reason).split())}") from reason
     return GPUInfo(
@@ -75,15 +73,6 @@ def gpu_info(number: int) -> GPUInfo:
         free_nbytes=free_nbytes,
         total_nbytes=total_nbytes,
     )
-
-
-def _memory() -> tuple[int, int]:
-    from cuda.bindings import runtime
-
-    error, free_nbytes, total_nbytes = runtime.cudaMemGetInfo()
-    if int(error):
-        raise CudaCallError(f"cudaMemGetInfo returned {error.name} ({int(error)})", error.name)
-    return int(free_nbytes), int(total_nbytes)
 
 
 def choose(device: str | int, placement: str, nbytes: int) -> Choice:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
 from qmm import platform
 from qmm.errors import DeviceError
-from qmm.platform import GPUInfo, choose
+from qmm.loaders.registration import REQUIRED_ATTRIBUTES
+from qmm.platform import GPUInfo, choose, gpu_info
 
 GB = 10**9
 
@@ -148,3 +151,18 @@ def test_without_numba_cuda_the_extras_are_named(monkeypatch: pytest.MonkeyPatch
     assert "qmm[cu13]" in choose("auto", "auto", 1).why
     with pytest.raises(DeviceError, match=r"qmm\[cu13\].*qmm\[cu12\]"):
         choose("cuda", "auto", 1)
+
+
+@pytest.mark.parametrize("missing", [None, *REQUIRED_ATTRIBUTES])
+def test_a_gpu_maps_read_only_if_it_has_every_attribute_that_registering_needs(
+    monkeypatch: pytest.MonkeyPatch, missing: str | None
+) -> None:
+    answers = {
+        "cudaGetDeviceCount": 1,
+        "cudaGetDeviceProperties": SimpleNamespace(name=b"Test GPU\0\0", major=9, minor=0, integrated=0),
+        "cudaMemGetInfo": (3 * GB, 4 * GB),
+    }
+    monkeypatch.setattr(platform, "call", lambda function, *arguments: answers[function])
+    monkeypatch.setattr(platform, "current_device", lambda number: nullcontext())
+    monkeypatch.setattr(platform, "attribute", lambda name, number: int(name != missing))
+    assert gpu_info(0) == GPUInfo(0, "Test GPU", (9, 0), False, missing is None, 3 * GB, 4 * GB)
