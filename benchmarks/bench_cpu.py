@@ -13,7 +13,6 @@ they would poll for work on its time, and to wake them can cost a time slice. Re
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ pytest.importorskip("libggml", reason="pip install 'qmm[bench]'")
 
 AIMED_AT = ("Q8_0", "Q4_K", "Q6_K")
 SHAPES = [(14336, 4096), (4096, 4096), (4096, 14336), (2048, 640)]
-CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CPUS = cpu.available_cpus()
 THREADS = sorted({1, CPUS})
 COPIES_NBYTES = 1 << 28
 ROUNDS = 40

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import qmm
+from qmm.kernels.cpu import available_cpus
 
 Row = dict[str, Any]
 ROWS = pytest.StashKey[dict[str, list[Row]]]()
@@ -77,7 +78,7 @@ def save(name: str, rows: list[Row], about: Row) -> Path:
     path.parent.mkdir(exist_ok=True)
     machine = {
         "cpu": cpu_model(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": available_cpus(),
         "load_average": os.getloadavg(),  # after the run: about that of the run itself, plus whatever else ran
         "system": platform.platform(),
         "python": platform.python_version(),

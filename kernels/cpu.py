@@ -42,7 +42,15 @@ from qmm.kernels.formats import Format
 from qmm.kernels.primitives import masked, run_weights
 from qmm.kernels.specialize import registers, specialize, unroll
 
-__all__ = ["CPUKernels", "dequantize", "matmul", "quantize_activations", "set_threads"]
+__all__ = [
+    "available_cpus",
+    "dequantize",
+    "dequantize_kernel",
+    "matmul",
+    "product_kernel",
+    "quantize_activations",
+    "set_threads",
+]
 
 COLUMN_TILE = 4
 HELPER_NBYTES = 2 << 20
@@ -209,39 +217,30 @@ def quantize_rows(x, k, n, q, scales, sums):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class CPUKernels:
-    """The compiled kernels of one format; compiling takes one to five seconds a kernel, once a process."""
+@functools.cache
+def product_kernel(block_format: Format, int8: bool, tiled: bool) -> Callable[..., Any]:
+    """The product with rows of a format, compiled in one to five seconds, once a process.
 
-    def __init__(self, block_format: Format) -> None:
-        self.format = block_format
-
-    def product(self, int8: bool, n: int) -> Callable[..., Any]:
-        """The kernel for ``n`` columns; the one for few columns compiles in a third of the time."""
-        return self._product(int8, n >= COLUMN_TILE)
-
-    @functools.lru_cache  # noqa: B019  (one object a format, and kernels live as long as the process)
-    def _product(self, int8: bool, tiled: bool) -> Callable[..., Any]:
-        made = {"product_one": self._tile(int8, 1)} | ({"product_tile": self._tile(int8, COLUMN_TILE)} if tiled else {})
-        constants = {**made, "TILED": tiled}
-        return CPU_PRODUCTS.kernel(specialize(product_rows, constants, CPU_PRODUCTS))
-
-    @functools.lru_cache  # noqa: B019
-    def _tile(self, int8: bool, columns: int) -> Callable[..., Any]:
-        product = product_int8 if int8 else product_float
-        chains = self.format.runs if columns == 1 else 1  # one sum waits 4 cycles for its last addition
-        constants = {**self.format.constants(), "CHAINS": chains, "COLUMNS": columns}
-        return CPU_PRODUCTS.device_function(specialize(product, constants, CPU_PRODUCTS))
-
-    @functools.cached_property
-    def dequantize(self) -> Callable[..., Any]:
-        """The kernel that dequantizes rows."""
-        return CPU.kernel(specialize(dequantize_rows, self.format.constants(), CPU))
+    Without ``tiled``, which takes COLUMN_TILE columns at once, it compiles in a third of the time.
+    """
+    made = {"product_one": _product_of_row(block_format, int8, 1)}
+    if tiled:
+        made["product_tile"] = _product_of_row(block_format, int8, COLUMN_TILE)
+    return CPU_PRODUCTS.kernel(specialize(product_rows, {**made, "TILED": tiled}, CPU_PRODUCTS))
 
 
 @functools.cache
-def kernels_for(block_format: Format) -> CPUKernels:
-    """The process's kernels of a format."""
-    return CPUKernels(block_format)
+def _product_of_row(block_format: Format, int8: bool, columns: int) -> Callable[..., Any]:
+    product = product_int8 if int8 else product_float
+    chains = block_format.runs if columns == 1 else 1  # one sum waits 4 cycles for its last addition
+    constants = {**block_format.constants(), "CHAINS": chains, "COLUMNS": columns}
+    return CPU_PRODUCTS.device_function(specialize(product, constants, CPU_PRODUCTS))
+
+
+@functools.cache
+def dequantize_kernel(block_format: Format) -> Callable[..., Any]:
+    """The kernel that dequantizes rows of a format."""
+    return CPU.kernel(specialize(dequantize_rows, block_format.constants(), CPU))
 
 
 @functools.cache
@@ -249,12 +248,16 @@ def _quantize_kernel() -> Callable[..., Any]:
     return CPU.kernel(quantize_rows)
 
 
+def available_cpus() -> int:
+    """How many CPUs the process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _Threads:
     """The threads that a call may use beside its own."""
 
     def __init__(self) -> None:
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.resize(available)
+        self.resize(available_cpus())
 
     def resize(self, count: int) -> None:
         self.count = count
@@ -328,11 +331,10 @@ def matmul(
             take the latter.
     """
     n = x.shape[0]
-    kernels = kernels_for(block_format)
     blocks = block_format.blocks(k)
     row_nbytes = block_format.row_nbytes(k)
     int8 = activations == "int8" and not block_format.plain
-    kernel = kernels.product(int8, n)
+    kernel = product_kernel(block_format, int8, n >= COLUMN_TILE)
     if int8:
         values, scales, sums = quantize_activations(x)
     else:
@@ -364,7 +366,7 @@ def dequantize(block_format: Format, address: int, m: int, k: int, out: np.ndarr
     """
     blocks = block_format.blocks(k)
     row_nbytes = block_format.row_nbytes(k)
-    kernel = kernels_for(block_format).dequantize
+    kernel = dequantize_kernel(block_format)
 
     def work(span: int, next_row: int) -> None:
         scratch, tail = np.zeros(64, np.uint8), np.zeros(64, np.uint8)

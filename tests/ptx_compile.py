@@ -32,6 +32,7 @@ from numba import cuda
 from numba.cuda import compiler, dispatcher
 
 from qmm.kernels import launch
+from qmm.kernels.cpu import available_cpus
 from qmm.kernels.formats import FORMATS
 from qmm.kernels.matvec import COLUMN_TILES
 
@@ -204,6 +205,5 @@ def problems(compiled: Compiled, target: str) -> list[str]:
 
 def pool() -> ProcessPoolExecutor:
     """As many compilers as there are CPUs; ``submit(compile_spec, spec)``."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Spawned: threads and the CPU tests' compiled code stay behind. Numba leaves no garbage worth collecting.
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=gc.disable)
+    return ProcessPoolExecutor(available_cpus(), multiprocessing.get_context("spawn"), initializer=gc.disable)
