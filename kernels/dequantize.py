@@ -5,7 +5,7 @@ The bytes are staged as in :mod:`qmm.kernels.matvec`, one row at a time to a war
 
 from __future__ import annotations
 
-from qmm.kernels.matvec import fetch, following
+from qmm.kernels.matvec import fetch, fill, following
 from qmm.kernels.primitives import run_weights
 from qmm.kernels.ptx import (
     block_count,
@@ -29,11 +29,7 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
     ring = shared_memory() + warp * (STAGES * ROWS * STAGE_NBYTES)
     row = block_index() * WARPS + warp
     row_step = block_count() * WARPS
-    next_row = row
-    next_chunk = 0
-    for stage in unroll(STAGES - 1):
-        fetch(ring + stage * STAGE_NBYTES, weights, row_nbytes, next_row, m, next_chunk, lane)
-        next_row, next_chunk = following(next_row, next_chunk, chunks, row_step)
+    next_row, next_chunk = fill(ring, weights, row_nbytes, row, row_step, m, chunks, lane)
     chunk = 0
     full = 0
     empty = (STAGES - 1) * STAGE_NBYTES

@@ -128,11 +128,7 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_scales, x_sums, x_pit
         column[c] = min(c, n - 1) * x_pitch
     total = registers(ROWS * COLUMNS, 0.0)
 
-    next_row = row
-    next_chunk = 0
-    for stage in unroll(STAGES - 1):
-        fetch(ring + stage * (ROWS * STAGE_NBYTES), weights, row_nbytes, next_row, m, next_chunk, lane)
-        next_row, next_chunk = following(next_row, next_chunk, chunks, row_step)
+    next_row, next_chunk = fill(ring, weights, row_nbytes, row, row_step, m, chunks, lane)
     chunk = 0
     full = 0
     empty = (STAGES - 1) * (ROWS * STAGE_NBYTES)
@@ -194,6 +190,15 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_scales, x_sums, x_pit
         full += ROWS * STAGE_NBYTES
         if full == STAGES * (ROWS * STAGE_NBYTES):
             full = 0
+
+
+def fill(ring, weights, row_nbytes, row, row_step, m, chunks, lane):
+    """Starts copying a warp's first chunks into all stages but one; what comes after them."""
+    chunk = 0
+    for stage in unroll(STAGES - 1):
+        fetch(ring + stage * (ROWS * STAGE_NBYTES), weights, row_nbytes, row, m, chunk, lane)
+        row, chunk = following(row, chunk, chunks, row_step)
+    return row, chunk
 
 
 def following(row, chunk, chunks, row_step):
