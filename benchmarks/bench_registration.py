@@ -16,6 +16,7 @@ import pytest
 import qmm
 from benchmarks import gpu
 from qmm.loaders import FileMapping, HostRegistration
+from qmm.smoke import anonymous_nbytes
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -35,12 +36,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.write(rng.bytes(GIB // 16))
         os.fsync(file.fileno())
     return path
-
-
-def anonymous_nbytes() -> int:
-    """Anonymous memory of this process, from the kernel."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
 
 
 def test_register_1_gib(benchmark: BenchmarkFixture, path: Path, record: Callable[..., Any]) -> None:

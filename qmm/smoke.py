@@ -6,6 +6,7 @@ can read the magic ``GGUF`` where the file begins.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
@@ -59,8 +60,9 @@ class _Smoke:
         before = anonymous_nbytes()
         self.registration = HostRegistration.of(self.mapping, [(0, self.mapping.nbytes)], self.device)
         self.cleanup.callback(self.registration.close)
-        grown = anonymous_nbytes() - before
-        return f"{self.registration.nbytes_registered:,} bytes of pages; anonymous memory grew by {grown:,} bytes"
+        after = anonymous_nbytes()
+        grown = "an unknown number of" if before is None or after is None else f"{after - before:,}"
+        return f"{self.registration.nbytes_registered:,} bytes of pages; anonymous memory grew by {grown} bytes"
 
     def locate(self) -> str:
         self.address = self.registration.address(0, self.mapping.nbytes)
@@ -103,14 +105,11 @@ class _Smoke:
         return "unregistered, registered once more and unregistered, unmapped"
 
 
-def anonymous_nbytes() -> int:
-    """Anonymous memory of this process (RssAnon); 0 where the system does not say."""
+def anonymous_nbytes() -> int | None:
+    """Anonymous memory of this process (RssAnon); None where the system does not say."""
     status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return 0
+    found = re.search(r"(?m)^RssAnon:\s*(\d+) kB$", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def smoke(path: Path, device: int = 0) -> SmokeReport:

@@ -16,6 +16,7 @@ import pytest
 
 from qmm.errors import ClosedError, MappingError, RegistrationError
 from qmm.loaders import FileMapping, HostRegistration, registration
+from qmm.smoke import anonymous_nbytes
 
 PAGE = mmap.PAGESIZE
 FLAGS = 0x01 | 0x02 | 0x08  # cudaHostRegisterPortable, Mapped, ReadOnly
@@ -228,16 +229,12 @@ def test_registering_takes_no_anonymous_memory(tmp_path: Path) -> None:
     path = tmp_path / "big.gguf"
     path.write_bytes(os.urandom(1 << 20) * 256)
 
-    def anonymous() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("RssAnon:")).split()[1]) * 1024
-
     with FileMapping.open(path) as mapping:
         with HostRegistration.of(mapping, [(0, PAGE)]):  # whatever CUDA takes for itself, it has now
-            before = anonymous()
+            before = anonymous_nbytes()
             with HostRegistration.of(mapping, [(0, nbytes)]) as registered:
                 assert registered.nbytes_registered == nbytes
-                assert anonymous() - before < nbytes // 100
+                assert anonymous_nbytes() - before < nbytes // 100
         lines = Path("/proc/self/maps").read_text().splitlines()
         assert [line.split()[1] for line in lines if line.endswith(str(path))] == ["r--s"]
 
