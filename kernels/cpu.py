@@ -97,7 +97,9 @@ def product_float(row, blocks, k, x, x_scales, x_sums, column, scratch, y, y_pit
     total = registers(COLUMNS, zero_floats())
     pitch = blocks * (16 * BLOCK_RUNS)
     for block in range(blocks):
-        address = whole_block(row, block, k, scratch)
+        address = row + block * BLOCK_NBYTES
+        if PLAIN and k - block * 16 < 16:
+            address = whole_block(address, k - block * 16, scratch)
         for lane in unroll(LANES):
             runs = unpack(lane, *load(address, lane))
             for i in unroll(RUNS):
@@ -145,7 +147,9 @@ def dequantize_rows(weights, row_nbytes, m, blocks, k, scratch, tail, out, span,
 
 def dequantize_row(row, blocks, k, scratch, tail, out):
     for block in range(blocks):
-        address = whole_block(row, block, k, scratch)
+        address = row + block * BLOCK_NBYTES
+        if PLAIN and k - block * 16 < 16:
+            address = whole_block(address, k - block * 16, scratch)
         target = out + block * (16 * BLOCK_RUNS) * 4
         for lane in unroll(LANES):
             runs = unpack(lane, *load(address, lane))
@@ -163,15 +167,14 @@ def dequantize_row(row, blocks, k, scratch, tail, out):
                     store_floats(target, position(lane, i) * 64, values)
 
 
-def whole_block(row, block, k, scratch):
-    """Where a block's bytes may be loaded 16 at a time: in the row, or, if the row's end cuts it short, in a copy."""
-    address = row + block * BLOCK_NBYTES
-    if PLAIN:
-        left = k - block * 16
-        if left < 16:
-            copy_bytes(address, left * (BLOCK_NBYTES // 16), scratch)
-            address = scratch
-    return address
+def whole_block(address, left, scratch):
+    """A copy of the block that the row's end cuts short, from which 16 bytes may be loaded at a time.
+
+    Callers ask whether it is cut short: with the question in here, LLVM calls this for every block (F16 4096x4096: 9 ms
+    instead of 2).
+    """
+    copy_bytes(address, left * (BLOCK_NBYTES // 16), scratch)
+    return scratch
 
 
 def copy_bytes(source, count, target):
