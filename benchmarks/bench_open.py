@@ -1,6 +1,6 @@
 """Opening a model: qmm's index beside gguf's reader, on Gemma-3-270M (262,144 token strings, 236 tensors).
 
-    pytest benchmarks/bench_open.py
+    pytest benchmarks/bench_open.py [--save-results]
 
 ``cold`` starts a process for each round and times what is between its first statement after the imports and the end of
 the indexing, in that process: the import of gguf's constants, which qmm leaves for the first file, is in it. The page
@@ -9,10 +9,12 @@ cache is warm throughout.
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -38,14 +40,26 @@ def model() -> Path:
     return path
 
 
+@pytest.fixture
+def report(benchmark: BenchmarkFixture, record: Callable[..., Any]) -> Callable[[str], None]:
+    """Records the benchmark's median under a name."""
+
+    def add(what: str) -> None:
+        if benchmark.stats is not None:  # it is None with --benchmark-disable
+            record({"what": what, "ms": benchmark.stats.stats.median * 1e3})
+
+    return add
+
+
 @pytest.mark.benchmark(group="open")
-def test_index_warm(benchmark: BenchmarkFixture, model: Path) -> None:
+def test_index_warm(benchmark: BenchmarkFixture, model: Path, report: Callable[[str], None]) -> None:
     index = benchmark(GGUFIndex.read, model)
     assert len(index.tensors) == 236
+    report("index, warm process")
 
 
 @pytest.mark.benchmark(group="open")
-def test_index_cold(benchmark: BenchmarkFixture, model: Path) -> None:
+def test_index_cold(benchmark: BenchmarkFixture, model: Path, record: Callable[..., Any]) -> None:
     def cold() -> float:
         command = [sys.executable, "-c", COLD, str(model)]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -53,29 +67,31 @@ def test_index_cold(benchmark: BenchmarkFixture, model: Path) -> None:
     seconds: list[float] = []
     benchmark.pedantic(lambda: seconds.append(cold()), rounds=10)
     # What the table shows is the whole process, the interpreter's and NumPy's start included.
-    benchmark.extra_info["index_ms"] = sorted(1e3 * value for value in seconds)
-    print(f"\nindexed in a cold process: median {sorted(seconds)[len(seconds) // 2] * 1e3:.1f} ms")
+    record({"what": "index, cold process, beyond imports", "ms": statistics.median(seconds) * 1e3})
 
 
 @pytest.mark.benchmark(group="open")
-def test_index_and_map(benchmark: BenchmarkFixture, model: Path) -> None:
+def test_index_and_map(benchmark: BenchmarkFixture, model: Path, report: Callable[[str], None]) -> None:
     def open_and_map() -> None:
         index = GGUFIndex.read(model)
         with FileMapping.open(index.path) as mapping:
             mapping.view(0, mapping.nbytes)
 
     benchmark(open_and_map)
+    report("index and map, warm process")
 
 
 @pytest.mark.benchmark(group="tokens")
-def test_tokens_when_asked_for(benchmark: BenchmarkFixture, model: Path) -> None:
+def test_tokens_when_asked_for(benchmark: BenchmarkFixture, model: Path, report: Callable[[str], None]) -> None:
     tokens = benchmark(lambda: GGUFIndex.read(model).metadata["tokenizer.ggml.tokens"])
     assert len(tokens) == 262_144
+    report("index, and read 262,144 tokens")
 
 
 @pytest.mark.benchmark(group="open")
-def test_gguf_reader(benchmark: BenchmarkFixture, model: Path) -> None:
+def test_gguf_reader(benchmark: BenchmarkFixture, model: Path, report: Callable[[str], None]) -> None:
     import gguf
 
     reader = benchmark.pedantic(gguf.GGUFReader, args=(model,), rounds=1)  # 10 to 22 seconds
     assert len(reader.tensors) == 236
+    report("gguf.GGUFReader")
