@@ -35,9 +35,8 @@ from qmm.kernels.ptx import (
     thread_index,
 )
 
-__all__ = ["BLOCK", "cast", "quantize"]
+__all__ = ["cast", "quantize"]
 
-BLOCK = 32
 INFINITY = float("inf")
 SMALLEST_INT8 = 2.0**-119  # the reciprocal of d = SMALLEST / 127 is the largest that float32 holds
 SMALLEST_F16 = 2.0**-126

@@ -1,24 +1,20 @@
-"""Builds the CUDA kernels of a format and launches them."""
+"""Describes the CUDA kernels of a format, compiles them when they are first needed, and launches them.
+
+Numba is imported to compile (:mod:`qmm.kernels.build`), not to launch.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from cuda.bindings import driver, nvjitlink
-from numba import cuda
-from numba.cuda import types
+from cuda.bindings import driver
 
-from qmm.kernels import activations, probe, ptx
-from qmm.kernels.cuda_target import CUDATarget
-from qmm.kernels.dequantize import dequantize
 from qmm.kernels.formats import Format
-from qmm.kernels.matvec import COLUMN_TILES, WARPS, Staging, matvec
-from qmm.kernels.specialize import specialize
+from qmm.kernels.staging import COLUMN_TILES, SHARED_NBYTES, WARPS, Staging
 
 __all__ = [
     "CUDAKernel",
@@ -29,8 +25,8 @@ __all__ = [
     "quantize_kernel",
 ]
 
-LOADS = {"float32": ptx.load_float, "float16": ptx.load_half, "bfloat16": ptx.load_bfloat}
-STORES = {"float32": ptx.store_float, "float16": ptx.store_half, "bfloat16": ptx.store_bfloat}
+LOADS = {"float32": "load_float", "float16": "load_half", "bfloat16": "load_bfloat"}
+STORES = {"float32": "store_float", "float16": "store_half", "bfloat16": "store_bfloat"}
 THREADS = 32 * WARPS
 
 
@@ -41,23 +37,51 @@ class CUDAKernel:
     launch of Numba's own costs four times as much on the host (17 against 4.8 us) and warns of every small grid.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], arguments: int, staging: Staging | None = None) -> None:
-        """Args are the name for messages, the specialized function, how many arguments it has, and how rows pass
-        through shared memory if they do."""
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], Callable[..., Any]],
+        arguments: int,
+        key: Mapping[str, Any],
+        staging: Staging | None = None,
+    ) -> None:
+        """Describe a kernel; nothing is built yet.
+
+        Args:
+            name: for messages.
+            build: makes the specialized function.
+            arguments: how many it has.
+            key: everything that tells the function from others, apart from the source of this package.
+            staging: how rows pass through shared memory, if they do.
+        """
         self.name = name
-        self.function = function
-        self.signature = types.void(*[types.int64] * arguments)
+        self.key = key
+        self.arguments = arguments
         self.shared_nbytes = staging.shared_nbytes if staging else 0
         self.rows = staging.rows if staging else 1
         self.chunk_blocks = staging.chunk_blocks if staging else 1
+        self._build = build
         self._argument_types = (ctypes.c_int64,) * arguments
         self._loaded: dict[int, Any] = {}
         self._lock = threading.Lock()
 
+    @functools.cached_property
+    def function(self) -> Callable[..., Any]:
+        """The specialized function, which Numba compiles."""
+        return self._build()
+
+    @property
+    def signature(self) -> Any:
+        """The function's Numba signature."""
+        from qmm.kernels import build
+
+        return build.signature(self.arguments)
+
     def ptx(self, capability: tuple[int, int]) -> str:
         """The kernel for a compute capability. On a machine without a GPU, numba.cuda must be told of one."""
-        text, _ = cuda.compile(self.function, self.signature, cc=capability, device=False, abi="numba", output="ptx")
-        return str(text)
+        from qmm.kernels import build
+
+        return build.assembly_of(self.function, self.arguments, capability)
 
     def launch(self, device: int, blocks: int, stream: int, *arguments: int) -> None:
         """Put a launch of ``blocks`` blocks on a stream (its handle; 0 is the default stream) of the current device.
@@ -74,39 +98,41 @@ class CUDAKernel:
     def _load(self, device: int) -> Any:
         with self._lock:
             if device not in self._loaded:
-                kinds = driver.CUdevice_attribute
-                capability = tuple(
-                    _require(*driver.cuDeviceGetAttribute(kind, device), doing="reading the compute capability")
-                    for kind in (
-                        kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                        kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-                    )
-                )
-                ptx = self.ptx(capability)
-                module = _require(*driver.cuModuleLoadData(link(ptx, capability)), doing=f"loading {self.name}")
-                entry = _ENTRY.search(ptx)
-                assert entry, f"{self.name}: no entry point in its PTX"
-                name = entry[1].encode()
-                self._loaded[device] = _require(*driver.cuModuleGetFunction(module, name), doing=f"finding {self.name}")
+                self._loaded[device] = self._function_of(*self._compiled(_capability(device)))
             return self._loaded[device]
 
+    def _compiled(self, capability: tuple[int, int]) -> tuple[str, bytes]:
+        """The name of the entry point, and machine code."""
+        from qmm.kernels import build
 
-_ENTRY = re.compile(r"\.visible \.entry (\w+)")
+        return build.compiled(self.function, self.arguments, capability)
+
+    def _function_of(self, entry: str, code: bytes) -> Any:
+        """The driver's function, in the current device's context.
+
+        Raises:
+            RuntimeError: the driver refused the code.
+        """
+        module = _require(*driver.cuModuleLoadData(code), doing=f"loading {self.name}")
+        function = _require(*driver.cuModuleGetFunction(module, entry.encode()), doing=f"finding {self.name}")
+        if self.shared_nbytes > SHARED_NBYTES:
+            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            error = driver.cuFuncSetAttribute(function, most, self.shared_nbytes)
+            _require(*error, doing=f"asking for {self.shared_nbytes} bytes of shared memory for {self.name}")
+        return function
 
 
-def link(ptx: str, capability: tuple[int, int]) -> bytes:
-    """Machine code for a compute capability. nvJitLink comes with the compiler, so it knows the compiler's PTX; the
-    driver's own linker may be older."""
-    text = ptx.encode()
-    handle = nvjitlink.create(1, [f"-arch=sm_{capability[0]}{capability[1]}"])
-    try:
-        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, text, len(text), "qmm")
-        nvjitlink.complete(handle)
-        code = bytearray(nvjitlink.get_linked_cubin_size(handle))
-        nvjitlink.get_linked_cubin(handle, code)
-        return bytes(code)
-    finally:
-        nvjitlink.destroy(handle)
+def _capability(device: int) -> tuple[int, int]:
+    """The compute capability of a device."""
+    kinds = driver.CUdevice_attribute
+    major, minor = (
+        int(_require(*driver.cuDeviceGetAttribute(kind, device), doing="reading the compute capability"))
+        for kind in (
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    return major, minor
 
 
 def _require(error: Any, *results: Any, doing: str = "") -> Any:
@@ -121,6 +147,25 @@ def alignment_of(address: int) -> int:
     return min(16, address & -address) if address else 16
 
 
+def _described(
+    name: str,
+    template: str,
+    arguments: int,
+    constants: Mapping[str, Any],
+    alignment: int = 16,
+    staging: Staging | None = None,
+) -> CUDAKernel:
+    """A kernel by what :func:`qmm.kernels.build.specialized` takes: the same values build it and are its key."""
+
+    def build() -> Callable[..., Any]:
+        from qmm.kernels.build import specialized
+
+        return specialized(template, constants, alignment)
+
+    key = {"template": template, "constants": constants, "alignment": alignment, "arguments": arguments}
+    return CUDAKernel(name, build, arguments, key, staging)
+
+
 @functools.cache
 def matvec_kernel(block_format: Format, columns: int, int8: bool, alignment: int = 16) -> CUDAKernel:
     """The product of up to ``columns`` columns (one of COLUMN_TILES) with int8 or float16 activations."""
@@ -128,37 +173,33 @@ def matvec_kernel(block_format: Format, columns: int, int8: bool, alignment: int
         raise ValueError(f"a kernel takes {COLUMN_TILES} columns, not {columns}")
     staging = Staging.of(block_format, alignment)
     constants = {**staging.constants(block_format), "COLUMNS": columns, "INT8": int8}
-    function = specialize(matvec, constants, CUDATarget(staging.alignment))
     name = f"matvec_{block_format.name}_{columns}_{'int8' if int8 else 'f16'}_{staging.alignment}"
-    return CUDAKernel(name, function, 13, staging)
+    return _described(name, "matvec.matvec", 13, constants, staging.alignment, staging)
 
 
 @functools.cache
 def dequantize_kernel(block_format: Format, alignment: int = 16) -> CUDAKernel:
     """Dequantization to float32."""
     staging = Staging.of(block_format, alignment, rows=1)
-    function = specialize(dequantize, staging.constants(block_format), CUDATarget(staging.alignment))
     name = f"dequantize_{block_format.name}_{staging.alignment}"
-    return CUDAKernel(name, function, 7, staging)
+    return _described(name, "dequantize.dequantize", 7, staging.constants(block_format), staging.alignment, staging)
 
 
 @functools.cache
 def quantize_kernel(dtype: str, int8: bool) -> CUDAKernel:
     """Activations of ``dtype`` to blocks of 32 int8 or float16 values."""
     constants = {"INT8": int8, "WARPS": WARPS, "load_value": LOADS[dtype]}
-    function = specialize(activations.quantize, constants, CUDATarget(16))
-    return CUDAKernel(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", function, 9)
+    return _described(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", "activations.quantize", 9, constants)
 
 
 @functools.cache
 def cast_kernel(dtype: str) -> CUDAKernel:
     """float32 results to an array of ``dtype`` with any strides."""
     constants = {"WARPS": WARPS, "store_value": STORES[dtype]}
-    function = specialize(activations.cast, constants, CUDATarget(16))
-    return CUDAKernel(f"cast_{dtype}", function, 6)
+    return _described(f"cast_{dtype}", "activations.cast", 6, constants)
 
 
 @functools.cache
 def read_kernel() -> CUDAKernel:
     """A copy of bytes to device memory by a kernel, from wherever they lie."""
-    return CUDAKernel("read", specialize(probe.read, {"WARPS": WARPS}, CUDATarget(16)), 3)
+    return _described("read", "probe.read", 3, {"WARPS": WARPS})

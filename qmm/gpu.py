@@ -17,9 +17,8 @@ import numpy.typing as npt
 from qmm.arrays import View
 from qmm.errors import DeviceError
 from qmm.kernels import launch
-from qmm.kernels.activations import BLOCK
 from qmm.kernels.formats import Format
-from qmm.kernels.matvec import COLUMN_TILES, WARPS
+from qmm.kernels.staging import BLOCK, COLUMN_TILES, WARPS
 from qmm.loaders.cuda import CudaCallError, attribute, call, current_device, runtime
 
 __all__ = ["GPU"]

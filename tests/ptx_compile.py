@@ -34,7 +34,7 @@ from numba.cuda import compiler, dispatcher
 from qmm.kernels import launch
 from qmm.kernels.cpu import available_cpus
 from qmm.kernels.formats import FORMATS
-from qmm.kernels.matvec import COLUMN_TILES
+from qmm.kernels.staging import COLUMN_TILES
 
 __all__ = [
     "FAMILIES",

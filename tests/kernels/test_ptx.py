@@ -15,7 +15,7 @@ from ptx_compile import FAMILIES, GROUPS, TARGETS, Compiled, Spec, compile_kerne
 
 from qmm.kernels import launch, ptx
 from qmm.kernels.formats import FORMATS
-from qmm.kernels.matvec import Staging
+from qmm.kernels.staging import Staging
 
 OF_WEIGHTS = [group for group in GROUPS if group != "activations"]
 
