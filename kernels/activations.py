@@ -24,60 +24,131 @@ from qmm.kernels.ptx import (
     block_index,
     divide,
     lane_index,
+    largest_of_eight,
+    largest_of_values,
     largest_of_warp,
+    launch_dependents,
     load_float,
+    pack_bytes,
     power_of_two_below,
     round_to_int,
     store_byte,
     store_float,
     store_half,
+    store_shared_float,
+    store_shared_word,
+    sum_of_four,
     sum_of_half_warp,
     thread_index,
+    wait_for_predecessors,
 )
+from qmm.kernels.specialize import registers, unroll
 
-__all__ = ["cast", "quantize"]
+__all__ = ["cast", "quantize", "quantize_block"]
 
 INFINITY = float("inf")
 SMALLEST_INT8 = 2.0**-119  # the reciprocal of d = SMALLEST / 127 is the largest that float32 holds
 SMALLEST_F16 = 2.0**-126
 
 
-def quantize(x, row_stride, column_stride, k, blocks, n, q, scales, sums):
-    """``load_value`` reads a float32, float16 or bfloat16; strides are in bytes; ``q`` has ``32 * blocks`` a row."""
+def quantize(x, row_stride, column_stride, k, blocks, spread, n, first, columns, area, area_nbytes):
+    """Quantizes ``n`` rows, which become the columns from ``first`` on of the products.
+
+    ``load_value`` reads a float32, float16 or bfloat16; strides are in bytes. Each ``columns`` columns have an area of
+    their own for ``blocks`` scale blocks, ``spread`` of them to a weight block, laid out as
+    :class:`qmm.kernels.staging.Activations` says.
+    """
+    if PROGRAMMATIC:
+        launch_dependents()
+        wait_for_predecessors()
     lane = lane_index()
     item = block_index() * WARPS + (thread_index() >> 5)
     step = block_count() * WARPS
     while item < n * blocks:
         row = item // blocks
-        block = item - row * blocks
-        column = block * 32 + lane
+        source = item - row * blocks
+        group = (first + row) // columns
+        c = first + row - group * columns
+        block = place_of(source, spread)
+        half = lane >> 4
+        values = area + group * area_nbytes
+        scales = values + blocks * columns * (32 if INT8 else 64)
+        sums = scales + blocks * columns * 4
         value = 0.0
-        if column < k:
-            value = load_value(x + row * row_stride + column * column_stride)
+        if source * 32 + lane < k:
+            value = load_value(x + row * row_stride + (source * 32 + lane) * column_stride)
         largest = largest_of_warp(value)
-        scale = largest
-        inverse = 0.0
+        place = ((block * 2 + half) * columns + c) * 16 + (lane & 15)
         if INT8:
-            scale = divide(largest, 127.0)
-            if largest < SMALLEST_INT8:
-                scale = 0.0
-            elif largest < INFINITY:
-                inverse = divide(1.0, scale)
+            scale, inverse = int8_scale(largest)
             rounded = round_to_int(value * inverse)
-            store_byte(q + item * 32 + lane, rounded)
+            store_byte(values + place, rounded)
             total = sum_of_half_warp(rounded)
             if lane & 15 == 0:
-                store_float(sums + (item * 2 + (lane >> 4)) * 4, scale * np.float32(total))
+                store_float(sums + ((half * blocks + block) * columns + c) * 4, scale * np.float32(total))
         else:
+            scale = largest
+            inverse = 0.0
             if largest < SMALLEST_F16:
                 scale = 0.0
             elif largest < INFINITY:
                 scale = power_of_two_below(largest)
                 inverse = divide(1.0, scale)
-            store_half(q + (item * 32 + lane) * 2, value * inverse)
+            store_half(values + place * 2, value * inverse)
         if lane == 0:
-            store_float(scales + item * 4, scale)
+            store_float(scales + (block * columns + c) * 4, scale)
         item += step
+
+
+def place_of(block, spread):
+    """Where a scale block lies: see :class:`qmm.kernels.staging.Activations`."""
+    weight_block = block // spread
+    return ((weight_block >> 2) * spread + block - weight_block * spread) * 4 + (weight_block & 3)
+
+
+def int8_scale(largest):
+    """The scale of a block, and what its values are multiplied by."""
+    if largest < SMALLEST_INT8:
+        return 0.0, 0.0
+    scale = divide(largest, 127.0)
+    if largest < INFINITY:
+        return scale, divide(1.0, scale)
+    return scale, 0.0
+
+
+def quantize_block(x, k, blocks, values, thread):
+    """Quantizes one column of ``k`` float32 values (a multiple of 32), at a multiple of 16 bytes, to shared memory.
+
+    Eight lanes make a scale block, each four neighbouring values of it; four rounds are loaded before the first is
+    used.
+    """
+    scales = values + blocks * 32
+    sums = scales + blocks * 4
+    at = thread * 4
+    while at - (thread & 31) * 4 < blocks * 32:  # whole warps, which exchange values
+        loaded = registers(4, (0.0, 0.0, 0.0, 0.0))
+        for i in unroll(4):
+            if at + i * (4 * THREADS) < k:
+                loaded[i] = load_values4(x + (at + i * (4 * THREADS)) * 4)
+        for i in unroll(4):
+            here = at + i * (4 * THREADS)
+            if here - (thread & 31) * 4 < blocks * 32:
+                a, b, c, d = loaded[i]
+                scale, inverse = int8_scale(largest_of_eight(largest_of_values(a, b, c, d)))
+                qa = round_to_int(a * inverse)
+                qb = round_to_int(b * inverse)
+                qc = round_to_int(c * inverse)
+                qd = round_to_int(d * inverse)
+                total = sum_of_four(qa + qb + qc + qd)
+                if here < blocks * 32:
+                    block = place_of(here >> 5, SCALE_BLOCKS)
+                    half = (here >> 4) & 1
+                    store_shared_word(values + block * 32 + (here & 31), pack_bytes(qa, qb, qc, qd))
+                    if here & 15 == 0:
+                        store_shared_float(sums + (half * blocks + block) * 4, scale * np.float32(total))
+                    if here & 31 == 0:
+                        store_shared_float(scales + block * 4, scale)
+        at += 4 * 4 * THREADS
 
 
 def cast(source, n, m, target, row_stride, column_stride):

@@ -18,7 +18,7 @@ from qmm.kernels import ptx
 from qmm.kernels.cuda_target import CUDATarget
 from qmm.kernels.specialize import specialize
 
-__all__ = ["assembly_of", "compiled", "link", "signature", "specialized"]
+__all__ = ["assembly_of", "bounded", "compiled", "link", "signature", "specialized"]
 
 _ENTRY = re.compile(r"\.visible \.entry (\w+)")
 
@@ -51,15 +51,25 @@ def signature(arguments: int) -> Any:
     return types.void(*[types.int64] * arguments)
 
 
-def assembly_of(function: Callable[..., Any], arguments: int, capability: tuple[int, int]) -> str:
+def assembly_of(function: Callable[..., Any], arguments: int, threads: int, capability: tuple[int, int]) -> str:
     """The kernel's PTX for a compute capability. On a machine without a GPU, numba.cuda must be told of one."""
     text, _ = cuda.compile(function, signature(arguments), cc=capability, device=False, abi="numba", output="ptx")
-    return str(text)
+    return bounded(str(text), threads)
 
 
-def compiled(function: Callable[..., Any], arguments: int, capability: tuple[int, int]) -> tuple[str, bytes]:
+def bounded(text: str, threads: int) -> str:
+    """A kernel's PTX that says how many threads a block has: without it a kernel may take more registers than there
+    are for them. ``cuda.compile`` has no option for it."""
+    head, found, body = text.partition("{")
+    assert found and ".entry" in head, "no entry point before the first brace of the PTX"
+    return f"{head}.maxntid {threads}, 1, 1\n{{{body}"
+
+
+def compiled(
+    function: Callable[..., Any], arguments: int, threads: int, capability: tuple[int, int]
+) -> tuple[str, bytes]:
     """The name of the kernel's entry point, and machine code for a compute capability."""
-    text = assembly_of(function, arguments, capability)
+    text = assembly_of(function, arguments, threads, capability)
     entry = _ENTRY.search(text)
     assert entry, f"{function.__name__}: no entry point in its PTX"
     return entry[1], link(text, capability)

@@ -27,8 +27,8 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from qmm.kernels import primitives
-from qmm.kernels.ptx import COMMON, VECTORS, assembly, quad, words_of
-from qmm.kernels.vector import F32, I8, I32, splat, vector
+from qmm.kernels.ptx import COMMON, VECTORS, assembly, shared_pointer, words_of
+from qmm.kernels.vector import F32, I8, I16, I32, splat, vector
 
 __all__ = ["CUDATarget"]
 
@@ -39,8 +39,9 @@ def _shared(builder: ir.IRBuilder, arguments: Any) -> ir.Value:
 
 
 def _load_shared(builder: ir.IRBuilder, address: ir.Value, suffix: str) -> ir.Value:
-    # Volatile: the bytes change under the same address from stage to stage.
-    return assembly(builder, I32, f"ld.shared.{suffix} $0, [$1];", "=r,r", [address], volatile=True)
+    kind = {"u8": I8, "u16": I16, "u32": I32}[suffix]
+    loaded = builder.load(shared_pointer(builder, address, kind), align=kind.width // 8)
+    return loaded if kind == I32 else builder.zext(loaded, I32)
 
 
 def _make_load16(alignment: int) -> Any:
@@ -49,7 +50,7 @@ def _make_load16(alignment: int) -> Any:
         def lower(context, builder, signature, arguments):
             address = _shared(builder, arguments)
             if alignment >= 16:
-                return quad(builder, "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", address, volatile=True)
+                return builder.load(shared_pointer(builder, address, vector(I32, 4)), align=16)
             base = address if alignment >= 4 else builder.and_(address, ir.Constant(I32, -4))
             count = 4 if alignment >= 4 else 5
             aligned = [_load_shared(builder, builder.add(base, ir.Constant(I32, 4 * i)), "u32") for i in range(count)]

@@ -14,7 +14,7 @@ from typing import Any
 from cuda.bindings import driver
 
 from qmm.kernels.formats import Format
-from qmm.kernels.staging import COLUMN_TILES, SHARED_NBYTES, WARPS, Staging
+from qmm.kernels.staging import COLUMN_TILES, SHARED_NBYTES, WARPS, Activations, Tiling
 
 __all__ = [
     "CUDAKernel",
@@ -28,6 +28,9 @@ __all__ = [
 LOADS = {"float32": "load_float", "float16": "load_half", "bfloat16": "load_bfloat"}
 STORES = {"float32": "store_float", "float16": "store_half", "bfloat16": "store_bfloat"}
 THREADS = 32 * WARPS
+_PROGRAMMATIC = driver.CUlaunchAttribute()
+_PROGRAMMATIC.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_PROGRAMMATIC.value.programmaticStreamSerializationAllowed = 1
 
 
 class CUDAKernel:
@@ -43,7 +46,8 @@ class CUDAKernel:
         build: Callable[[], Callable[..., Any]],
         arguments: int,
         key: Mapping[str, Any],
-        staging: Staging | None = None,
+        shared_nbytes: int = 0,
+        threads: int = THREADS,
     ) -> None:
         """Describe a kernel; nothing is built yet.
 
@@ -52,14 +56,14 @@ class CUDAKernel:
             build: makes the specialized function.
             arguments: how many it has.
             key: everything that tells the function from others, apart from the source of this package.
-            staging: how rows pass through shared memory, if they do.
+            shared_nbytes: the most shared memory that a launch asks for.
+            threads: of a block.
         """
         self.name = name
         self.key = key
         self.arguments = arguments
-        self.shared_nbytes = staging.shared_nbytes if staging else 0
-        self.rows = staging.rows if staging else 1
-        self.chunk_blocks = staging.chunk_blocks if staging else 1
+        self.shared_nbytes = shared_nbytes
+        self.threads = threads
         self._build = build
         self._argument_types = (ctypes.c_int64,) * arguments
         self._loaded: dict[int, Any] = {}
@@ -81,18 +85,34 @@ class CUDAKernel:
         """The kernel for a compute capability. On a machine without a GPU, numba.cuda must be told of one."""
         from qmm.kernels import build
 
-        return build.assembly_of(self.function, self.arguments, capability)
+        return build.assembly_of(self.function, self.arguments, self.threads, capability)
 
-    def launch(self, device: int, blocks: int, stream: int, *arguments: int) -> None:
+    def launch(
+        self, device: int, blocks: int, stream: int, *arguments: int, shared_nbytes: int = 0, programmatic: bool = False
+    ) -> None:
         """Put a launch of ``blocks`` blocks on a stream (its handle; 0 is the default stream) of the current device.
+
+        Args:
+            device: its number.
+            blocks: how many.
+            stream: its handle.
+            arguments: of the kernel.
+            shared_nbytes: shared memory of a block.
+            programmatic: whether it may start before the kernel before it ends; it then waits itself.
 
         Raises:
             RuntimeError: the driver refused; the message names the kernel and the call.
         """
         function = self._loaded.get(device) or self._load(device)
-        error, *_ = driver.cuLaunchKernel(
-            function, blocks, 1, 1, THREADS, 1, 1, self.shared_nbytes, stream, (arguments, self._argument_types), 0
-        )
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
+        config.sharedMemBytes = shared_nbytes
+        config.hStream = stream
+        if programmatic:
+            config.attrs = [_PROGRAMMATIC]
+            config.numAttrs = 1
+        error, *_ = driver.cuLaunchKernelEx(config, function, (arguments, self._argument_types), 0)
         _require(error, doing=f"launching {self.name}")
 
     def _load(self, device: int) -> Any:
@@ -105,7 +125,7 @@ class CUDAKernel:
         """The name of the entry point, and machine code."""
         from qmm.kernels import build
 
-        return build.compiled(self.function, self.arguments, capability)
+        return build.compiled(self.function, self.arguments, self.threads, capability)
 
     def _function_of(self, entry: str, code: bytes) -> Any:
         """The driver's function, in the current device's context.
@@ -153,7 +173,8 @@ def _described(
     arguments: int,
     constants: Mapping[str, Any],
     alignment: int = 16,
-    staging: Staging | None = None,
+    shared_nbytes: int = 0,
+    threads: int = THREADS,
 ) -> CUDAKernel:
     """A kernel by what :func:`qmm.kernels.build.specialized` takes: the same values build it and are its key."""
 
@@ -162,34 +183,58 @@ def _described(
 
         return specialized(template, constants, alignment)
 
-    key = {"template": template, "constants": constants, "alignment": alignment, "arguments": arguments}
-    return CUDAKernel(name, build, arguments, key, staging)
+    key = {"template": template, "constants": constants, "alignment": alignment, "arguments": arguments, "threads": threads}
+    return CUDAKernel(name, build, arguments, key, shared_nbytes, threads)
 
 
 @functools.cache
-def matvec_kernel(block_format: Format, columns: int, int8: bool, alignment: int = 16) -> CUDAKernel:
+def matvec_kernel(
+    block_format: Format,
+    columns: int,
+    int8: bool,
+    tiling: Tiling,
+    x_shared: bool = True,
+    fused: bool = False,
+    programmatic: bool = True,
+    shared_nbytes: int = 0,
+) -> CUDAKernel:
     """The product of up to ``columns`` columns (one of COLUMN_TILES) with int8 or float16 activations."""
     if columns not in COLUMN_TILES:
         raise ValueError(f"a kernel takes {COLUMN_TILES} columns, not {columns}")
-    staging = Staging.of(block_format, alignment)
-    constants = {**staging.constants(block_format), "COLUMNS": columns, "INT8": int8}
-    name = f"matvec_{block_format.name}_{columns}_{'int8' if int8 else 'f16'}_{staging.alignment}"
-    return _described(name, "matvec.matvec", 13, constants, staging.alignment, staging)
+    activations = Activations(columns, int8)
+    constants = {
+        **tiling.constants(block_format, programmatic),
+        "COLUMNS": columns,
+        "FUSED": fused,
+        "INT8": int8,
+        "PROGRAMMATIC": programmatic,
+        "RUN_NBYTES": activations.run_nbytes,
+        "SCALES": 3 if int8 else 1,
+        "X_SHARED": x_shared,
+        "load_columns": ("shared_floats" if x_shared else "cached_floats", columns),
+        "load_values": "load_shared16" if x_shared else "load_cached16",
+        "load_values4": ("past_floats", 4),
+    }
+    name = f"matvec_{block_format.name}_{columns}_{'int8' if int8 else 'f16'}_{tiling.alignment}"
+    return _described(name, "matvec.matvec", 11, constants, tiling.alignment, shared_nbytes, tiling.threads)
 
 
 @functools.cache
-def dequantize_kernel(block_format: Format, alignment: int = 16) -> CUDAKernel:
+def dequantize_kernel(block_format: Format, tiling: Tiling, bulk: bool = True) -> CUDAKernel:
     """Dequantization to float32."""
-    staging = Staging.of(block_format, alignment, rows=1)
-    name = f"dequantize_{block_format.name}_{staging.alignment}"
-    return _described(name, "dequantize.dequantize", 7, staging.constants(block_format), staging.alignment, staging)
+    name = f"dequantize_{block_format.name}_{tiling.alignment}"
+    constants = tiling.constants(block_format, bulk)
+    shared_nbytes = tiling.shared_nbytes(0)
+    return _described(
+        name, "dequantize.dequantize", 7, constants, tiling.alignment, shared_nbytes, tiling.threads
+    )
 
 
 @functools.cache
-def quantize_kernel(dtype: str, int8: bool) -> CUDAKernel:
+def quantize_kernel(dtype: str, int8: bool, programmatic: bool = True) -> CUDAKernel:
     """Activations of ``dtype`` to blocks of 32 int8 or float16 values."""
-    constants = {"INT8": int8, "WARPS": WARPS, "load_value": LOADS[dtype]}
-    return _described(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", "activations.quantize", 9, constants)
+    constants = {"INT8": int8, "PROGRAMMATIC": programmatic, "WARPS": WARPS, "load_value": LOADS[dtype]}
+    return _described(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", "activations.quantize", 11, constants)
 
 
 @functools.cache

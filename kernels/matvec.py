@@ -1,176 +1,283 @@
 """The product of a quantized weight with a few columns, on the GPU: ``y[n, m] = x[n, k] @ W[m, k]^T`` for ``n <= 8``.
 
-It is bound by reading W, so everything serves that. A warp takes ROWS neighbouring rows and streams their bytes through
-its own ring of STAGES buffers in shared memory, 16 bytes a lane, by asynchronous copies that need no register. Each
-byte of the tensor is copied once by one lane, whatever the columns; mapped host memory passes no cache, so a second
-reading would cost a second transfer. Out of the ring a lane takes one unit of a block (the format's ``load``), unpacks
-it into runs of 16 weights and multiplies these with every column.
+It is bound by reading W, so everything serves that. One block stays on each multiprocessor and takes tiles of 16
+neighbouring rows, one after the other. One of its warps streams their bytes through a ring in shared memory
+(:mod:`qmm.kernels.ring`); each byte is copied once, whatever the columns: mapped host memory passes no cache, so a
+second reading would cost a second transfer. Sixteen warps multiply, and one adds up and stores.
 
-A chunk, which is what a stage holds of a row, is the fewest blocks that give each of the 32 lanes the same number of
-units and end at a multiple of 16 bytes. Where a row or chunk begins or ends inside 16 bytes, that part is copied in
-small pieces instead: the warp touches no byte outside its own rows, and so none outside the tensor.
+Out of a stage, lane ``4 g + t`` of a warp takes one unit (the format's ``load``) of rows g and g + 8, from the t-th of
+four neighbouring blocks, unpacks it into runs of 16 weights and multiplies these with the columns: int8 activations on
+the tensor cores (:func:`qmm.kernels.ptx.dot_pair`), so that two columns cost as much as one and eight little more;
+float16 ones, and plain weights, by fused multiply-adds. Warps take the units of a row in turn, so each has sums of its
+own for all rows of the tile; when the tile is done they are added up through shared memory, in a fixed order.
 
-Work is dealt to warps round by round over a grid that fills the GPU once; the ring runs on into the warp's next rows.
+The quantization of the activations is either another kernel (:mod:`qmm.kernels.activations`), or with FUSED the
+beginning of this one. Both this kernel and that one are launched before their predecessors end, and this one starts its
+copies at once: weights never change. Only then it waits for what it reads and writes otherwise.
 """
 
 from __future__ import annotations
 
+from qmm.kernels.activations import quantize_block
 from qmm.kernels.primitives import half_floats, masked, run_weights
 from qmm.kernels.ptx import (
+    arrive,
     block_count,
     block_index,
-    commit,
-    copy16,
-    dot16,
     dot_floats,
+    dot_pair,
+    fused,
+    initialize_barrier,
     lane_index,
-    load_float,
-    load_global16,
+    launch_dependents,
+    load_past16,
+    load_shared_float,
+    share,
     shared_memory,
     store_float,
-    sum_of_warp,
+    store_shared16,
+    store_shared_float,
+    synchronize_block,
     synchronize_warp,
     thread_index,
+    wait_for_predecessors,
+    zero_words,
 )
+from qmm.kernels.ring import following, prepare, produce
 from qmm.kernels.specialize import registers, unroll
 
 __all__ = ["matvec"]
 
+BIAS = -12582912.0  # takes the 12,582,912 of dot_pair away: exact, since a scale has at most 18 significant bits
 
-def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_scales, x_sums, x_pitch, n, y, y_pitch):
+
+def matvec(weights, row_nbytes, m, blocks, chunks, k, x, zeros, n, y, y_pitch):
     """Up to COLUMNS products with every row.
 
-    ``x`` is ``(n, x_pitch)`` int8 (INT8) or float16, ``x_scales`` ``(n, x_pitch / 32)`` and ``x_sums``
-    ``(n, x_pitch / 16)`` float32, as :mod:`qmm.kernels.activations` makes them. ``y`` is float32, ``y_pitch`` apart.
+    ``x`` holds the activations as :class:`qmm.kernels.staging.Activations` lays them out, or with FUSED ``k`` float32
+    at a multiple of 16 bytes. At ``zeros`` are ZERO_NBYTES of them. ``y`` is float32, ``y_pitch`` apart.
     """
     lane = lane_index()
-    warp = thread_index() >> 5
-    ring = shared_memory() + warp * (STAGES * ROWS * STAGE_NBYTES)
-    row = (block_index() * WARPS + warp) * ROWS
-    row_step = block_count() * (WARPS * ROWS)
+    thread = thread_index()
+    warp = thread >> 5
+    barriers = shared_memory()
+    nothing = barriers + BARRIERS_NBYTES
+    partials = nothing + ZERO_NBYTES
+    ring = partials + 2 * K_WARPS * ROWS * COLUMNS * 4
+    row = block_index() * ROWS
+    row_step = block_count() * ROWS
+    if PROGRAMMATIC:
+        launch_dependents()
+    prepare(barriers, thread)
+    if thread < 2:
+        initialize_barrier(barriers + 128 + 8 * thread, WARPS)
+        initialize_barrier(barriers + 144 + 8 * thread, 1)
+    if thread * 16 < ZERO_NBYTES:
+        store_shared16(nothing + thread * 16, zero_words())
+    fence_barriers()
+    synchronize_block()
 
-    # The last column stands in for columns past n, which are computed and not stored.
-    column = registers(COLUMNS, 0)
-    for c in unroll(COLUMNS):
-        column[c] = min(c, n - 1) * x_pitch
-    total = registers(ROWS * COLUMNS, 0.0)
-
-    next_row, next_chunk = fill(ring, weights, row_nbytes, row, row_step, m, chunks, lane)
+    next_row = row
     chunk = 0
-    full = 0
-    empty = (STAGES - 1) * (ROWS * STAGE_NBYTES)
+    producer = warp - WARPS
+    if producer >= 0 and producer < PRODUCERS:
+        next_row, chunk = produce(
+            ring, barriers, weights, row_nbytes, m, chunks, row, 0, row_step, 0, 1, producer, lane
+        )
+    if PROGRAMMATIC:
+        wait_for_predecessors()
+
+    values = x
+    scale_blocks = ((blocks + 3) >> 2) * QUAD_SCALE_BLOCKS
+    if X_SHARED:
+        values = ring + STAGES * STAGE_NBYTES
+        if FUSED:
+            quantize_block(x, k, scale_blocks, values, thread)
+        else:
+            copy_activations(values, x, scale_blocks * (2 * RUN_NBYTES + 4 * COLUMNS * SCALES), thread)
+        nowhere = nothing + 64  # other memory banks than what the others read
+    else:
+        nowhere = zeros
+    synchronize_block()
+
+    if producer >= PRODUCERS:
+        add_up(partials, barriers, row, row_step, m, n, y, y_pitch, lane)
+    elif producer >= 0:
+        produce(
+            *(ring, barriers, weights, row_nbytes, m, chunks, next_row, chunk, row_step, 1, 1 << 62, producer, lane),
+        )
+    else:
+        multiply(
+            *(ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, chunks, k),
+            *(values, scale_blocks, nowhere, row, row_step, warp, lane),
+        )
+
+
+def multiply(
+    ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, chunks, k,
+    values, scale_blocks, nowhere, row, row_step, warp, lane,
+):  # fmt: skip
+    """One warp's share of every tile of the block."""
+    x_scales = values + scale_blocks * (2 * RUN_NBYTES)
+    x_sums = x_scales + scale_blocks * (4 * COLUMNS)
+    last_group = (blocks - 1) >> 2
+    group = lane >> 2
+    quad = lane & 3
+
+    # What a lane passes of the activations: see dot_pair. Others read zeros wherever they look.
+    diagonal = values + (group & 1) * 16
+    inside = -1
+    if quad != lane >> 3 or (group & 1) >= COLUMNS:
+        diagonal = nowhere
+        inside = 0
+
+    tile_row = (warp // K_WARPS) * TILE_ROWS + group
+    step = warp & (K_WARPS - 1)
+    total = registers(LANE_ROWS * COLUMNS, 0.0)
+    full = barriers
+    stage = ring
+    parity = 0
+    tile = 0
     while row < m:
-        wait_for_oldest()
-        synchronize_warp()  # every lane's copies have arrived, and every lane is done with the stage before
-        fetch(ring + empty, weights, row_nbytes, next_row, m, next_chunk, lane)
-        next_row, next_chunk = following(next_row, next_chunk, chunks, row_step)
-
-        for u in unroll(UNITS):
-            unit = lane + 32 * u
-            place = unit // LANES
-            block = chunk * CHUNK_BLOCKS + place
-            if block < blocks:
-                part = unit & (LANES - 1)
-                registers_of_rows = registers(ROWS, 0)
-                for r in unroll(ROWS):
-                    phase = (weights + (row + r) * row_nbytes + chunk * CHUNK_NBYTES) & 127
-                    address = ring + full + r * STAGE_NBYTES + phase + place * BLOCK_NBYTES
-                    registers_of_rows[r] = unpack(part, *load(address, part))
+        chunk = 0
+        while chunk < chunks:
+            wait_for(full, parity)
+            for u in unroll(UNITS):
+                part = (step + K_WARPS * u) & (LANES - 1)
+                block_group = (step + K_WARPS * u) // LANES
+                place = block_group * 4 + quad
+                loaded = registers(LANE_ROWS, 0)
+                for r in unroll(LANE_ROWS):
+                    phase = (weights + (row + tile_row + 8 * r) * row_nbytes + chunk * CHUNK_NBYTES) & 31
+                    address = stage + (tile_row + 8 * r) * PITCH + phase + place * BLOCK_NBYTES
+                    if chunk * CHUNK_BLOCKS + place >= blocks:
+                        address = nothing
+                    loaded[r] = load(address, part)
+                if u == UNITS - 1:
+                    synchronize_warp()
+                    if lane == 0:
+                        arrive(full + 64)
+                runs = registers(LANE_ROWS, 0)
+                for r in unroll(LANE_ROWS):
+                    runs[r] = unpack(part, *loaded[r])
+                here = min(chunk * (CHUNK_BLOCKS // 4) + block_group, last_group) * QUAD_SCALE_BLOCKS
+                first = position(part, 0)
                 for i in unroll(RUNS):
-                    run = block * BLOCK_RUNS + position(part, i)
-                    weights_of_rows = registers(ROWS, 0)
-                    for r in unroll(ROWS):
-                        if not INT8:
-                            q, scale, minimum = registers_of_rows[r][i]
-                            weights_of_rows[r] = run_weights(q, scale, minimum)
-                            if PLAIN:
-                                weights_of_rows[r] = masked(weights_of_rows[r], k - block * 16)
-                    for c in unroll(COLUMNS):
-                        start = column[c] + run * 16
-                        scale_x = load_float(x_scales + (start >> 5) * 4)
-                        if INT8:
-                            values = load_global16(x + start)
-                            if HAS_MINIMUM:
-                                sum_x = load_float(x_sums + (start >> 4) * 4)
+                    if RUN_STEP:  # the runs of a unit are that far apart, an even number: constants from the first on
+                        scale_block = here + 4 * (first >> 1) + quad + 2 * RUN_STEP * i
+                        half = first & 1
+                    elif BLOCK_RUNS > 1:
+                        scale_block = here + 4 * (position(part, i) >> 1) + quad
+                        half = position(part, i) & 1
+                    else:  # two blocks share a scale
+                        scale_block = here + (quad >> 1)
+                        half = quad & 1
+                    scales_x = load_columns(x_scales + scale_block * (4 * COLUMNS))
+                    if INT8:
+                        if HAS_MINIMUM:
+                            sums_x = load_columns(x_sums + (half * scale_blocks + scale_block) * (4 * COLUMNS))
+                        scale = registers(LANE_ROWS, 0.0)
+                        minimum = registers(LANE_ROWS, 0.0)
+                        q = registers(LANE_ROWS, 0)
+                        for r in unroll(LANE_ROWS):
+                            q[r], scale[r], minimum[r] = runs[r][i]
+                        if RUN_STEP:
+                            mine = diagonal + (((scale_block - 2 * RUN_STEP * i) * 2 + half) * RUN_NBYTES & inside)
+                            mine += 4 * RUN_STEP * i * RUN_NBYTES
                         else:
-                            values = half_floats(load_global16(x + start * 2), load_global16(x + start * 2 + 16))
-                        for r in unroll(ROWS):
-                            if INT8:
-                                q, scale, minimum = registers_of_rows[r][i]
-                                total[r * COLUMNS + c] += (scale * scale_x) * dot16(q, values)
-                                if HAS_MINIMUM:
-                                    total[r * COLUMNS + c] -= minimum * sum_x
-                            else:
-                                total[r * COLUMNS + c] += scale_x * dot_floats(weights_of_rows[r], values)
+                            mine = diagonal + ((scale_block * 2 + half) * RUN_NBYTES & inside)
+                        for pair in unroll((COLUMNS + 1) // 2):
+                            x_words = load_values(mine + 32 * pair)
+                            for above in unroll(range(0, LANE_ROWS, 2)):
+                                dots = dot_pair(q[above], q[above + 1], x_words)
+                                for below in unroll(2):
+                                    for e in unroll(min(2, COLUMNS)):
+                                        dot = fused(scale[above + below], dots[2 * below + e], scale[above + below] * BIAS)
+                                        total[(above + below) * COLUMNS + 2 * pair + e] = fused(
+                                            scales_x[2 * pair + e], dot, total[(above + below) * COLUMNS + 2 * pair + e]
+                                        )
+                                        if HAS_MINIMUM:
+                                            total[(above + below) * COLUMNS + 2 * pair + e] -= (
+                                                minimum[above + below] * sums_x[2 * pair + e]
+                                            )
+                    else:
+                        floats = registers(LANE_ROWS, 0.0)
+                        for r in unroll(LANE_ROWS):
+                            q, scale, minimum = runs[r][i]
+                            floats[r] = run_weights(q, scale, minimum)
+                            if PLAIN:
+                                floats[r] = masked(floats[r], k - (chunk * CHUNK_BLOCKS + place) * 16)
+                        for c in unroll(COLUMNS):
+                            at = values + (scale_block * 2 + half) * RUN_NBYTES + 32 * c
+                            x_floats = half_floats(load_values(at), load_values(at + 16))
+                            for r in unroll(LANE_ROWS):
+                                total[r * COLUMNS + c] += scales_x[c] * dot_floats(floats[r], x_floats)
+            chunk += 1
+            stage += STAGE_NBYTES
+            full += 8
+            if full == barriers + 8 * STAGES:
+                full = barriers
+                stage = ring
+                parity ^= 1
 
-        chunk += 1
-        if chunk == chunks:
-            for r in unroll(ROWS):
-                for c in unroll(COLUMNS):
-                    result = sum_of_warp(total[r * COLUMNS + c])
-                    if lane == 0 and row + r < m and c < n:
-                        store_float(y + (c * y_pitch + row + r) * 4, result)
-                    total[r * COLUMNS + c] = 0.0
-            chunk = 0
-            row += row_step
-        empty = full
-        full += ROWS * STAGE_NBYTES
-        if full == STAGES * (ROWS * STAGE_NBYTES):
-            full = 0
-
-
-def fill(ring, weights, row_nbytes, row, row_step, m, chunks, lane):
-    """Starts copying a warp's first chunks into all stages but one; what comes after them."""
-    chunk = 0
-    for stage in unroll(STAGES - 1):
-        fetch(ring + stage * (ROWS * STAGE_NBYTES), weights, row_nbytes, row, m, chunk, lane)
-        row, chunk = following(row, chunk, chunks, row_step)
-    return row, chunk
-
-
-def following(row, chunk, chunks, row_step):
-    """The chunk that a warp takes after this one: the row's next, or the first of its next row."""
-    chunk += 1
-    if chunk == chunks:
-        return row + row_step, 0
-    return row, chunk
-
-
-def fetch(stage, weights, row_nbytes, row, m, chunk, lane):
-    """Starts copying one chunk of ROWS rows into a stage; one group of copies, even if empty."""
-    for r in unroll(ROWS):
-        if row + r < m:
-            begin = weights + (row + r) * row_nbytes
-            start = begin + chunk * CHUNK_NBYTES
-            copy_span(stage + r * STAGE_NBYTES, start, min(start + CHUNK_NBYTES, begin + row_nbytes), lane)
-    commit()
-
-
-def copy_span(target, start, end, lane):
-    """Copies the bytes from ``start`` to ``end``, and touches no other, to the same place modulo 128 of ``target``.
-
-    The same place in the line, because the copy moves sectors of 32 bytes: where the halves of a sector went to
-    different sectors of shared memory, each was transferred twice (Q6_K, 4096 x 4096, mapped: 647,168 sectors read
-    instead of 430,080).
-    """
-    line = start & -128
-    for v in unroll(VECTORS):
-        offset = 16 * (lane + 32 * v)
-        source = line + offset
-        if source >= start and source + 16 <= end:
-            copy16(target + offset, source)
-    if ALIGNMENT < 16:
-        # What is left at either end is less than 16 bytes: a piece a lane, so that one transfer serves it; the lower
-        # half of the warp takes the beginning, the upper half the end.
-        first = start & -16
-        last = end & -16
-        piece = (lane & 15) * EDGE
-        if piece < 16:
-            if lane < 16:
-                source = first + piece
-                if (first < start or first + 16 > end) and source >= start and source < end:
-                    copy_edge(target + (source - line), source)
+        buffer = tile & 1
+        wait_for(barriers + 144 + 8 * buffer, ((tile >> 1) & 1) ^ 1)
+        slot = partials + (buffer * K_WARPS + step) * (ROWS * COLUMNS * 4)
+        for above in unroll(range(0, LANE_ROWS, 2)):
+            # Of the quad's lanes, odd ones keep row g + 8, the others row g; the upper two keep the later columns.
+            kept = registers(COLUMNS, 0.0)
+            for c in unroll(COLUMNS):
+                kept[c] = share(total[above * COLUMNS + c], total[(above + 1) * COLUMNS + c], 1, quad & 1)
+                total[above * COLUMNS + c] = 0.0
+                total[(above + 1) * COLUMNS + c] = 0.0
+            line = tile_row + 8 * above + 8 * (quad & 1)
+            if COLUMNS == 1:
+                result = share(kept[0], kept[0], 2, 0)
+                if quad < 2:
+                    store_shared_float(slot + line * 4, result)
             else:
-                source = last + piece
-                if last > first and source < end:
-                    copy_edge(target + (source - line), source)
+                at = slot + (line * COLUMNS + (quad >> 1) * (COLUMNS // 2)) * 4
+                for c in unroll(COLUMNS // 2):
+                    store_shared_float(at + 4 * c, share(kept[c], kept[c + COLUMNS // 2], 2, quad >> 1))
+        synchronize_warp()
+        if lane == 0:
+            arrive(barriers + 128 + 8 * buffer)
+        tile += 1
+        row += row_step
+
+
+def add_up(partials, barriers, row, row_step, m, n, y, y_pitch, lane):
+    """Adds up what the warps found for each tile of the block, and stores it."""
+    tile = 0
+    while row < m:
+        buffer = tile & 1
+        wait_for(barriers + 128 + 8 * buffer, (tile >> 1) & 1)
+        item = lane
+        while item < ROWS * COLUMNS:
+            total = 0.0
+            for step in unroll(K_WARPS):
+                total += load_shared_float(partials + ((buffer * K_WARPS + step) * (ROWS * COLUMNS) + item) * 4)
+            r = row + item // COLUMNS
+            c = item & (COLUMNS - 1)
+            if r < m and c < n:
+                store_float(y + (c * y_pitch + r) * 4, total)
+            item += 32
+        synchronize_warp()
+        if lane == 0:
+            arrive(barriers + 144 + 8 * buffer)
+        tile += 1
+        row += row_step
+
+
+def copy_activations(target, source, nbytes, thread):
+    """Copies what the quantization made to shared memory, four pieces of 16 bytes a thread under way at a time."""
+    at = thread * 16
+    while at < nbytes:
+        words = registers(4, zero_words())
+        for i in unroll(4):
+            if at + i * (16 * THREADS) < nbytes:
+                words[i] = load_past16(source + at + i * (16 * THREADS))
+        for i in unroll(4):
+            if at + i * (16 * THREADS) < nbytes:
+                store_shared16(target + at + i * (16 * THREADS), words[i])
+        at += 4 * 16 * THREADS

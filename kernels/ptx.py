@@ -8,36 +8,55 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.cuda import types
+from numba.cuda import cgutils, types
+from numba.cuda.core.errors import RequireLiteralValue
 from numba.cuda.extending import core_models, intrinsic, lower_builtin, register_model
 from numba.cuda.typing.templates import AbstractTemplate, infer_global, signature
 
 from qmm.kernels.vector import F32, I8, I16, I32, I64, Toolkit, define, vector
 
 __all__ = [
+    "arrive",
+    "arrive_after_copies",
+    "bulk_copy",
+    "expect",
+    "fence",
+    "initialize_barrier",
+    "synchronize_warp",
     "COMMON",
     "VECTORS",
     "assembly",
     "block_count",
     "block_index",
-    "commit",
+    "cached_floats",
     "copy16",
     "copy_edge1",
     "copy_edge2",
     "copy_edge4",
     "divide",
-    "dot16",
     "dot_floats",
+    "dot_pair",
+    "fused",
     "lane_index",
+    "largest_of_eight",
+    "largest_of_values",
     "largest_of_warp",
+    "launch_dependents",
     "load_bfloat",
     "load_byte",
+    "load_cached16",
     "load_float",
-    "load_global16",
     "load_half",
+    "load_past16",
+    "load_shared16",
+    "load_shared_float",
+    "pack_bytes",
+    "past_floats",
     "power_of_two_below",
     "quad",
     "round_to_int",
+    "share",
+    "shared_floats",
     "shared_memory",
     "store_bfloat",
     "store_byte",
@@ -45,12 +64,17 @@ __all__ = [
     "store_half",
     "store_part",
     "store_run",
+    "store_shared16",
+    "store_shared_float",
+    "store_shared_word",
+    "sum_of_four",
     "sum_of_half_warp",
-    "sum_of_warp",
-    "synchronize_warp",
+    "synchronize_block",
     "thread_index",
-    "wait",
+    "wait_for_predecessors",
+    "waiter",
     "words_of",
+    "zero_words",
 ]
 
 VOID = ir.VoidType()
@@ -201,13 +225,87 @@ def _statement(text: str) -> Any:
     return execute
 
 
-commit = _statement("cp.async.commit_group;")
+launch_dependents = _statement("griddepcontrol.launch_dependents;")
+"""Lets the next kernel of the stream start, as far as there is room for it (sm_90 and later)."""
+wait_for_predecessors = _statement("griddepcontrol.wait;")
+"""Waits for all kernels before this one, and sees what they wrote (sm_90 and later)."""
 synchronize_warp = _statement("bar.warp.sync 0xffffffff;")
 
 
-def wait(groups: int) -> Any:
-    """A function that waits until at most ``groups`` of the thread's committed copies are still under way."""
-    return _statement(f"cp.async.wait_group {groups};")
+def fence(bulk: bool) -> Any:
+    """A function that shows initialized barriers to the engine that makes bulk copies."""
+    return _statement("fence.mbarrier_init.release.cluster;" if bulk else "membar.cta;")
+
+
+def _barrier_statement(text: str, *kinds: Any) -> Any:
+    """An operation on a barrier: shared-window addresses and counts are 32 bits wide, ``int64`` here."""
+    if not kinds:
+
+        @intrinsic
+        def execute(typing_context, barrier):
+            def lower(context, builder, signature, arguments):
+                assembly(builder, VOID, text, "r", [builder.trunc(arguments[0], I32)], volatile=True)
+                return context.get_dummy_value()
+
+            return types.void(types.int64), lower
+    else:
+
+        @intrinsic
+        def execute(typing_context, barrier, value):
+            def lower(context, builder, signature, arguments):
+                both = [builder.trunc(argument, I32) for argument in arguments]
+                assembly(builder, VOID, text, "r,r", both, volatile=True)
+                return context.get_dummy_value()
+
+            return types.void(types.int64, types.int64), lower
+
+    return execute
+
+
+initialize_barrier = _barrier_statement("mbarrier.init.shared.b64 [$0], $1;", int)
+"""Makes a barrier of 8 bytes that so many arrivals complete."""
+arrive = _barrier_statement("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [$0]; }")
+"""One arrival; what the thread read and wrote before comes before what others do after their wait."""
+arrive_after_copies = _barrier_statement("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];")
+"""One arrival as soon as the thread's ``copy16`` so far are done."""
+expect = _barrier_statement("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [$0], $1;", int)
+"""Makes the barrier wait for so many bytes of bulk copies too (sm_90 and later)."""
+
+
+def waiter(bulk: bool) -> Any:
+    """A function that waits until a barrier has completed the phase of a parity."""
+    test = "try_wait" if bulk else "test_wait"
+    text = (
+        "{ .reg .pred done; again: "
+        f"mbarrier.{test}.parity.shared.b64 done, [$0], $1; @!done bra again; }}"
+    )
+    return _barrier_statement(text, int)
+
+
+@intrinsic
+def bulk_copy(typing_context, target, source, nbytes, barrier):
+    """Starts copying from global to shared memory, all at multiples of 16; the barrier counts the bytes (sm_90)."""
+
+    def lower(context, builder, signature, arguments):
+        target, source, nbytes, barrier = arguments
+        text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+        small = [builder.trunc(value, I32) for value in (target, nbytes, barrier)]
+        assembly(builder, VOID, text, "r,l,r,r", [small[0], source, *small[1:]], volatile=True)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), lower
+
+
+@intrinsic
+def synchronize_block(typing_context):
+    """Waits for all threads of the block. LLVM's own barrier, because it must not be copied into branches."""
+
+    def lower(context, builder, signature, arguments):
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(VOID, []), "llvm.nvvm.barrier0")
+        builder.call(function, [])
+        return context.get_dummy_value()
+
+    return types.void(), lower
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,21 +313,157 @@ def wait(groups: int) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _floats(context: Any, builder: ir.IRBuilder, kind: Any, values: list[ir.Value]) -> ir.Value:
+    return context.make_tuple(builder, kind, values)
+
+
+def _loader16(how: str, volatile: bool) -> Any:
+    @intrinsic
+    def load(typing_context, address):
+        def lower(context, builder, signature, arguments):
+            return quad(builder, f"ld.global.{how}.v4.u32 {{$0, $1, $2, $3}}, [$4];", arguments[0], volatile)
+
+        return VECTORS.words(types.int64), lower
+
+    return load
+
+
+def _float_loader(how: str, count: int) -> Any:
+    width = min(4, count)
+    suffix, names = ("", "$0") if width == 1 else (f".v{width}", "{" + ", ".join(f"${i}" for i in range(width)) + "}")
+    text = f"ld.global.{how}{suffix}.f32 {names}, [${width}];"
+    kind = F32 if width == 1 else ir.LiteralStructType([F32] * width)
+
+    @intrinsic
+    def load(typing_context, address):
+        result = types.UniTuple(types.float32, count)
+
+        def lower(context, builder, signature, arguments):
+            values = []
+            for start in range(0, count, width):
+                place = builder.add(arguments[0], ir.Constant(I64, 4 * start))
+                loaded = assembly(builder, kind, text, ",".join(["=f"] * width) + ",l", [place], volatile=True)
+                values += [loaded] if width == 1 else [builder.extract_value(loaded, i) for i in range(width)]
+            return _floats(context, builder, signature.return_type, values)
+
+        return result(types.int64), lower
+
+    return load
+
+
+# Activations may have been written by a kernel that this one was started before the end of: never `.nc`, which may
+# give what a line of L1 held before.
+load_past16 = _loader16("cg", True)
+"""16 bytes at a multiple of 16, past L1."""
+load_cached16 = _loader16("ca", True)
+"""16 bytes at a multiple of 16, through L1."""
+
+
+def past_floats(count: int) -> Any:
+    """A load of ``count`` floats (1, 2, 4 or 8) at a multiple of their size, at most 16, past L1."""
+    return _float_loader("cg", count)
+
+
+def cached_floats(count: int) -> Any:
+    """The same through L1."""
+    return _float_loader("ca", count)
+
+
+def shared_pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    """A shared-window address as a pointer. LLVM's own loads, not inline PTX: it may merge and move them between the
+    barriers."""
+    return builder.inttoptr(builder.trunc(address, I32), kind.as_pointer(3))
+
+
 @intrinsic
-def load_global16(typing_context, address):
-    """16 bytes of global memory that no thread writes during the kernel, at a multiple of 16."""
+def load_shared16(typing_context, address):
+    """16 bytes of shared memory, at a multiple of 16."""
 
     def lower(context, builder, signature, arguments):
-        return quad(builder, "ld.global.nc.v4.u32 {$0, $1, $2, $3}, [$4];", arguments[0])
+        return builder.load(shared_pointer(builder, arguments[0], vector(I32, 4)), align=16)
 
     return VECTORS.words(types.int64), lower
+
+
+@intrinsic
+def store_shared16(typing_context, address, words):
+    """Stores 16 bytes to shared memory, at a multiple of 16."""
+
+    def lower(context, builder, signature, arguments):
+        builder.store(arguments[1], shared_pointer(builder, arguments[0], vector(I32, 4)), align=16)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, VECTORS.words), lower
+
+
+@intrinsic
+def zero_words(typing_context):
+    """Sixteen bytes of zeros."""
+
+    def lower(context, builder, signature, arguments):
+        return ir.Constant(vector(I32, 4), [0] * 4)
+
+    return VECTORS.words(), lower
+
+
+def shared_floats(count: int) -> Any:
+    """A load of ``count`` floats (1, 2, 4 or 8) of shared memory at a multiple of their size, at most 16."""
+    width = min(4, count)
+
+    @intrinsic
+    def load(typing_context, address):
+        result = types.UniTuple(types.float32, count)
+
+        def lower(context, builder, signature, arguments):
+            values = []
+            for start in range(0, count, width):
+                place = builder.add(arguments[0], ir.Constant(I64, 4 * start))
+                loaded = builder.load(shared_pointer(builder, place, vector(F32, width)), align=4 * width)
+                values += [builder.extract_element(loaded, ir.Constant(I32, i)) for i in range(width)]
+            return _floats(context, builder, signature.return_type, values)
+
+        return result(types.int64), lower
+
+    return load
+
+
+@intrinsic
+def load_shared_float(typing_context, address):
+    """A float of shared memory."""
+
+    def lower(context, builder, signature, arguments):
+        return builder.load(shared_pointer(builder, arguments[0], F32), align=4)
+
+    return types.float32(types.int64), lower
+
+
+@intrinsic
+def store_shared_float(typing_context, address, value):
+    """Stores a float to shared memory."""
+
+    def lower(context, builder, signature, arguments):
+        builder.store(arguments[1], shared_pointer(builder, arguments[0], F32), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), lower
+
+
+@intrinsic
+def store_shared_word(typing_context, address, word):
+    """Stores four bytes to shared memory, at a multiple of 4."""
+
+    def lower(context, builder, signature, arguments):
+        builder.store(arguments[1], shared_pointer(builder, arguments[0], I32), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, VECTORS.word), lower
 
 
 def _global_loader(suffix: str, result: Any, carrier: ir.Type, letter: str, convert: Any = None) -> Any:
     @intrinsic
     def load(typing_context, address):
         def lower(context, builder, signature, arguments):
-            value = assembly(builder, carrier, f"ld.global.nc.{suffix} $0, [$1];", f"={letter},l", [arguments[0]])
+            value = assembly(builder, carrier, f"ld.global.{suffix} $0, [$1];", f"={letter},l", [arguments[0]], True)
             return convert(builder, value) if convert else value
 
         return result(types.int64), lower
@@ -316,19 +550,48 @@ def store_part(typing_context, address, values, count):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+MAGIC = 0x4B400000
+"""12,582,912.0 = 3 * 2**22 as a float; added to it, a whole number up to 2**22 stands in the last bits."""
+
+
 @intrinsic
-def dot16(typing_context, a, b):
-    """The product of 16 signed bytes by 16 signed bytes, as float32 (exact: it stays below 2**19)."""
+def dot_pair(typing_context, a, b, x):
+    """Products of two rows with two columns, by the tensor cores: ``12,582,912 + dot`` as four floats, exact.
+
+    A tensor-core product sums over the four lanes of a quad, whose runs have scales of their own. So x is spread over a
+    diagonal: to column ``2 t + e`` only the lanes whose number in their quad is t contribute, and each lane gets its
+    own run's sum for two columns. Lane ``4 g + t`` passes its run ``a`` of row g and ``b`` of row g + 8. As ``x`` the
+    lanes with ``t == g // 2`` pass the same run of x's column ``g % 2``, and all others zeros.
+
+    Returns row g with column 0 and 1, and row g + 8 with these.
+    """
 
     def lower(context, builder, signature, arguments):
-        a, b = arguments
-        total: ir.Value = ir.Constant(I32, 0)
-        for i in range(4):
-            parts = [builder.extract_element(side, ir.Constant(I32, i)) for side in (a, b)]
-            total = assembly(builder, I32, "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [*parts, total])
-        return builder.sitofp(total, F32)
+        a, b, x = arguments
+        kind = ir.LiteralStructType([I32] * 4)
+        text = (
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+        )
+        totals: list[ir.Value] = [ir.Constant(I32, MAGIC)] * 4
+        for i in (0, 2):
+            word = [[builder.extract_element(side, ir.Constant(I32, i + j)) for j in (0, 1)] for side in (a, b, x)]
+            registers = [word[0][0], word[1][0], word[0][1], word[1][1], *word[2], *totals]
+            made = assembly(builder, kind, text, ",".join(["=r"] * 4 + ["r"] * 10), registers)
+            totals = [builder.extract_value(made, j) for j in range(4)]
+        return _floats(context, builder, signature.return_type, [builder.bitcast(total, F32) for total in totals])
 
-    return types.float32(VECTORS.words, VECTORS.words), lower
+    return types.UniTuple(types.float32, 4)(VECTORS.words, VECTORS.words, VECTORS.words), lower
+
+
+@intrinsic
+def fused(typing_context, a, b, c):
+    """``a * b + c``, rounded once."""
+
+    def lower(context, builder, signature, arguments):
+        return assembly(builder, F32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", list(arguments))
+
+    return types.float32(types.float32, types.float32, types.float32), lower
 
 
 @intrinsic
@@ -353,46 +616,93 @@ def _shuffle(builder: ir.IRBuilder, value: ir.Value, distance: int) -> ir.Value:
 
 
 @intrinsic
-def sum_of_warp(typing_context, value):
-    """The sum over the 32 lanes, in every lane, in one fixed order."""
+def share(typing_context, a, b, distance, upper):
+    """With the lane ``distance`` (a literal) away: one gets the sum of both their ``a``, the other, where ``upper`` is
+    not 0, that of their ``b``."""
+    if not isinstance(distance, types.IntegerLiteral):
+        raise RequireLiteralValue("the distance of lanes")
+    apart = distance.literal_value
 
     def lower(context, builder, signature, arguments):
-        (value,) = arguments
-        for distance in (16, 8, 4, 2, 1):
-            value = builder.fadd(value, _shuffle(builder, value, distance))
-        return value
+        a, b, _, upper = arguments
+        is_upper = builder.icmp_signed("!=", upper, ir.Constant(I64, 0))
+        kept = builder.select(is_upper, b, a)
+        sent = builder.select(is_upper, a, b)
+        return builder.fadd(kept, _shuffle(builder, sent, apart))
 
-    return types.float32(types.float32), lower
+    return types.float32(types.float32, types.float32, distance, types.int64), lower
+
+
+def _whole_sum(distances: tuple[int, ...]) -> Any:
+    @intrinsic
+    def total(typing_context, value):
+        def lower(context, builder, signature, arguments):
+            value = builder.trunc(arguments[0], I32)
+            for distance in distances:
+                value = builder.add(value, _shuffle(builder, value, distance))
+            return builder.sext(value, I64)
+
+        return types.int64(types.int64), lower
+
+    return total
+
+
+sum_of_half_warp = _whole_sum((8, 4, 2, 1))
+"""The sum of whole numbers over the 16 lanes of a half warp, in each of them."""
+sum_of_four = _whole_sum((2, 1))
+"""The sum of whole numbers over four neighbouring lanes, in each of them."""
+
+
+def _largest(distances: tuple[int, ...]) -> Any:
+    @intrinsic
+    def largest(typing_context, value):
+        def lower(context, builder, signature, arguments):
+            bits = builder.and_(builder.bitcast(arguments[0], I32), ir.Constant(I32, 0x7FFFFFFF))
+            for distance in distances:
+                bits = _larger(builder, bits, _shuffle(builder, bits, distance))
+            return builder.bitcast(bits, F32)
+
+        return types.float32(types.float32), lower
+
+    return largest
+
+
+def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    return builder.select(builder.icmp_unsigned(">", b, a), b, a)
+
+
+largest_of_warp = _largest((16, 8, 4, 2, 1))
+"""The largest magnitude over the 32 lanes, in every lane; a NaN counts as larger than everything.
+
+Magnitudes are compared as bit patterns, which order as the numbers do."""
+largest_of_eight = _largest((4, 2, 1))
+"""The same over eight neighbouring lanes."""
 
 
 @intrinsic
-def sum_of_half_warp(typing_context, value):
-    """The sum of whole numbers over the 16 lanes of a half warp, in each of them."""
+def largest_of_values(typing_context, a, b, c, d):
+    """The largest magnitude of four numbers; a NaN counts as larger than everything."""
 
     def lower(context, builder, signature, arguments):
-        value = builder.trunc(arguments[0], I32)
-        for distance in (8, 4, 2, 1):
-            value = builder.add(value, _shuffle(builder, value, distance))
-        return builder.sext(value, I64)
+        bits = [builder.and_(builder.bitcast(value, I32), ir.Constant(I32, 0x7FFFFFFF)) for value in arguments]
+        both = [_larger(builder, *bits[:2]), _larger(builder, *bits[2:])]
+        return builder.bitcast(_larger(builder, *both), F32)
 
-    return types.int64(types.int64), lower
+    return types.float32(*[types.float32] * 4), lower
 
 
 @intrinsic
-def largest_of_warp(typing_context, value):
-    """The largest magnitude over the 32 lanes, in every lane; a NaN counts as larger than everything.
-
-    Magnitudes are compared as bit patterns, which order as the numbers do.
-    """
+def pack_bytes(typing_context, a, b, c, d):
+    """The low bytes of four whole numbers as a word, the first lowest."""
 
     def lower(context, builder, signature, arguments):
-        bits = builder.and_(builder.bitcast(arguments[0], I32), ir.Constant(I32, 0x7FFFFFFF))
-        for distance in (16, 8, 4, 2, 1):
-            other = _shuffle(builder, bits, distance)
-            bits = builder.select(builder.icmp_unsigned(">", other, bits), other, bits)
-        return builder.bitcast(bits, F32)
+        word: ir.Value = ir.Constant(I32, 0)
+        for i, value in enumerate(arguments):
+            part = builder.and_(builder.trunc(value, I32), ir.Constant(I32, 0xFF))
+            word = builder.or_(word, builder.shl(part, ir.Constant(I32, 8 * i)))
+        return word
 
-    return types.float32(types.float32), lower
+    return VECTORS.word(*[types.int64] * 4), lower
 
 
 @intrinsic

@@ -18,16 +18,22 @@ from qmm.arrays import View
 from qmm.errors import DeviceError
 from qmm.kernels import launch
 from qmm.kernels.formats import Format
-from qmm.kernels.staging import BLOCK, COLUMN_TILES, WARPS
+from qmm.kernels.staging import BLOCK, COLUMN_TILES, SHARED_NBYTES, WARPS, ZERO_NBYTES, Activations, Tiling, scale_blocks_of
 from qmm.loaders.cuda import CudaCallError, attribute, call, current_device, runtime
 
 __all__ = ["GPU"]
 
 ALIGNMENT = 256
-SHARED_RESERVED = 1024
-"""Shared memory that the driver keeps of each block (sm_80 and later)."""
-MOST_BLOCKS = 16
-"""Blocks of 4 warps that fill the 64 warps of a multiprocessor."""
+BLOCKS = 4
+"""Blocks of 16 warps that fill the 64 warps of a multiprocessor."""
+import os
+RING_NBYTES = int(os.environ.get("QMM_RING", 144 << 10))
+FUSE = int(os.environ.get("QMM_FUSE", 1))
+PDL = int(os.environ.get("QMM_PDL", 1))
+WARPS_ = int(os.environ.get("QMM_WARPS", 16))
+UNITS = int(os.environ.get("QMM_UNITS", 1))
+LROWS = int(os.environ.get("QMM_LROWS", 2))
+ROWW = int(os.environ.get("QMM_ROWW", 0))
 
 
 class GPU:
@@ -37,10 +43,13 @@ class GPU:
         self.device = device
         with self.errors("preparing the device"), current_device(device):
             self.multiprocessors = attribute("MultiProcessorCount", device)
-            self.shared_nbytes = attribute("MaxSharedMemoryPerMultiprocessor", device)
+            self.shared_nbytes = attribute("MaxSharedMemoryPerBlockOptin", device)
+            self.programmatic = bool(PDL) and attribute("ComputeCapabilityMajor", device) >= 9
             self.stream = int(call("cudaStreamCreateWithFlags", 1))  # cudaStreamNonBlocking
         self._scratch: dict[int, tuple[int, int]] = {}
         self._lock = threading.RLock()
+        self._zeros = self.allocate(ZERO_NBYTES, "zeros")
+        call("cudaMemset", self._zeros, 0, ZERO_NBYTES)
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
@@ -87,6 +96,7 @@ class GPU:
             for address, _ in self._scratch.values():
                 call("cudaFree", address)
             self._scratch.clear()
+            call("cudaFree", self._zeros)
             call("cudaStreamDestroy", self.stream)
 
     def _scratch_for(self, stream: int, sizes: list[int]) -> list[int]:
@@ -132,81 +142,106 @@ class GPU:
         n = math.prod(x.shape[:-1])
         if n == 0 or m == 0:
             return
-        blocks = -(-k // BLOCK)
-        pitch = blocks * BLOCK
-        item = 1 if int8 else 2
+        columns = next((tile for tile in COLUMN_TILES if tile >= n), COLUMN_TILES[-1])
+        activations = Activations(columns, int8)
+        scale_blocks = scale_blocks_of(block_format, k)
+        area_nbytes = -(-activations.nbytes(scale_blocks) // ALIGNMENT) * ALIGNMENT
         direct = out.dtype == "float32" and out.contiguous
+        fused = (
+            bool(FUSE)
+            and int8
+            and n == 1
+            and x.dtype == "float32"
+            and x.strides[-1] == 4
+            and x.address % 16 == 0
+            and self._fits(activations.nbytes(scale_blocks))
+        )
+        groups = 0 if fused else -(-n // columns)
         with self._lock, self.errors(f"the product with {m} x {k} {block_format.name}"), current_device(self.device):
-            values, scales, sums, results = self._scratch_for(
-                stream, [n * pitch * item, n * blocks * 4, n * blocks * 8, 0 if direct else n * m * 4]
-            )
-            quantize = launch.quantize_kernel(x.dtype, int8)
-            for slab in x.slabs():
-                first = slab.first
-                quantize.launch(
-                    self.device,
-                    self._grid(-(-slab.rows * blocks // WARPS), 0),
-                    stream,
-                    slab.address,
-                    slab.row_stride,
-                    slab.column_stride,
-                    k,
-                    blocks,
-                    slab.rows,
-                    values + first * pitch * item,
-                    scales + first * blocks * 4,
-                    sums + first * blocks * 8,
-                )
+            area, results = self._scratch_for(stream, [groups * area_nbytes, 0 if direct else n * m * 4])
+            if not fused:
+                self._quantize(block_format, x, k, columns, area, area_nbytes, int8, stream)
             y = out.address if direct else results
-            self._products(block_format, weights, m, k, (values, scales, sums, pitch), n, y, int8, stream)
+            for first in range(0, n, columns):
+                source = x.address if fused else area + first // columns * area_nbytes
+                count = min(columns, n - first)
+                self._product(block_format, weights, m, k, source, activations, fused, count, y + first * m * 4, stream)
             if not direct:
                 self._store(results, n, m, out, stream)
 
-    def _products(
+    def _fits(self, x_nbytes: int) -> bool:
+        """Whether activations have room in shared memory beside a ring."""
+        return x_nbytes + (96 << 10) <= self.shared_nbytes
+
+    def _quantize(self, block_format: Format, x: View, k: int, columns: int, area: int, area_nbytes: int, int8: bool, stream: int) -> None:
+        blocks = scale_blocks_of(block_format, k)
+        for slab in x.slabs():
+            launch.quantize_kernel(x.dtype, int8, self.programmatic).launch(
+                self.device,
+                self._grid(-(-slab.rows * blocks // WARPS)),
+                stream,
+                slab.address,
+                slab.row_stride,
+                slab.column_stride,
+                k,
+                blocks,
+                max(1, block_format.block_weights // BLOCK),
+                slab.rows,
+                slab.first,
+                columns,
+                area,
+                area_nbytes,
+                programmatic=self.programmatic,
+            )
+
+    def _product(
         self,
         block_format: Format,
         weights: int,
         m: int,
         k: int,
-        activations: tuple[int, int, int, int],
+        x: int,
+        activations: Activations,
+        fused: bool,
         n: int,
         y: int,
-        int8: bool,
         stream: int,
     ) -> None:
-        values, scales, sums, pitch = activations
-        alignment = launch.alignment_of(weights)
-        row_nbytes = block_format.row_nbytes(k)
-        widest = COLUMN_TILES[-1]
-        for first in range(0, n, widest):
-            count = min(widest, n - first)
-            columns = next(tile for tile in COLUMN_TILES if tile >= count)
-            kernel = launch.matvec_kernel(block_format, columns, int8, alignment)
-            kernel.launch(
-                self.device,
-                self._grid(-(-m // (WARPS * kernel.rows)), kernel.shared_nbytes),
-                stream,
-                weights,
-                row_nbytes,
-                m,
-                block_format.blocks(k),
-                -(-block_format.blocks(k) // kernel.chunk_blocks),
-                k,
-                values + first * pitch * (1 if int8 else 2),
-                scales + first * pitch // BLOCK * 4,
-                sums + first * pitch // BLOCK * 8,
-                pitch,
-                count,
-                y + first * m * 4,
-                m,
-            )
+        x_nbytes = activations.nbytes(scale_blocks_of(block_format, k))
+        x_shared = self._fits(x_nbytes)
+        room = self.shared_nbytes - (x_nbytes if x_shared else 0) - (20 << 10)
+        row_warps = ROWW or 1
+        tiling = Tiling.of(block_format, launch.alignment_of(weights), min(RING_NBYTES, room), row_warps, WARPS_, UNITS, LROWS)
+        shared_nbytes = tiling.shared_nbytes(activations.columns) + (x_nbytes if x_shared else 0)
+        kernel = launch.matvec_kernel(
+            block_format, activations.columns, activations.int8, tiling, x_shared, fused, self.programmatic, self.shared_nbytes
+        )
+        blocks = block_format.blocks(k)
+        kernel.launch(
+            self.device,
+            min(self.multiprocessors, -(-m // tiling.rows)),
+            stream,
+            weights,
+            block_format.row_nbytes(k),
+            m,
+            blocks,
+            -(-blocks // tiling.chunk_blocks),
+            k,
+            x,
+            self._zeros,
+            n,
+            y,
+            m,
+            shared_nbytes=shared_nbytes,
+            programmatic=self.programmatic,
+        )
 
     def _store(self, results: int, n: int, m: int, out: View, stream: int) -> None:
         """Copy float32 results to where ``out`` has them."""
         for slab in out.slabs():
             launch.cast_kernel(out.dtype).launch(
                 self.device,
-                self._grid(-(-slab.rows * m // (WARPS * 32)), 0),
+                self._grid(-(-slab.rows * m // (WARPS * 32))),
                 stream,
                 results + slab.first * m * 4,
                 slab.rows,
@@ -220,19 +255,21 @@ class GPU:
         """Float32 weights, ``(m, k)`` row-major at ``out``, a multiple of 16 bytes."""
         if m == 0 or k == 0:
             return
-        kernel = launch.dequantize_kernel(block_format, launch.alignment_of(weights))
+        tiling = Tiling.of(block_format, launch.alignment_of(weights), 160 << 10)
+        kernel = launch.dequantize_kernel(block_format, tiling, self.programmatic)
         with self._lock, self.errors(f"dequantizing {m} x {k} {block_format.name}"), current_device(self.device):
             kernel.launch(
                 self.device,
-                self._grid(-(-m // WARPS), kernel.shared_nbytes),
+                min(self.multiprocessors, -(-m // tiling.rows)),
                 stream,
                 weights,
                 block_format.row_nbytes(k),
                 m,
                 block_format.blocks(k),
-                -(-block_format.blocks(k) // kernel.chunk_blocks),
+                -(-block_format.blocks(k) // tiling.chunk_blocks),
                 k,
                 out,
+                shared_nbytes=kernel.shared_nbytes,
             )
 
     def matmul_host(
@@ -278,7 +315,7 @@ class GPU:
         try:
             read = np.empty(nbytes, np.uint8)
             with self._lock, self.errors(f"reading {nbytes} bytes"), current_device(self.device):
-                blocks = self._grid(-(-nbytes // (WARPS * 32)), 0)
+                blocks = self._grid(-(-nbytes // (WARPS * 32)))
                 launch.read_kernel().launch(self.device, blocks, stream, address, nbytes, area)
             self.copy(read.ctypes.data, area, nbytes, stream)
             self.synchronize(stream)
@@ -286,12 +323,9 @@ class GPU:
             self.free(area)
         return read.tobytes()
 
-    def _grid(self, wanted: int, shared_nbytes: int) -> int:
+    def _grid(self, wanted: int) -> int:
         """Blocks to launch: those wanted, at most as many as the device holds at once."""
-        held = MOST_BLOCKS
-        if shared_nbytes:
-            held = max(1, min(held, self.shared_nbytes // (shared_nbytes + SHARED_RESERVED)))
-        return max(1, min(wanted, self.multiprocessors * held))
+        return max(1, min(wanted, self.multiprocessors * BLOCKS))
 
     @contextmanager
     def replay(self, work: Callable[[], object], stream: int, batch: int = 1) -> Iterator[Callable[[], None]]:

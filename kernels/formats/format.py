@@ -60,10 +60,20 @@ class Format:
             "LANES": self.lanes,
             "PLAIN": self.plain,
             "RUNS": self.runs,
+            "RUN_STEP": self.run_step,
             "load": self.load,
             "position": self.position,
             "unpack": self.unpack,
         }
+
+    @property
+    def run_step(self) -> int:
+        """How far apart the runs of a lane are, where that is one even number for the whole block; else 0."""
+        steps = {
+            self.position(lane, i + 1) - self.position(lane, i) for lane in range(self.lanes) for i in range(self.runs - 1)
+        }
+        step = steps.pop() if len(steps) == 1 else 1
+        return 0 if step % 2 else step
 
     def blocks(self, k: int) -> int:
         """Blocks in a row of ``k`` weights, a cut-short one counted."""

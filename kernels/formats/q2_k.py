@@ -28,10 +28,11 @@ def unpack(lane, dm, scales_low, scales_high, qs):
     shift = 8 * (lane & 1)
     low = scales_low >> shift
     high = scales_high >> shift
+    # Two of the four runs stay where they are in their bytes, which makes them 4 and 16 times as large.
     return (
         (qs & 0x03030303, d * unsigned_byte(low & 15), dmin * unsigned_byte((low >> 4) & 15)),
-        ((qs >> 2) & 0x03030303, d * unsigned_byte((low >> 16) & 15), dmin * unsigned_byte((low >> 20) & 15)),
-        ((qs >> 4) & 0x03030303, d * unsigned_byte(high & 15), dmin * unsigned_byte((high >> 4) & 15)),
+        (qs & 0x0C0C0C0C, d * 0.25 * unsigned_byte((low >> 16) & 15), dmin * unsigned_byte((low >> 20) & 15)),
+        (qs & 0x30303030, d * 0.0625 * unsigned_byte(high & 15), dmin * unsigned_byte((high >> 4) & 15)),
         ((qs >> 6) & 0x03030303, d * unsigned_byte((high >> 16) & 15), dmin * unsigned_byte((high >> 20) & 15)),
     )
 

@@ -14,7 +14,7 @@ low four bits in byte ``i % 8`` (low nibble for ``i < 8``, else high) and its up
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.primitives import half, load2, load4, load16, subtract_bytes, unsigned_byte
+from qmm.kernels.primitives import half, load2, load4, load16, unsigned_byte
 
 
 def load(block, lane):
@@ -29,7 +29,7 @@ def load(block, lane):
 
 
 def unpack(lane, d_bits, scales_low, scales_high, scales_top, hmask, qs):
-    d = half(d_bits)
+    d = half(d_bits) * 0.03125
     upper = 4 * (lane >> 1)
     shift = 8 * (lane & 1)
     top = scales_top >> upper
@@ -37,16 +37,17 @@ def unpack(lane, d_bits, scales_low, scales_high, scales_top, hmask, qs):
     high = (((scales_high >> upper) & 0x0F0F0F0F) | (((top >> 2) & 0x03030303) << 4)) >> shift
     third = hmask >> upper
     return (
-        (quants(qs, third), d * (unsigned_byte(low & 63) - 32.0), 0.0),
-        (quants(qs >> 2, third >> 1), d * (unsigned_byte((low >> 16) & 63) - 32.0), 0.0),
-        (quants(qs >> 4, third >> 2), d * (unsigned_byte(high & 63) - 32.0), 0.0),
-        (quants(qs >> 6, third >> 3), d * (unsigned_byte((high >> 16) & 63) - 32.0), 0.0),
+        (quants(qs << 5, third << 7), d * (unsigned_byte(low & 63) - 32.0), 0.0),
+        (quants(qs << 3, third << 6), d * (unsigned_byte((low >> 16) & 63) - 32.0), 0.0),
+        (quants(qs << 1, third << 5), d * (unsigned_byte(high & 63) - 32.0), 0.0),
+        (quants(qs >> 1, third << 4), d * (unsigned_byte((high >> 16) & 63) - 32.0), 0.0),
     )
 
 
 def quants(low_bits, third_bit):
-    """The signed weights from their two low bits and their third, each at the bottom of its byte."""
-    return subtract_bytes((low_bits & 0x03030303) | ((third_bit & 0x01010101) << 2), 4)
+    """32 times the signed weights, from their two low bits and their third: these at the top of a byte, the highest
+    inverted, are ``32 * (q - 4)``."""
+    return ((low_bits & 0x60606060) | (third_bit & 0x80808080)) ^ 0x80808080
 
 
 def position(lane, i):

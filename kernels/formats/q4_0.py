@@ -12,7 +12,7 @@ ggml-common.h.
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.primitives import half, load2, load16, subtract_bytes
+from qmm.kernels.primitives import half, load2, load16
 
 
 def load(block, lane):
@@ -20,9 +20,10 @@ def load(block, lane):
 
 
 def unpack(lane, d, qs):
-    scale = half(d)
-    low = subtract_bytes(qs & 0x0F0F0F0F, 8)
-    high = subtract_bytes((qs >> 4) & 0x0F0F0F0F, 8)
+    # Four bits at the top of a byte, the highest inverted, are 16 * (q - 8) as a signed byte.
+    scale = half(d) * 0.0625
+    low = ((qs << 4) & 0xF0F0F0F0) ^ 0x80808080
+    high = (qs & 0xF0F0F0F0) ^ 0x80808080
     return (low, scale, 0.0), (high, scale, 0.0)
 
 

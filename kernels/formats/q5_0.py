@@ -11,7 +11,7 @@ Bit ``i`` of ``qh`` is the fifth bit of weight ``i``. One lane takes a block. La
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.primitives import half, load2, load4, load16, spread_bits, subtract_bytes
+from qmm.kernels.primitives import half, load2, load4, load16, spread_bits
 
 
 def load(block, lane):
@@ -19,10 +19,11 @@ def load(block, lane):
 
 
 def unpack(lane, d, qh, qs):
-    scale = half(d)
-    low = (qs & 0x0F0F0F0F) | (spread_bits(qh) << 4)
-    high = ((qs >> 4) & 0x0F0F0F0F) | (spread_bits(qh >> 16) << 4)
-    return (subtract_bytes(low, 16), scale, 0.0), (subtract_bytes(high, 16), scale, 0.0)
+    # Five bits at the top of a byte, the highest inverted, are 8 * (q - 16) as a signed byte.
+    scale = half(d) * 0.125
+    low = ((qs << 3) & 0x78787878) | ((spread_bits(qh) << 7) ^ 0x80808080)
+    high = ((qs >> 1) & 0x78787878) | ((spread_bits(qh >> 16) << 7) ^ 0x80808080)
+    return (low, scale, 0.0), (high, scale, 0.0)
 
 
 def position(lane, i):

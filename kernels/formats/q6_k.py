@@ -14,7 +14,7 @@ of ``ql`` (low nibble for ``s < 2``, else high) and its upper two in byte ``l`` 
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.primitives import half, load1, load2, load16, signed_byte, subtract_bytes
+from qmm.kernels.primitives import half, load1, load2, load16, signed_byte
 
 
 def load(block, lane):
@@ -29,13 +29,11 @@ def load(block, lane):
 
 
 def unpack(lane, d_bits, low_scale, high_scale, qh, ql):
-    d = half(d_bits)
-    low = (ql & 0x0F0F0F0F) | ((qh << (4 - (lane & 2))) & 0x30303030)
-    high = ((ql >> 4) & 0x0F0F0F0F) | ((qh >> (lane & 2)) & 0x30303030)
-    return (
-        (subtract_bytes(low, 32), d * signed_byte(low_scale), 0.0),
-        (subtract_bytes(high, 32), d * signed_byte(high_scale), 0.0),
-    )
+    d = half(d_bits) * 0.25
+    # Six bits at the top of a byte, the highest inverted, are 4 * (q - 32) as a signed byte.
+    low = ((qh << (6 - (lane & 2))) & 0xC0C0C0C0) ^ (((ql << 2) & 0x3C3C3C3C) | 0x80808080)
+    high = ((qh << (2 - (lane & 2))) & 0xC0C0C0C0) ^ (((ql >> 2) & 0x3C3C3C3C) | 0x80808080)
+    return (low, d * signed_byte(low_scale), 0.0), (high, d * signed_byte(high_scale), 0.0)
 
 
 def position(lane, i):
