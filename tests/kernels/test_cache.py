@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import pickle
 import re
 import stat
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda.bindings import driver
-from ptx_compile import without_gpu
+from ptx_compile import GROUPS, Spec, without_gpu
 
 from qmm.kernels import cache, launch
 from qmm.kernels.cache import CachedKernel, Code, Store, digest_of_sources, key_of, store
@@ -84,7 +85,7 @@ def test_a_second_put_replaces_the_first(filled: Store) -> None:
 
 
 def test_a_hit_takes_less_than_a_millisecond(filled: Store) -> None:
-    kernel = launch.matvec_kernel(FORMATS["Q4_K"], 8, True)
+    kernel = GROUPS["Q4_K"][0].kernel()
     key = key_of(kernel.name, kernel.key, (9, 0))
     filled.put(key, Code("entry", os.urandom(100_000)))
     times = []
@@ -144,6 +145,10 @@ def another_key(path: Path) -> None:
     path.write_bytes(sealed(data.replace(b"kernel", b"colonel"[:6])))
 
 
+def shorter_than_the_head(path: Path) -> None:
+    path.write_bytes(sealed(path.read_bytes()[: cache.DIGEST_NBYTES + 5]))
+
+
 def another_program(path: Path) -> None:
     path.write_bytes(sealed(b"NOTQMM!!" + path.read_bytes()[8:]))
 
@@ -174,6 +179,7 @@ DAMAGES = [
     writable_by_the_group,
     writable_by_all,
     another_key,
+    shorter_than_the_head,
     another_program,
     another_version,
     wrong_code_length,
@@ -218,6 +224,19 @@ def test_a_file_of_another_user_is_a_miss(filled: Store, monkeypatch: pytest.Mon
 def test_an_entry_under_another_ones_name_is_a_miss(filled: Store) -> None:
     filled.path(KEY).rename(filled.path("another key"))
     assert filled.get("another key") is None
+
+
+def test_a_pipe_is_a_miss_though_the_right_bytes_come_out_of_it(filled: Store) -> None:
+    path = filled.path(KEY)
+    data = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        assert os.write(descriptor, data) == len(data)
+        assert filled.get(KEY) is None
+    finally:
+        os.close(descriptor)
 
 
 def test_a_directory_in_an_entrys_place_is_left_there(filled: Store) -> None:
@@ -324,10 +343,11 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # Many processes -------------------------------------------------------------------------------------------------------
 
 WRITER = """
-import sys
+import sys, warnings
 from pathlib import Path
 from qmm.kernels.cache import Code, Store
-store, number = Store(Path(sys.argv[1])), int(sys.argv[2])
+warnings.simplefilter("error")  # of a put that fails
+store, number = Store(Path(sys.argv[1]), named=True), int(sys.argv[2])
 for repeat in range(100):
     store.put("key", Code(f"entry{number}", bytes([number]) * (50_000 * number)))
     found = store.get("key")
@@ -433,8 +453,9 @@ def test_every_constant_is_in_the_key(changed: dict[str, Any]) -> None:
 def test_the_values_of_an_array_are_in_the_key() -> None:
     keys = {key_of("kernel", {"table": table}, (9, 0)) for table in (
         np.array([1, 2, 3]), np.array([1, 2, 4]), np.array([[1, 2, 3]]), np.array([1, 2, 3], np.int32),
+        np.array([1, 2, 3], np.uint32),
     )}  # fmt: skip
-    assert len(keys) == 4
+    assert len(keys) == 5
 
 
 def test_name_and_compute_capability_are_in_the_key() -> None:
@@ -523,29 +544,36 @@ def closed(value):
 """
 
 
-def module_of(path: Path, **values: object) -> ModuleType:
-    path.write_text(OWN_FORMAT.format(**{"first": 1, "entry": 1, "factor": 1, **values}))
-    spec = importlib.util.spec_from_file_location("own_format", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def module_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
+    """Imports OWN_FORMAT with other values each time, always under the same name."""
+
+    def imported(**values: object) -> ModuleType:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.py"
+        path.write_text(OWN_FORMAT.format(**{"first": 1, "entry": 1, "factor": 1, **values}))
+        spec = importlib.util.spec_from_file_location("own_format", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "own_format", module)
+        spec.loader.exec_module(module)
+        return module
+
+    return imported
 
 
-def test_functions_of_the_user_are_in_the_key_with_all_that_they_use(tmp_path: Path) -> None:
-    def key(name: str, **values: object) -> str | None:
-        return key_of("kernel", {"load": module_of(tmp_path / name, **values).load}, (9, 0))
+def test_functions_of_the_user_are_in_the_key_with_all_that_they_use(module_of: Callable[..., ModuleType]) -> None:
+    def key(**values: object) -> str | None:
+        return key_of("kernel", {"load": module_of(**values).load}, (9, 0))
 
-    changed: list[dict[str, object]] = [{"first": 2}, {"entry": 3}, {"factor": 4}]
-    keys = {key("same.py"), *(key(f"changed{i}.py", **values) for i, values in enumerate(changed))}
+    keys = {key(), key(first=2), key(entry=3), key(factor=4)}
     assert len(keys) == 4
     assert None not in keys
-    assert key("again.py") in keys
+    assert key() in keys
 
 
-def test_closures_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
-    module = module_of(tmp_path / "own.py")
+def test_closures_are_told_apart_by_what_they_hold(module_of: Callable[..., ModuleType]) -> None:
+    module = module_of()
     keys = {key_of("kernel", {"load": module.closed(value)}, (9, 0)) for value in (1, 2, 1)}
     assert len(keys) == 2
     assert None not in keys
@@ -583,8 +611,10 @@ def test_sources_edited_while_the_process_runs_keep_their_code_out(
     assert cached.get() == CODE
 
 
-def test_a_function_of_the_user_edited_during_compilation_keeps_its_code_out(folder: Path, tmp_path: Path) -> None:
-    module = module_of(tmp_path / "own.py")
+def test_a_function_of_the_user_changed_during_compilation_keeps_its_code_out(
+    folder: Path, module_of: Callable[..., ModuleType]
+) -> None:
+    module = module_of()
     cached = CachedKernel("kernel", {"load": module.load}, (9, 0))
     module.FIRST = 7
     cached.put(CODE)
@@ -598,18 +628,19 @@ def test_a_function_of_the_user_edited_during_compilation_keeps_its_code_out(fol
 
 
 class Driver:
-    """A driver that knows the code which is right, and notes what it is asked for."""
+    """A driver that loads the code which is right, and notes what it is asked for; all else succeeds."""
 
-    CUdevice_attribute = driver.CUdevice_attribute
-    CUfunction_attribute = driver.CUfunction_attribute
-
-    def __init__(self, accepts: Callable[[bytes], bool]) -> None:
-        self.accepts = accepts
+    def __init__(self) -> None:
+        self.accepts: Callable[[bytes], bool] = lambda code: code.startswith(b"\x7fELF")
         self.attributes: list[tuple[Any, int]] = []
         self.launches = 0
 
+    def __getattr__(self, name: str) -> Any:
+        self.launches += name.startswith("cuLaunch")
+        return (lambda *arguments: (0,)) if name.startswith("cu") else getattr(driver, name)
+
     def cuDeviceGetAttribute(self, kind: Any, device: int) -> tuple[int, int]:  # noqa: N802
-        return 0, 9 if kind == self.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR else 0
+        return 0, 9 if kind == driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR else 0
 
     def cuModuleLoadData(self, code: bytes) -> tuple[Any, ...]:  # noqa: N802
         return (0, code) if self.accepts(code) else (driver.CUresult.CUDA_ERROR_INVALID_IMAGE, None)
@@ -621,14 +652,10 @@ class Driver:
         self.attributes.append((attribute, value))
         return (0,)
 
-    def cuLaunchKernel(self, *arguments: Any) -> tuple[int]:  # noqa: N802
-        self.launches += 1
-        return (0,)
-
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    made = Driver(lambda code: code.startswith(b"\x7fELF"))
+    made = Driver()
     monkeypatch.setattr(launch, "driver", made)
     return made
 
@@ -704,57 +731,45 @@ def test_a_kernel_asks_for_more_shared_memory_than_the_usual(fake: Driver, folde
     assert fake.attributes == [(most, 48 * 1024 + 1)]
 
 
-KERNELS = """
-def kernels(launch, formats):
-    yield launch.read_kernel()
-    yield launch.quantize_kernel("float16", True)
-    yield launch.cast_kernel("bfloat16")
-    for name in ("Q4_K", "Q6_K", "F32"):
-        yield launch.matvec_kernel(formats[name], 1, name != "F32")
-        yield launch.dequantize_kernel(formats[name], 2)
-"""
 LAUNCHES = """
-import sys
-from types import SimpleNamespace
+import pickle, sys
 import qmm, qmm.engine, qmm.gpu
 from qmm.kernels import launch
 from qmm.kernels.formats import FORMATS
-right = lambda *arguments: (0, 9)
-launch.driver = SimpleNamespace(
-    CUdevice_attribute=launch.driver.CUdevice_attribute, CUfunction_attribute=launch.driver.CUfunction_attribute,
-    cuDeviceGetAttribute=right, cuModuleLoadData=right, cuModuleGetFunction=right, cuFuncSetAttribute=right,
-    cuLaunchKernel=right,
-)
-for kernel in kernels(launch, FORMATS):
+driver = launch.driver
+class Driver:
+    def __getattr__(self, name):
+        real = getattr(driver, name)
+        return (lambda *arguments: (0, 9)) if name.startswith("cu") else real
+launch.driver = Driver()
+for maker, arguments in pickle.loads(bytes.fromhex(sys.argv[1])):
+    kernel = getattr(launch, maker)(*[FORMATS.get(value, value) if isinstance(value, str) else value
+                                      for value in arguments])
     kernel.launch(0, 1, 0, *range(kernel.arguments))
 print(sorted({name.split(".")[0] for name in sys.modules} & {"numba", "llvmlite", "gguf"}))
 """
 
 
 def test_from_a_filled_cache_kernels_are_launched_without_numba(folder: Path) -> None:
-    namespace: dict[str, Any] = {}
-    exec(KERNELS, namespace)
-    filled = list(namespace["kernels"](launch, FORMATS))
-    for kernel in filled:
+    specs = [Spec("read_kernel", ()), *(spec for group in ("Q4_K", "F32", "activations") for spec in GROUPS[group])]
+    for spec in specs:
+        kernel = spec.kernel()
         CachedKernel(kernel.name, kernel.key, (9, 9)).put(CODE)
-    assert len(files(folder)) == len(filled)
-    assert output(python(KERNELS + LAUNCHES)) == "[]\n"
-    assert len(files(folder)) == len(filled)
+    assert len(files(folder)) == len(specs)
+    assert output(python(LAUNCHES, pickle.dumps([tuple(spec) for spec in specs]).hex())) == "[]\n"
+    assert len(files(folder)) == len(specs)  # none was looked for under another key, compiled and put
 
 
-def test_every_kernel_can_be_described() -> None:
-    keys = [
-        key_of(kernel.name, kernel.key, (9, 0))
-        for block_format in FORMATS.values()
-        for kernel in (launch.matvec_kernel(block_format, 1, True), launch.dequantize_kernel(block_format))
-    ]
+def test_every_kernel_can_be_described_and_told_from_every_other() -> None:
+    kernels = {spec.kernel() for specs in GROUPS.values() for spec in specs}
+    keys = {key_of(kernel.name, kernel.key, (9, 0)) for kernel in kernels}
     assert None not in keys
-    assert len(set(keys)) == 2 * len(FORMATS)
+    assert len(keys) > len(FORMATS)
+    described = {str(sorted(kernel.key["constants"].items(), key=str)) + kernel.key["template"] for kernel in kernels}
+    assert len(keys) == len(described)
 
 
-def test_a_format_of_the_users_own_can_be_described(tmp_path: Path) -> None:
-    module = module_of(tmp_path / "own.py")
-    own = Format(**{**vars(FORMATS["Q4_0"]), "load": module.load})
-    kernels = [launch.matvec_kernel(block_format, 1, True) for block_format in (own, FORMATS["Q4_0"])]
-    keys = [key_of(kernel.name, kernel.key, (9, 0)) for kernel in kernels]
+def test_a_format_of_the_users_own_can_be_described(module_of: Callable[..., ModuleType]) -> None:
+    own = Format(**{**vars(FORMATS["Q4_0"]), "load": module_of().load})
+    keys = [key_of("kernel", block_format.constants(), (9, 0)) for block_format in (own, FORMATS["Q4_0"])]
     assert keys[0] not in (keys[1], None)
