@@ -87,16 +87,13 @@ class Store:
     def get(self, key: str) -> Code | None:
         """What was put under a key; None where nothing was, or not by us, or it was damaged since."""
         try:
-            # O_NONBLOCK: opening a FIFO would otherwise wait for its writer.
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            descriptor = os.open(self.path(key), flags)
-            with open(descriptor, "rb") as file:
-                if not _trusted(os.fstat(descriptor)):
+            with open(self.path(key), "rb", opener=_open_to_read) as file:
+                if not _trusted(os.fstat(file.fileno())):
                     return None
                 found = _parse(file.read(), key)
                 if found is not None:
                     with suppress(OSError):  # a file system mounted read-only
-                        os.utime(descriptor)
+                        os.utime(file.fileno())
                 return found
         except (OSError, ValueError):  # ValueError: no UTF-8 where there should be
             return None
@@ -118,8 +115,7 @@ class Store:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.urandom(8).hex()}.part")
         try:
-            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with open(descriptor, "wb") as file:
+            with open(part, "xb", opener=_open_to_write) as file:
                 file.write(data)
             part.replace(path)
         finally:
@@ -143,6 +139,15 @@ class Store:
             if useless:
                 with suppress(FileNotFoundError):
                     os.unlink(path)
+
+
+def _open_to_read(path: str, flags: int) -> int:
+    # O_NONBLOCK: opening a FIFO would otherwise wait for its writer.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _open_to_write(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _trusted(status: os.stat_result) -> bool:

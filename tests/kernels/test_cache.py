@@ -242,9 +242,12 @@ def test_a_pipe_is_a_miss_though_the_right_bytes_come_out_of_it(filled: Store) -
 def test_a_directory_in_an_entrys_place_is_left_there(filled: Store) -> None:
     filled.path(KEY).unlink()
     filled.path(KEY).mkdir()
-    filled.put(KEY, CODE)
-    assert filled.get(KEY) is None
+    open_files = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        filled.put(KEY, CODE)
+        assert filled.get(KEY) is None
     assert files(filled.folder) == [filled.path(KEY)]  # and nothing half-written beside it
+    assert len(os.listdir("/proc/self/fd")) == open_files
 
 
 # Folders that cannot be used ------------------------------------------------------------------------------------------
