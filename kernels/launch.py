@@ -9,10 +9,12 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from cuda.bindings import driver
 
+from qmm.kernels.cache import CachedKernel, Code
 from qmm.kernels.formats import Format
 from qmm.kernels.staging import COLUMN_TILES, SHARED_NBYTES, WARPS, Activations, Tiling
 
@@ -118,23 +120,31 @@ class CUDAKernel:
     def _load(self, device: int) -> Any:
         with self._lock:
             if device not in self._loaded:
-                self._loaded[device] = self._function_of(*self._compiled(_capability(device)))
+                self._loaded[device] = self._made(_capability(device))
             return self._loaded[device]
 
-    def _compiled(self, capability: tuple[int, int]) -> tuple[str, bytes]:
-        """The name of the entry point, and machine code."""
+    def _made(self, capability: tuple[int, int]) -> Any:
+        """The driver's function, from the cache if it has the kernel."""
+        cached = CachedKernel(self.name, self.key, capability)
+        found = cached.get()
+        if found is not None:
+            with suppress(RuntimeError):  # refused, whatever the reason: the code compiled here and now is tried next
+                return self._function_of(found)
         from qmm.kernels import build
 
-        return build.compiled(self.function, self.arguments, self.threads, capability)
+        code = Code(*build.compiled(self.function, self.arguments, self.threads, capability))
+        function = self._function_of(code)
+        cached.put(code)
+        return function
 
-    def _function_of(self, entry: str, code: bytes) -> Any:
+    def _function_of(self, code: Code) -> Any:
         """The driver's function, in the current device's context.
 
         Raises:
             RuntimeError: the driver refused the code.
         """
-        module = _require(*driver.cuModuleLoadData(code), doing=f"loading {self.name}")
-        function = _require(*driver.cuModuleGetFunction(module, entry.encode()), doing=f"finding {self.name}")
+        module = _require(*driver.cuModuleLoadData(code.code), doing=f"loading {self.name}")
+        function = _require(*driver.cuModuleGetFunction(module, code.entry.encode()), doing=f"finding {self.name}")
         if self.shared_nbytes > SHARED_NBYTES:
             most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             error = driver.cuFuncSetAttribute(function, most, self.shared_nbytes)

@@ -126,8 +126,9 @@ def demo(
     """
 
     def work(bar: Bar) -> Report:
-        from qmm.demo import cache_folder, model_file
         from qmm.demo import demo as walk
+        from qmm.demo import model_file
+        from qmm.kernels.cache import cache_folder
 
         bar.stage("putting the model together")
         path = model_file(folder or cache_folder())

@@ -20,15 +20,9 @@ from qmm.smoke import smoke
 from qmm.tables import worst
 from qmm.verify import TOLERANCES, check, median_ms, modes_of
 
-__all__ = ["cache_folder", "demo", "model_file"]
+__all__ = ["demo", "model_file"]
 
 REPEATS = {"cpu": 5, "cuda": 20}
-
-
-def cache_folder() -> Path:
-    """Where the demo keeps its model: ``$XDG_CACHE_HOME/qmm``, or ``~/.cache/qmm``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "qmm"
 
 
 def model_file(folder: Path) -> Path:
