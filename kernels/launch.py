@@ -24,6 +24,7 @@ __all__ = [
     "CUDAKernel",
     "alignment_of",
     "cast_kernel",
+    "checksum_kernel",
     "dequantize_kernel",
     "matvec_kernel",
     "quantize_kernel",
@@ -162,3 +163,10 @@ def cast_kernel(dtype: str) -> CUDAKernel:
 def read_kernel() -> CUDAKernel:
     """A copy of bytes to device memory by a kernel, from wherever they lie."""
     return CUDAKernel("read", specialize(probe.read, {"WARPS": WARPS}, CUDATarget(16)), 3)
+
+
+@functools.cache
+def checksum_kernel(in_flight: int) -> CUDAKernel:
+    """A reading of memory for its own sake, with ``in_flight`` loads of 16 bytes a thread under way at once."""
+    constants = {"IN_FLIGHT": in_flight, "WARPS": WARPS}
+    return CUDAKernel(f"checksum_{in_flight}", specialize(probe.checksum, constants, CUDATarget(16)), 3)

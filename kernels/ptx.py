@@ -35,6 +35,7 @@ __all__ = [
     "load_float",
     "load_global16",
     "load_half",
+    "load_past_l1",
     "power_of_two_below",
     "quad",
     "round_to_int",
@@ -45,12 +46,14 @@ __all__ = [
     "store_half",
     "store_part",
     "store_run",
+    "store_word",
     "sum_of_half_warp",
     "sum_of_warp",
     "synchronize_warp",
     "thread_index",
     "wait",
     "words_of",
+    "zero_words",
 ]
 
 VOID = ir.VoidType()
@@ -225,6 +228,26 @@ def load_global16(typing_context, address):
     return VECTORS.words(types.int64), lower
 
 
+@intrinsic
+def load_past_l1(typing_context, address):
+    """16 bytes of global memory, at a multiple of 16, that take no room in L1: for what is read once."""
+
+    def lower(context, builder, signature, arguments):
+        return quad(builder, "ld.global.nc.L1::no_allocate.v4.u32 {$0, $1, $2, $3}, [$4];", arguments[0])
+
+    return VECTORS.words(types.int64), lower
+
+
+@intrinsic
+def zero_words(typing_context):
+    """Sixteen bytes of zeros."""
+
+    def lower(context, builder, signature, arguments):
+        return ir.Constant(vector(I32, 4), [0] * 4)
+
+    return VECTORS.words(), lower
+
+
 def _global_loader(suffix: str, result: Any, carrier: ir.Type, letter: str, convert: Any = None) -> Any:
     @intrinsic
     def load(typing_context, address):
@@ -277,6 +300,9 @@ store_float = _global_storer("f32", types.float32, "f")
 store_half = _global_storer("b16", types.float32, "h", _to_half)
 store_bfloat = _global_storer("b16", types.float32, "h", _to_bfloat)
 store_byte = _global_storer("b8", types.int64, "h", lambda builder, value: builder.trunc(value, I16))
+
+
+store_word = _global_storer("b32", VECTORS.word, "r")
 
 
 @intrinsic
