@@ -33,10 +33,10 @@ def read(source, nbytes, target):
 def checksum(source, nbytes, target):
     """Reads 16-byte pieces at ``source``, a multiple of 16, and stores an exclusive or of 4 bytes for each thread.
 
-    A block reads a tile, ``16 * 32 * WARPS * IN_FLIGHT`` bytes that lie together, with IN_FLIGHT loads a thread under way
-    at once; the grid walks over the tiles. The last bytes that are no whole piece are left out; none beyond is read.
-    All that is stored, taken together by exclusive or, is that of the 32-bit words of the pieces: so a test can tell
-    that each was read.
+    A block reads a tile, ``16 * 32 * WARPS * IN_FLIGHT`` bytes that lie together, with IN_FLIGHT loads a thread under
+    way at once; the grid walks over the tiles. The last bytes that are no whole piece are left out; none beyond is
+    read. All that is stored, taken together by exclusive or, is that of the 32-bit words of the pieces: so a test can
+    tell that each was read.
     """
     pieces = nbytes >> 4
     thread = thread_index()

@@ -216,9 +216,7 @@ def test_a_kernel_reads_bytes_where_they_lie(gpu: GPU) -> None:
 
 @pytest.mark.parametrize("in_flight", [1, 8])
 @pytest.mark.parametrize("nbytes", [0, 15, 16, 4096, 100_000, (1 << 22) + 16 + 7])
-def test_the_checksum_takes_in_every_piece_once(
-    gpu: GPU, nbytes: int, in_flight: int, rng: np.random.Generator
-) -> None:
+def test_the_checksum_takes_in_each_piece(gpu: GPU, nbytes: int, in_flight: int, rng: np.random.Generator) -> None:
     data = np.frombuffer(rng.bytes(nbytes), np.uint8)
     blocks = 7
     sums = np.empty(blocks * 32 * WARPS, np.uint32)
