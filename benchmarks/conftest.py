@@ -1,7 +1,7 @@
 """What the comparisons share: a table at the end, and the same in files, beside the machine and the versions.
 
-``--save-results`` writes ``<benchmark>-<machine>-<date>.json``, and the rows alone as ``.csv``, after every row, so that
-a run that is cut short leaves what it had measured.
+``--save-results`` writes ``<benchmark>-<machine>-<date>.json``, and the rows alone as ``.csv``, after every row: a run
+that is cut short leaves what it had measured.
 """
 
 from __future__ import annotations
