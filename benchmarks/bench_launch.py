@@ -11,10 +11,9 @@ run before filled (environment variable ``QMM_CACHE_DIR``). The file is in the p
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from gguf_files import random_blocks, write_gguf
 
 import qmm
 from benchmarks import gpu as machine
+from benchmarks.rounds import Quantiles
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -61,6 +61,11 @@ def engine(path: Path) -> Iterator[qmm.Engine]:
         yield made
 
 
+def row_of(what: str, seconds: Sequence[float]) -> dict[str, Any]:
+    times = Quantiles.of(seconds)
+    return {"what": what, "us p10": times.p10 * 1e6, "us": times.median * 1e6, "us p90": times.p90 * 1e6}
+
+
 @pytest.fixture
 def timed(benchmark: BenchmarkFixture, engine: qmm.Engine, record: Callable[..., None]) -> Callable[..., None]:
     """Times calls that queue work, and records the host's time of one."""
@@ -73,9 +78,7 @@ def timed(benchmark: BenchmarkFixture, engine: qmm.Engine, record: Callable[...,
         gpu.drain()
         if benchmark.stats is None:  # --benchmark-disable
             return
-        p10, median, p90 = np.quantile(np.array(benchmark.stats.stats.data) / count, [0.1, 0.5, 0.9]).tolist()
-        row = {"what": what, "us p10": p10 * 1e6, "us": median * 1e6, "us p90": p90 * 1e6}
-        record(row, **machine.about())
+        record(row_of(what, [seconds / count for seconds in benchmark.stats.stats.data]), **machine.about())
 
     return run
 
@@ -147,6 +150,4 @@ def test_start(
     if benchmark.stats is None:  # --benchmark-disable
         return
     for what, seconds in (("empty", cold), ("filled", warm)):
-        row = {"what": f"start, {placement}, {what} kernel cache"}
-        times = {"us p10": min(seconds) * 1e6, "us": statistics.median(seconds) * 1e6, "us p90": max(seconds) * 1e6}
-        record(row | times, **machine.about())
+        record(row_of(f"start, {placement}, {what} kernel cache", seconds), **machine.about())
