@@ -216,5 +216,10 @@ def row_of(
 def about_ggml(backend: ggml_gpu.Backend | None) -> dict[str, Any]:
     """ggml's part of the head of a results file."""
     if backend is None:
-        return {"ggml": None, "ggml_missing": ggml_gpu.missing()}
-    return {"ggml": backend.version, "ggml_features": backend.features, "ggml_missing": None}
+        return {"ggml": None, "ggml_commit": None, "ggml_features": {}, "ggml_missing": ggml_gpu.missing()}
+    return {
+        "ggml": backend.version,
+        "ggml_commit": backend.commit,
+        "ggml_features": backend.features,
+        "ggml_missing": None,
+    }

@@ -51,4 +51,5 @@ def bars(axis: Any, labels: Sequence[str], rows: Sequence[Row]) -> None:
     axis.set_xticks(range(len(rows)), labels, rotation=90 if len(rows) > 12 else 0, fontsize=6)
     axis.set_ylabel("GB/s")
     if rows:
-        axis.legend(loc="lower right", fontsize=7)
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
+    axis.margins(x=0.01)

@@ -124,6 +124,13 @@ def preload_cuda() -> None:
             continue
 
 
+def loaded_elsewhere(folder: Path) -> str | None:
+    """A ggml of another folder in this process: the loader would take its libraries for this folder's."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    paths = {line.split(maxsplit=5)[5] for line in lines if "libggml-base" in line}
+    return next((path for path in sorted(paths) if Path(path).parent != folder.resolve()), None)
+
+
 @functools.cache
 def load(folder: Path, kind: str) -> SimpleNamespace:
     """The functions of one of ggml's backends, ``"cuda"`` or ``"cpu"``.
@@ -132,6 +139,9 @@ def load(folder: Path, kind: str) -> SimpleNamespace:
         OSError: a library is not there, or cannot be loaded.
         AttributeError: one of the functions is in none of the libraries.
     """
+    other = loaded_elsewhere(folder)
+    if other:
+        raise OSError(f"{other} is loaded already, and two ggmls in a process mix: give this one a process of its own")
     if kind == "cuda":
         preload_cuda()
     libraries = []
@@ -172,8 +182,13 @@ class Backend:
 
     @property
     def version(self) -> str:
-        """ggml's version and commit."""
-        return f"{self.ggml.ggml_version().decode()} ({self.ggml.ggml_commit().decode()})"
+        """ggml's version."""
+        return str(self.ggml.ggml_version().decode())
+
+    @property
+    def commit(self) -> str:
+        """What its build took for the commit."""
+        return str(self.ggml.ggml_commit().decode())
 
     @property
     def features(self) -> dict[str, str]:

@@ -105,4 +105,10 @@ def test_folders_without_the_cuda_library_count_as_none(tmp_path: Path, monkeypa
     assert str(tmp_path) in str(ggml_gpu.missing())
     (tmp_path / "libggml-cuda.so").touch()
     assert ggml_gpu.find() == tmp_path
-    assert "cannot be used" in str(ggml_gpu.missing())  # no library at all
+    assert "cannot be used" in str(ggml_gpu.missing())  # empty files
+
+
+def test_another_ggml_in_the_process_is_refused(backend: ggml_gpu.Backend, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="is loaded already"):
+        ggml_gpu.load(tmp_path, "cpu")
+    assert ggml_gpu.load(backend.ggml.folder, "cpu") is backend.ggml

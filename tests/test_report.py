@@ -61,7 +61,7 @@ HEAD = {
     "gpu": "Made-up 1",
     "driver": "999.1",
     "qmm": "0.0",
-    "ggml": "1.2.3 (abc)",
+    "ggml": "1.2.3",
     "ggml_missing": None,
     "read_peak": {"GB/s": 100.0},
 }
