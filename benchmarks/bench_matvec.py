@@ -1,108 +1,225 @@
-"""qmm's product on a GPU: device time by format, placement and number of columns.
+"""qmm's product on a GPU beside ggml's: the same bytes, shapes and columns, in one process, by turns.
 
-    pytest benchmarks/bench_matvec.py [--save-results]
+    pytest benchmarks/bench_matvec.py --save-results          # everything
+    pytest benchmarks/bench_matvec.py -k "Q4_K and n8"        # ids are like Q4_K-14336x4096-n8-device
+    python -m benchmarks.report                               # README's table and the chart, from what was saved
 
-Each case multiplies by several tensors in turn, 256 MiB of weights in all, so that none is found in the L2 cache. The
-products are captured into a CUDA graph; what is timed is its replay, the quantization of the activations included, and
-the wait for its end (about 10 us a replay, of 8 or more products).
+**What is timed.** Each side has copies of the weight, 256 MiB or four times what L2 holds, whichever is more, and
+multiplies by them in turn, so that no weight is found in a cache. The products, 8 or more, are captured into CUDA
+graphs of at most GRAPH_PRODUCTS; what is timed is their replay, on both sides and by turns (``benchmarks/rounds.py``),
+so launches cost Python nothing. The quantization of the activations is part of every product, on both sides: ggml's log
+is read for whether it did replay. Nothing is timed before the results of every product were compared, with each other,
+with ggml's, and with a float64 product of the weights as gguf dequantizes them.
 
-``link`` in the closing table is what a plain copy of the same file's registered pages to the GPU reaches in the same
-run: the DMA engine's rate, which is the measure for the placement ``mapped``.
+**What it is put in proportion to.** ggml's time, and the rate at which a kernel that only reads gets bytes over the
+same link in the same run (``benchmarks/peaks.py``). For the placement ``mapped`` that is read by turns with the product
+and so is the copy engine. ggml's CUDA backend does not multiply by weights in mapped memory, so it is no side there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from gguf_files import nbytes_of, random_blocks, write_gguf
+from gguf_files import FORMATS as FILE_FORMATS
 
-import qmm
+from benchmarks import ggml_gpu, peaks
 from benchmarks import gpu as machine
-from qmm.kernels.formats import FORMATS
+from benchmarks.placed import Placed, Weight, in_a_mapped_file, in_device_memory, links
+from benchmarks.rounds import Quantiles, Side, take_turns
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-M, K = 14336, 4096
-TOTAL_NBYTES = 1 << 28
-COLUMNS = (1, 8)
+    from qmm.gpu import GPU
 
 pytestmark = pytest.mark.skipif(machine.missing() is not None, reason=f"no GPU: {machine.missing()}")
 
+ROUNDS = {"device": 20, "mapped": 10}
+SAMPLED_ROWS = 256
+TOLERANCE = 5e-4
+"""Of the NMSE: kernels/activations.py derives it for int8 activations, and ggml's own tests have the same."""
 
-@pytest.fixture(scope="module", params=FORMATS)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[qmm.Model]:
-    """A file of one format: the same random blocks under as many names as fill TOTAL_NBYTES."""
-    name = request.param
-    blocks = random_blocks(name, (M, K), np.random.default_rng(0))
-    count = max(8, TOTAL_NBYTES // nbytes_of(name, (M, K)))
-    path = tmp_path_factory.mktemp("matvec") / f"{name}.gguf"
-    write_gguf(path, {f"{name}.{i}": (name, (M, K), blocks) for i in range(count)})
-    with qmm.open(path) as model:
-        yield model
-    Path(path).unlink()
+SHOWN = ("id", "qmm us", "ggml us", "GB/s", "% of peak", "x ggml", "peak GB/s")
 
 
-@pytest.mark.parametrize("placement", ["device", "mapped"])
-@pytest.mark.parametrize("n", COLUMNS)
+MAIN = ("Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+OTHER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "F16", "BF16")
+LARGE = ((4096, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
+GEMMA = (("Q8_0", 256, 640), ("Q5_0", 2048, 640), ("Q4_K", 640, 1024), ("Q6_K", 640, 2048), ("Q8_0", 262144, 640))
+QWEN = tuple(
+    (name, m, k)
+    for m, k in ((896, 4864), (4864, 896))
+    for name in ("Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K")
+    if k % FILE_FORMATS[name].values == 0
+)
+COLUMNS = {"main": (1, 2, 4, 8), "mapped": (1, 2, 4, 8), "small": (1, 8), "other": (1, 2, 4, 8)}
+
+
+def weights() -> list[Weight]:
+    return [
+        *[Weight("main", name, m, k, "device") for name in MAIN for m, k in LARGE],
+        *[Weight("small", name, m, k, "device") for name, m, k in (*GEMMA, *QWEN)],
+        *[Weight("other", name, m, k, "device") for name in OTHER for m, k in ((4096, 4096), (14336, 4096))],
+        *[Weight("mapped", name, 14336, 4096, "mapped") for name in MAIN],
+    ]
+
+
+CASES = [
+    pytest.param(weight, n, id=weight.identity(n)) for weight in weights() for n in COLUMNS[weight.part]
+]  # for n of one weight after the other: the fixture of the weight lives that long
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[GPU]:
+    from qmm.gpu import GPU
+
+    made = GPU(0)
+    yield made
+    made.drain()
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[ggml_gpu.Backend | None]:
+    """ggml's CUDA backend, or None where there is no such library."""
+    folder = ggml_gpu.find()
+    if folder is None or ggml_gpu.missing():
+        yield None
+        return
+    made = ggml_gpu.Backend(folder)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def device_peak(gpu: GPU) -> peaks.Reading:
+    return peaks.device_reading(gpu)
+
+
+@pytest.fixture(scope="module")
+def placed(
+    request: pytest.FixtureRequest,
+    gpu: GPU,
+    backend: ggml_gpu.Backend | None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Placed]:
+    weight: Weight = request.param
+    if weight.placement == "device":
+        with in_device_memory(weight, gpu, backend) as made:
+            yield made
+    else:
+        with in_a_mapped_file(weight, gpu, tmp_path_factory.mktemp("matvec") / f"{weight.type}.gguf") as made:
+            yield made
+
+
+def nmse(actual: np.ndarray, expected: np.ndarray) -> float:
+    expected = expected.astype(np.float64)
+    return float(np.sum((actual - expected) ** 2) / np.sum(expected**2))
+
+
+def compared(
+    placed: Placed, x: np.ndarray, results: np.ndarray, product: ggml_gpu.Product | None
+) -> dict[str, float | None]:
+    """NMSE of each side against float64, and of one against the other; asserts that they are what they must be."""
+    rng = np.random.default_rng(2)
+    rows = np.union1d(rng.integers(0, placed.weight.m, SAMPLED_ROWS), [0, placed.weight.m - 1])
+    expected = x.astype(np.float64) @ placed.pattern.rows_as_float64(rows).T
+    assert (results == results[0]).all(), "qmm's products of equal copies differ"
+    found: dict[str, float | None] = {"qmm NMSE": nmse(results[0][:, rows], expected)}
+    if product is not None:
+        y = product.result(0)
+        for i in range(1, placed.products):
+            assert np.array_equal(product.result(i), y), f"ggml's product {i} of equal copies differs"
+        found |= {"ggml NMSE": nmse(y[:, rows], expected), "NMSE between": nmse(results[0], y)}
+    else:
+        found |= {"ggml NMSE": None, "NMSE between": None}
+    assert all(value is None or value <= TOLERANCE for value in found.values()), found
+    return found
+
+
+@pytest.mark.parametrize(("placed", "n"), CASES, indirect=["placed"])
 def test_product(
-    benchmark: BenchmarkFixture, model: qmm.Model, placement: str, n: int, record: Callable[..., Any]
+    benchmark: BenchmarkFixture,
+    placed: Placed,
+    n: int,
+    device_peak: peaks.Reading,
+    backend: ggml_gpu.Backend | None,
+    record: Callable[..., Any],
 ) -> None:
-    from numba import cuda
-
-    benchmark.group = f"{placement}, n = {n}"
-    tensors = list(model.values())
-    x = np.random.default_rng(1).standard_normal((n, K), dtype=np.float32)
-    with qmm.Engine(model, "cuda", placement) as engine:
-        gpu = engine.gpu
-        assert gpu is not None
-        x_device, out = cuda.to_device(x), cuda.device_array((n, M), np.float32)
-
-        def products() -> None:
-            for tensor in tensors:
-                engine.matmul(tensor, x_device, out, gpu.stream)
-
-        products()
-        gpu.synchronize(gpu.stream)
-        expected = x @ engine.dequantize(tensors[-1]).T
-        error = out.copy_to_host() - expected
-        assert (error**2).sum() <= 5e-4 * (expected**2).sum()
-        with gpu.replay(products, gpu.stream) as replay:
-
-            def replay_and_wait() -> None:
-                replay()
-                gpu.synchronize(gpu.stream)
-
-            benchmark.pedantic(replay_and_wait, rounds=20 if placement == "device" else 8, warmup_rounds=2)
-        link = link_gb_per_s(engine, tensors) if placement == "mapped" else None
+    weight = placed.weight
+    benchmark.group = f"{weight.placement}, n = {n}"
+    x = np.random.default_rng(1).standard_normal((n, weight.k), dtype=np.float32)
+    with placed.qmm_side(x) as (qmm_side, results), placed.ggml_product(x) as product, links(placed) as link_sides:
+        qmm_side.queue()
+        qmm_side.wait()
+        errors = compared(placed, x, results(), product)
+        sides = [qmm_side]
+        if product is not None:
+            sides.append(Side("ggml", product.queue, product.wait, placed.products))
+        times = take_turns(benchmark, [*sides, *link_sides], ROUNDS[weight.placement])
+        replayed = None if product is None else product.replayed()
+    assert replayed is not False, f"ggml did not replay a CUDA graph: {backend.log[-5:] if backend else ''}"
     if benchmark.stats is None:  # --benchmark-disable
         return
-    seconds = benchmark.stats.stats.median / len(tensors)
-    row = {
-        "type": tensors[0].type,
-        "m x k": f"{M}x{K}",
-        "placement": placement,
+    row = row_of(placed, n, times, device_peak, errors, replayed)
+    benchmark.extra_info.update(row)
+    about = {"l2_nbytes": peaks.l2_nbytes(placed.gpu), "read_peak": device_peak.about(), **about_ggml(backend)}
+    record(row, **machine.about(), **about)
+
+
+def row_of(
+    placed: Placed,
+    n: int,
+    times: dict[str, Quantiles],
+    device_peak: peaks.Reading,
+    errors: dict[str, float | None],
+    replayed: bool | None,
+) -> dict[str, Any]:
+    """One line of the results."""
+    weight, qmm_time, ggml_time = placed.weight, times["qmm"], times.get("ggml")
+    if placed.region is None:
+        peak, dma = device_peak.gb_per_s, None
+    else:
+        peak, dma = (placed.region[1] / times[name].median / 1e9 for name in ("read", "dma"))
+    rate = weight.nbytes / qmm_time.median / 1e9
+    row: dict[str, Any] = {
+        "id": weight.identity(n),
+        "part": weight.part,
+        "type": weight.type,
+        "m": weight.m,
+        "k": weight.k,
         "n": n,
-        "us": seconds * 1e6,
-        "GB/s": tensors[0].nbytes / seconds / 1e9,
-        "link GB/s": link,
+        "placement": weight.placement,
+        "bytes": weight.nbytes,
+        "copies": len(placed.addresses),
+        "products": placed.products,
     }
-    record(row, **machine.about())
+    for name, time in (("qmm", qmm_time), ("ggml", ggml_time)):
+        row[f"{name} us p10"] = None if time is None else time.p10 * 1e6
+        row[f"{name} us"] = None if time is None else time.median * 1e6
+        row[f"{name} us p90"] = None if time is None else time.p90 * 1e6
+    return row | {
+        "GB/s": rate,
+        "ggml GB/s": None if ggml_time is None else weight.nbytes / ggml_time.median / 1e9,
+        "peak GB/s": peak,
+        "% of peak": 100 * rate / peak,
+        "copy engine GB/s": dma,
+        "x ggml": None if ggml_time is None else ggml_time.median / qmm_time.median,
+        "ggml replayed": replayed,
+        **errors,
+    }
 
 
-def link_gb_per_s(engine: qmm.Engine, tensors: list[qmm.Tensor]) -> float:
-    """What the copy engine reads the same registered pages at."""
-    gpu = engine.gpu
-    assert gpu is not None
-    target = gpu.allocate(tensors[0].nbytes, "a copy")
-    sources = [engine.address(tensor) for tensor in tensors]
-    try:
-        copies = lambda: [gpu.copy(target, source, tensors[0].nbytes, gpu.stream) for source in sources]  # noqa: E731
-        times = gpu.time(copies, gpu.stream, repeats=5, batch=1)
-    finally:
-        gpu.free(target)
-    return tensors[0].nbytes * len(tensors) / min(times) / 1e6
+def about_ggml(backend: ggml_gpu.Backend | None) -> dict[str, Any]:
+    """ggml's part of the head of a results file."""
+    if backend is None:
+        return {"ggml": None, "ggml_commit": None, "ggml_features": {}, "ggml_missing": ggml_gpu.missing()}
+    return {
+        "ggml": backend.version,
+        "ggml_commit": backend.commit,
+        "ggml_features": backend.features,
+        "ggml_missing": None,
+    }

@@ -1,13 +1,18 @@
-"""What the comparisons share: a table at the end, and the same in a file beside the machine and the versions."""
+"""What the comparisons share: a table at the end, and the same in files, beside the machine and the versions.
+
+``--save-results`` writes ``<benchmark>-<machine>-<date>.json``, and the rows alone as ``.csv``, after every row: a run
+that is cut short leaves what it had measured.
+"""
 
 from __future__ import annotations
 
+import csv
 import datetime
 import json
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,8 +23,11 @@ import qmm
 from qmm.kernels.cpu import available_cpus
 
 Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
 ROWS = pytest.StashKey[dict[str, list[Row]]]()
 ABOUT = pytest.StashKey[dict[str, Row]]()
+SHOWN = pytest.StashKey[dict[str, tuple[str, ...]]]()
+STARTED = pytest.StashKey[datetime.datetime]()
 PACKAGES = ("qmm", "numpy", "numba", "llvmlite", "libggml-python", "gguf", "numba-cuda", "cuda-bindings")
 
 
@@ -29,21 +37,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write each comparison's table to benchmarks/results/, with the machine, versions and date",
     )
+    parser.addoption("--results-folder", type=Path, default=RESULTS, help="where --save-results writes instead")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = {}
     config.stash[ABOUT] = {}
+    config.stash[SHOWN] = {}
+    config.stash[STARTED] = datetime.datetime.now(datetime.UTC)
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Adds a row to the table of the test's file; ``about`` goes to the head of its results file."""
-    name = request.path.stem
+    name, config = request.path.stem, request.config
+    shown_columns = getattr(request.module, "SHOWN", ())
 
     def add(row: Row, **about: Any) -> None:
-        request.config.stash[ROWS].setdefault(name, []).append(row)
-        request.config.stash[ABOUT].setdefault(name, {}).update(about)
+        config.stash[ROWS].setdefault(name, []).append(row)
+        config.stash[ABOUT].setdefault(name, {}).update(about)
+        config.stash[SHOWN][name] = shown_columns or tuple(row)
+        if config.getoption("--save-results"):
+            save(name, config)
 
     return add
 
@@ -52,15 +67,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     config = terminalreporter.config
     for name, rows in config.stash[ROWS].items():
         terminalreporter.section(f"{name}: {cpu_model()}")
-        for line in table(rows):
+        for line in table(rows, config.stash[SHOWN][name]):
             terminalreporter.write_line(line)
         if config.getoption("--save-results"):
-            terminalreporter.write_line(f"saved: {save(name, rows, config.stash[ABOUT][name])}")
+            terminalreporter.write_line(f"saved: {save(name, config)}")
 
 
-def table(rows: list[Row]) -> list[str]:
-    names = list(rows[0])
-    cells = [names, *([shown(row[name]) for name in names] for row in rows)]
+def table(rows: list[Row], names: Sequence[str]) -> list[str]:
+    cells = [list(names), *([shown(row[name]) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
 
@@ -71,11 +85,11 @@ def shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def save(name: str, rows: list[Row], about: Row) -> Path:
-    date = datetime.datetime.now(datetime.UTC)
+def save(name: str, config: pytest.Config) -> Path:
+    rows, about, date = config.stash[ROWS][name], config.stash[ABOUT][name], config.stash[STARTED]
     model = re.sub(r"\W+", "-", str(about.get("gpu", cpu_model()))).strip("-").lower()
-    path = Path(__file__).parent / "results" / f"{name}-{model}-{date:%Y-%m-%d}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = Path(config.getoption("--results-folder")) / f"{name}-{model}-{date:%Y-%m-%d}.json"
+    path.parent.mkdir(exist_ok=True, parents=True)
     machine = {
         "cpu": cpu_model(),
         "cpus": available_cpus(),
@@ -86,6 +100,10 @@ def save(name: str, rows: list[Row], about: Row) -> Path:
     }
     everything = {"date": date.isoformat("T", "seconds"), **machine, **about, "rows": rows}
     path.write_text(json.dumps(everything, indent=1) + "\n")
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     return path
 
 

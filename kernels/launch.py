@@ -22,6 +22,7 @@ __all__ = [
     "CUDAKernel",
     "alignment_of",
     "cast_kernel",
+    "checksum_kernel",
     "dequantize_kernel",
     "matvec_kernel",
     "quantize_kernel",
@@ -258,3 +259,9 @@ def cast_kernel(dtype: str) -> CUDAKernel:
 def read_kernel() -> CUDAKernel:
     """A copy of bytes to device memory by a kernel, from wherever they lie."""
     return _described("read", "probe.read", 3, {"WARPS": WARPS})
+
+
+@functools.cache
+def checksum_kernel(in_flight: int) -> CUDAKernel:
+    """A reading of memory for its own sake, with ``in_flight`` loads of 16 bytes a thread under way at once."""
+    return _described(f"checksum_{in_flight}", "probe.checksum", 3, {"IN_FLIGHT": in_flight, "WARPS": WARPS})

@@ -52,6 +52,7 @@ __all__ = [
     "load_shared_float",
     "pack_bytes",
     "past_floats",
+    "load_past_l1",
     "power_of_two_below",
     "quad",
     "round_to_int",
@@ -68,6 +69,7 @@ __all__ = [
     "store_shared_float",
     "store_shared_word",
     "sum_of_four",
+    "store_word",
     "sum_of_half_warp",
     "synchronize_block",
     "thread_index",
@@ -397,6 +399,16 @@ def store_shared16(typing_context, address, words):
 
 
 @intrinsic
+def load_past_l1(typing_context, address):
+    """16 bytes of global memory, at a multiple of 16, that take no room in L1: for what is read once."""
+
+    def lower(context, builder, signature, arguments):
+        return quad(builder, "ld.global.nc.L1::no_allocate.v4.u32 {$0, $1, $2, $3}, [$4];", arguments[0])
+
+    return VECTORS.words(types.int64), lower
+
+
+@intrinsic
 def zero_words(typing_context):
     """Sixteen bytes of zeros."""
 
@@ -511,6 +523,9 @@ store_float = _global_storer("f32", types.float32, "f")
 store_half = _global_storer("b16", types.float32, "h", _to_half)
 store_bfloat = _global_storer("b16", types.float32, "h", _to_bfloat)
 store_byte = _global_storer("b8", types.int64, "h", lambda builder, value: builder.trunc(value, I16))
+
+
+store_word = _global_storer("b32", VECTORS.word, "r")
 
 
 @intrinsic

@@ -120,7 +120,13 @@ ACTIVATIONS = [
     *[Spec("quantize_kernel", (dtype, int8)) for dtype in launch.LOADS for int8 in (True, False)],
     *[Spec("cast_kernel", (dtype,)) for dtype in launch.STORES],
 ]
-GROUPS = {**{name: specs_of(name) for name in FORMATS}, "unaligned": UNALIGNED, "activations": ACTIVATIONS}
+PROBES = [Spec("checksum_kernel", (in_flight,)) for in_flight in (1, 8)]
+GROUPS = {
+    **{name: specs_of(name) for name in FORMATS},
+    "unaligned": UNALIGNED,
+    "activations": ACTIVATIONS,
+    "probes": PROBES,
+}
 
 
 def without_gpu(compute_capability: tuple[int, int] = (9, 0)) -> Any:

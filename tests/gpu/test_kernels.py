@@ -9,7 +9,9 @@ from gguf_files import random_blocks
 
 from qmm.arrays import View
 from qmm.gpu import GPU
+from qmm.kernels import launch
 from qmm.kernels.formats import FORMATS, Format
+from qmm.kernels.matvec import WARPS
 
 # NMSE of one product, against float64: see kernels/activations.py. An int8 block loses at most 4.96e-4 of its energy;
 # float16 at most 2**-22 = 2.4e-7 (the square of half a unit in the last place, 2**-11).
@@ -210,3 +212,17 @@ def test_a_kernel_reads_bytes_where_they_lie(gpu: GPU) -> None:
     data = np.arange(1000, dtype=np.uint16)
     with Area(gpu, data) as address:
         assert gpu.read_bytes(address, data.nbytes, gpu.stream) == data.tobytes()
+
+
+@pytest.mark.parametrize("in_flight", [1, 8])
+@pytest.mark.parametrize("nbytes", [0, 15, 16, 4096, 100_000, (1 << 22) + 16 + 7])
+def test_the_checksum_takes_in_each_piece(gpu: GPU, nbytes: int, in_flight: int, rng: np.random.Generator) -> None:
+    data = np.frombuffer(rng.bytes(nbytes), np.uint8)
+    blocks = 7
+    sums = np.empty(blocks * 32 * WARPS, np.uint32)
+    with Area(gpu, data, after=64) as address, Area(gpu, sums) as target:
+        launch.checksum_kernel(in_flight).launch(gpu.device, blocks, gpu.stream, address, nbytes, target)
+        gpu.copy(sums.ctypes.data, target, sums.nbytes, gpu.stream)
+        gpu.synchronize(gpu.stream)
+    words = data[: nbytes // 16 * 16].view(np.uint32)
+    assert np.bitwise_xor.reduce(sums) == np.bitwise_xor.reduce(words, initial=np.uint32(0))

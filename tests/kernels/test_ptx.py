@@ -17,7 +17,7 @@ from qmm.kernels import launch, ptx
 from qmm.kernels.formats import FORMATS
 from qmm.kernels.staging import Staging
 
-OF_WEIGHTS = [group for group in GROUPS if group != "activations"]
+OF_WEIGHTS = [group for group in GROUPS if group not in ("activations", "probes")]
 
 
 def test_every_kernel_of_launch_is_compiled_here() -> None:
@@ -45,6 +45,17 @@ def test_weights_are_read_by_asynchronous_copies_and_at_edges_only(
             # 16 bytes at a time, and in pieces where 16 bytes would reach outside: never if all rows are aligned.
             assert set(of_weights) == {"cp.async.cg.shared.global"} | ({edge} if alignment < 16 else set()), spec
             assert all(access.startswith(("ld.global.nc.", "st.global.")) for access in others), spec
+
+
+@pytest.mark.parametrize("group", ["probes"])
+def test_probes_load_16_bytes_past_l1_and_nothing_else(group: str, compiled: dict[Spec, Future[Compiled]]) -> None:
+    for spec in GROUPS[group]:
+        (in_flight,) = spec.arguments
+        for text in compiled[spec].result().ptx.values():
+            of_source, others = global_accesses(text)
+            assert set(of_source) == {"ld.global.nc.L1::no_allocate.v4.u32"}
+            assert len(of_source) == 2 * in_flight, spec  # in the loop, and for the last tile
+            assert others == ["st.global.b32"]
 
 
 @pytest.mark.parametrize("group", OF_WEIGHTS)

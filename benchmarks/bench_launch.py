@@ -1,0 +1,153 @@
+"""What a product costs the host: a call from Python, a call of a plan, and the first call of a process.
+
+    pytest benchmarks/bench_launch.py [--save-results]
+
+``call`` and ``plan`` queue products that the GPU does in a few microseconds and do not wait for them; a round is few
+enough calls for the queue not to fill up, and the wait is between rounds. ``start`` is a new process, from before
+``import qmm`` to the end of the first product with a NumPy array: with an empty kernel cache, and with the one that the
+run before filled (environment variable ``QMM_CACHE_DIR``). The file is in the page cache, as is Python's own code.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from gguf_files import random_blocks, write_gguf
+
+import qmm
+from benchmarks import gpu as machine
+from benchmarks.rounds import Quantiles
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+pytestmark = pytest.mark.skipif(machine.missing() is not None, reason=f"no GPU: {machine.missing()}")
+
+M, K = 640, 1024
+TENSORS = 16
+CALLS = 64
+ROUNDS = 30
+STARTS = 5
+START = """
+import sys, time
+started = time.perf_counter()
+import qmm
+import numpy
+with qmm.open(sys.argv[1]) as model, qmm.Engine(model, "cuda", sys.argv[2]) as engine:
+    engine.matmul("weight.0", numpy.ones((1, int(sys.argv[3])), numpy.float32))
+    print(time.perf_counter() - started)
+"""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Q4_K tensors of one size, the smallest of Gemma's."""
+    path = tmp_path_factory.mktemp("launch") / "small.gguf"
+    blocks = random_blocks("Q4_K", (M, K), np.random.default_rng(0))
+    write_gguf(path, {f"weight.{i}": ("Q4_K", (M, K), blocks) for i in range(TENSORS)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(path: Path) -> Iterator[qmm.Engine]:
+    with qmm.open(path) as model, qmm.Engine(model, "cuda", "device") as made:
+        yield made
+
+
+def row_of(what: str, seconds: Sequence[float]) -> dict[str, Any]:
+    times = Quantiles.of(seconds)
+    return {"what": what, "us p10": times.p10 * 1e6, "us": times.median * 1e6, "us p90": times.p90 * 1e6}
+
+
+@pytest.fixture
+def timed(benchmark: BenchmarkFixture, engine: qmm.Engine, record: Callable[..., None]) -> Callable[..., None]:
+    """Times calls that queue work, and records the host's time of one."""
+
+    def run(what: str, calls: Callable[[], object], count: int) -> None:
+        gpu = engine.gpu
+        assert gpu is not None
+        benchmark.group = "host"
+        benchmark.pedantic(calls, setup=gpu.drain, rounds=ROUNDS, warmup_rounds=3)
+        gpu.drain()
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        record(row_of(what, [seconds / count for seconds in benchmark.stats.stats.data]), **machine.about())
+
+    return run
+
+
+def arrays(n: int = 1) -> tuple[Any, Any]:
+    from numba import cuda
+
+    x = np.random.default_rng(1).standard_normal((n, K), dtype=np.float32)
+    return cuda.to_device(x), cuda.device_array((n, M), np.float32)
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_call(engine: qmm.Engine, timed: Callable[..., None], n: int) -> None:
+    gpu = engine.gpu
+    assert gpu is not None
+    tensors = list(engine.model.values())
+    x, y = arrays(n)
+
+    def calls() -> None:
+        for i in range(CALLS):
+            engine.matmul(tensors[i % TENSORS], x, y, gpu.stream)
+
+    timed(f"engine.matmul(tensor, x, out, stream), n = {n}", calls, CALLS)
+
+
+@pytest.mark.skipif(not hasattr(qmm.Engine, "plan"), reason="this qmm has no Engine.plan")
+@pytest.mark.parametrize("products", [1, TENSORS])
+def test_plan(engine: qmm.Engine, timed: Callable[..., None], products: int) -> None:
+    tensors = list(engine.model.values())[:products]
+    x, _ = arrays()
+    results = [arrays()[1] for _ in tensors]
+    plan = engine.plan([(tensor, x, y) for tensor, y in zip(tensors, results, strict=True)])  # type: ignore[attr-defined]
+    plan()
+    assert engine.gpu is not None
+    engine.gpu.drain()
+    for tensor, y in zip(tensors, results, strict=True):
+        np.testing.assert_array_equal(y.copy_to_host(), engine.matmul(tensor, x).copy_to_host())
+    count = CALLS // products
+
+    def calls() -> None:
+        for _ in range(count):
+            plan()
+
+    timed(f"plan() of {products} product{'s' * (products > 1)}", calls, count)
+
+
+def seconds_to_first_product(path: Path, placement: str, cache: Path) -> float:
+    command = [sys.executable, "-c", START, str(path), placement, str(K)]
+    environment = {**os.environ, "QMM_CACHE_DIR": str(cache)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
+
+
+@pytest.mark.parametrize("placement", ["device", "mapped"])
+def test_start(
+    benchmark: BenchmarkFixture, path: Path, placement: str, tmp_path: Path, record: Callable[..., None]
+) -> None:
+    benchmark.group = "start"
+    cold, warm = [], []
+
+    def start() -> None:
+        cache = tmp_path / f"cache{len(cold)}"
+        cache.mkdir()
+        cold.append(seconds_to_first_product(path, placement, cache))
+        warm.append(seconds_to_first_product(path, placement, cache))
+
+    benchmark.pedantic(start, rounds=STARTS)
+    if benchmark.stats is None:  # --benchmark-disable
+        return
+    for what, seconds in (("empty", cold), ("filled", warm)):
+        record(row_of(f"start, {placement}, {what} kernel cache", seconds), **machine.about())
