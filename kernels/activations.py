@@ -4,7 +4,7 @@
 a lane a value. Two kinds:
 
 ``int8``
-    ``d = max|x| / 127`` and ``q = round(x / d)``, plus ``d * sum(q)`` for each run of 16, which a format with minima
+    ``d = max|x| * (1 / 127)`` and ``q = round(x * (1 / d))``, plus ``d * sum(q)`` for each run of 16, which a format with minima
     needs. The error of a value is at most ``d / 2``, so that of a block is at most ``32 / (4 * 127**2) = 4.96e-4`` of
     its energy.
 ``f16``
@@ -22,23 +22,23 @@ import numpy as np
 from qmm.kernels.ptx import (
     block_count,
     block_index,
-    divide,
     lane_index,
     largest_of_eight,
     largest_of_values,
     largest_of_warp,
     launch_dependents,
-    load_float,
-    pack_bytes,
+    load_past_floats,
     power_of_two_below,
-    round_to_int,
+    reciprocal,
+    scaled_byte,
+    scaled_bytes,
     store_byte,
     store_float,
     store_half,
     store_shared_float,
     store_shared_word,
-    sum_of_four,
     sum_of_half_warp,
+    sum_of_packed,
     thread_index,
     wait_for_predecessors,
 )
@@ -48,14 +48,15 @@ __all__ = ["cast", "quantize", "quantize_block"]
 
 INFINITY = float("inf")
 SMALLEST_INT8 = 2.0**-119  # the reciprocal of d = SMALLEST / 127 is the largest that float32 holds
+OF_127 = 1.0 / 127.0
 SMALLEST_F16 = 2.0**-126
 
 
-def quantize(x, row_stride, column_stride, k, blocks, spread, n, first, columns, area, area_nbytes):
+def quantize(x, row_stride, column_stride, k, blocks, spread, n, first, columns, sums_too, area, area_nbytes):
     """Quantizes ``n`` rows, which become the columns from ``first`` on of the products.
 
     ``load_value`` reads a float32, float16 or bfloat16; strides are in bytes. Each ``columns`` columns have an area of
-    their own for ``blocks`` scale blocks, ``spread`` of them to a weight block, laid out as
+    their own, with sums if ``sums_too`` is not 0, for ``blocks`` scale blocks, ``spread`` of them to a weight block, laid out as
     :class:`qmm.kernels.staging.Activations` says.
     """
     if PROGRAMMATIC:
@@ -81,10 +82,10 @@ def quantize(x, row_stride, column_stride, k, blocks, spread, n, first, columns,
         place = ((block * 2 + half) * columns + c) * 16 + (lane & 15)
         if INT8:
             scale, inverse = int8_scale(largest)
-            rounded = round_to_int(value * inverse)
+            rounded = scaled_byte(value, inverse)
             store_byte(values + place, rounded)
             total = sum_of_half_warp(rounded)
-            if lane & 15 == 0:
+            if sums_too and lane & 15 == 0:
                 store_float(sums + ((half * blocks + block) * columns + c) * 4, scale * np.float32(total))
         else:
             scale = largest
@@ -93,7 +94,7 @@ def quantize(x, row_stride, column_stride, k, blocks, spread, n, first, columns,
                 scale = 0.0
             elif largest < INFINITY:
                 scale = power_of_two_below(largest)
-                inverse = divide(1.0, scale)
+                inverse = reciprocal(scale)
             store_half(values + place * 2, value * inverse)
         if lane == 0:
             store_float(scales + (block * columns + c) * 4, scale)
@@ -110,45 +111,46 @@ def int8_scale(largest):
     """The scale of a block, and what its values are multiplied by."""
     if largest < SMALLEST_INT8:
         return 0.0, 0.0
-    scale = divide(largest, 127.0)
+    scale = largest * OF_127
     if largest < INFINITY:
-        return scale, divide(1.0, scale)
+        return scale, reciprocal(scale)
     return scale, 0.0
 
 
-def quantize_block(x, k, blocks, values, thread):
-    """Quantizes one column of ``k`` float32 values (a multiple of 32), at a multiple of 16 bytes, to shared memory.
+def quantize_block(x, x_stride, n, k, blocks, values, thread):
+    """Quantizes ``n`` rows of ``k`` float32 values (a multiple of 32), each at a multiple of 16 bytes, to shared memory.
 
-    Eight lanes make a scale block, each four neighbouring values of it; four rounds are loaded before the first is
-    used.
+    Eight lanes make a scale block, each four neighbouring values of it. Six loads a lane are made before the first is
+    used: the loads wait behind the weights that are under way already.
     """
-    scales = values + blocks * 32
-    sums = scales + blocks * 4
+    scales = values + blocks * (32 * COLUMNS)
+    sums = scales + blocks * (4 * COLUMNS)
     at = thread * 4
     while at - (thread & 31) * 4 < blocks * 32:  # whole warps, which exchange values
-        loaded = registers(4, (0.0, 0.0, 0.0, 0.0))
-        for i in unroll(4):
-            if at + i * (4 * THREADS) < k:
-                loaded[i] = load_values4(x + (at + i * (4 * THREADS)) * 4)
-        for i in unroll(4):
+        loaded = registers(6, (0.0, 0.0, 0.0, 0.0))
+        for i in unroll(6 // min(COLUMNS, 6)):
+            here = at + i * (4 * THREADS)
+            for c in unroll(COLUMNS):
+                if here < k and c < n:
+                    loaded[i * COLUMNS + c] = load_past_floats(x + c * x_stride + here * 4)
+        for i in unroll(6 // min(COLUMNS, 6)):
             here = at + i * (4 * THREADS)
             if here - (thread & 31) * 4 < blocks * 32:
-                a, b, c, d = loaded[i]
-                scale, inverse = int8_scale(largest_of_eight(largest_of_values(a, b, c, d)))
-                qa = round_to_int(a * inverse)
-                qb = round_to_int(b * inverse)
-                qc = round_to_int(c * inverse)
-                qd = round_to_int(d * inverse)
-                total = sum_of_four(qa + qb + qc + qd)
-                if here < blocks * 32:
-                    block = place_of(here >> 5, SCALE_BLOCKS)
-                    half = (here >> 4) & 1
-                    store_shared_word(values + block * 32 + (here & 31), pack_bytes(qa, qb, qc, qd))
-                    if here & 15 == 0:
-                        store_shared_float(sums + (half * blocks + block) * 4, scale * np.float32(total))
-                    if here & 31 == 0:
-                        store_shared_float(scales + block * 4, scale)
-        at += 4 * 4 * THREADS
+                block = place_of(here >> 5, SCALE_BLOCKS)
+                half = (here >> 4) & 1
+                for c in unroll(COLUMNS):
+                    v0, v1, v2, v3 = loaded[i * COLUMNS + c]
+                    scale, inverse = int8_scale(largest_of_eight(largest_of_values(v0, v1, v2, v3)))
+                    packed = scaled_bytes(v0, v1, v2, v3, inverse)
+                    if here < blocks * 32:
+                        store_shared_word(values + ((block * 2 + half) * COLUMNS + c) * 16 + (here & 15), packed)
+                        if here & 31 == 0:
+                            store_shared_float(scales + (block * COLUMNS + c) * 4, scale)
+                    if SCALE_ARRAYS > 1:
+                        total = scale * sum_of_packed(packed)
+                        if here & 15 == 0 and here < blocks * 32:
+                            store_shared_float(sums + ((half * blocks + block) * COLUMNS + c) * 4, total)
+        at += (6 // min(COLUMNS, 6)) * 4 * THREADS
 
 
 def cast(source, n, m, target, row_stride, column_stride):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,10 +16,11 @@ from cuda.bindings import driver
 
 from qmm.kernels.cache import CachedKernel, Code
 from qmm.kernels.formats import Format
-from qmm.kernels.staging import COLUMN_TILES, SHARED_NBYTES, WARPS, Activations, Tiling
+from qmm.kernels.staging import WARPS, Activations, Tiling
 
 __all__ = [
     "CUDAKernel",
+    "Launch",
     "alignment_of",
     "cast_kernel",
     "checksum_kernel",
@@ -31,9 +32,6 @@ __all__ = [
 LOADS = {"float32": "load_float", "float16": "load_half", "bfloat16": "load_bfloat"}
 STORES = {"float32": "store_float", "float16": "store_half", "bfloat16": "store_bfloat"}
 THREADS = 32 * WARPS
-_PROGRAMMATIC = driver.CUlaunchAttribute()
-_PROGRAMMATIC.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_PROGRAMMATIC.value.programmaticStreamSerializationAllowed = 1
 
 
 class CUDAKernel:
@@ -49,8 +47,8 @@ class CUDAKernel:
         build: Callable[[], Callable[..., Any]],
         arguments: int,
         key: Mapping[str, Any],
-        shared_nbytes: int = 0,
         threads: int = THREADS,
+        shared: bool = False,
     ) -> None:
         """Describe a kernel; nothing is built yet.
 
@@ -59,13 +57,13 @@ class CUDAKernel:
             build: makes the specialized function.
             arguments: how many it has.
             key: everything that tells the function from others, apart from the source of this package.
-            shared_nbytes: the most shared memory that a launch asks for.
             threads: of a block.
+            shared: whether launches ask for shared memory, as much as the device has for a block if need be.
         """
         self.name = name
         self.key = key
         self.arguments = arguments
-        self.shared_nbytes = shared_nbytes
+        self.shared = shared
         self.threads = threads
         self._build = build
         self._argument_types = (ctypes.c_int64,) * arguments
@@ -90,55 +88,43 @@ class CUDAKernel:
 
         return build.assembly_of(self.function, self.arguments, self.threads, capability)
 
-    def launch(
-        self, device: int, blocks: int, stream: int, *arguments: int, shared_nbytes: int = 0, programmatic: bool = False
-    ) -> None:
+    def launch(self, device: int, blocks: int, stream: int, *arguments: int, shared_nbytes: int = 0) -> None:
         """Put a launch of ``blocks`` blocks on a stream (its handle; 0 is the default stream) of the current device.
-
-        Args:
-            device: its number.
-            blocks: how many.
-            stream: its handle.
-            arguments: of the kernel.
-            shared_nbytes: shared memory of a block.
-            programmatic: whether it may start before the kernel before it ends; it then waits itself.
 
         Raises:
             RuntimeError: the driver refused; the message names the kernel and the call.
         """
-        function = self._loaded.get(device) or self._load(device)
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
-        config.sharedMemBytes = shared_nbytes
-        config.hStream = stream
-        if programmatic:
-            config.attrs = [_PROGRAMMATIC]
-            config.numAttrs = 1
-        error, *_ = driver.cuLaunchKernelEx(config, function, (arguments, self._argument_types), 0)
-        _require(error, doing=f"launching {self.name}")
+        Launch(self, device, blocks, arguments, shared_nbytes, early=False).queue(stream)
+
+    def loaded(self, device: int) -> Any:
+        """The driver's function for a device, the current one; compiled and loaded if that was not done yet."""
+        return self._loaded.get(device) or self._load(device)
 
     def _load(self, device: int) -> Any:
         with self._lock:
             if device not in self._loaded:
-                self._loaded[device] = self._made(_capability(device))
+                self._loaded[device] = self._made(device)
             return self._loaded[device]
 
-    def _made(self, capability: tuple[int, int]) -> Any:
+    def _made(self, device: int) -> Any:
         """The driver's function, from the cache if it has the kernel."""
+        capability = (
+            _attribute("COMPUTE_CAPABILITY_MAJOR", device),
+            _attribute("COMPUTE_CAPABILITY_MINOR", device),
+        )
         cached = CachedKernel(self.name, self.key, capability)
         found = cached.get()
         if found is not None:
             with suppress(RuntimeError):  # refused, whatever the reason: the code compiled here and now is tried next
-                return self._function_of(found)
+                return self._function_of(found, device)
         from qmm.kernels import build
 
         code = Code(*build.compiled(self.function, self.arguments, self.threads, capability))
-        function = self._function_of(code)
+        function = self._function_of(code, device)
         cached.put(code)
         return function
 
-    def _function_of(self, code: Code) -> Any:
+    def _function_of(self, code: Code, device: int) -> Any:
         """The driver's function, in the current device's context.
 
         Raises:
@@ -146,24 +132,75 @@ class CUDAKernel:
         """
         module = _require(*driver.cuModuleLoadData(code.code), doing=f"loading {self.name}")
         function = _require(*driver.cuModuleGetFunction(module, code.entry.encode()), doing=f"finding {self.name}")
-        if self.shared_nbytes > SHARED_NBYTES:
+        if self.shared:
             most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            error = driver.cuFuncSetAttribute(function, most, self.shared_nbytes)
-            _require(*error, doing=f"asking for {self.shared_nbytes} bytes of shared memory for {self.name}")
+            nbytes = _attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", device)
+            error = driver.cuFuncSetAttribute(function, most, nbytes)
+            _require(*error, doing=f"asking for {nbytes} bytes of shared memory for {self.name}")
         return function
 
 
-def _capability(device: int) -> tuple[int, int]:
-    """The compute capability of a device."""
-    kinds = driver.CUdevice_attribute
-    major, minor = (
-        int(_require(*driver.cuDeviceGetAttribute(kind, device), doing="reading the compute capability"))
-        for kind in (
-            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-        )
-    )
-    return major, minor
+class Launch:
+    """A launch of a kernel that can be repeated, its arguments packed once; not for several threads at once.
+
+    Attributes:
+        arguments: those of the kernel; some may be changed before each launch.
+    """
+
+    def __init__(
+        self, kernel: CUDAKernel, device: int, blocks: int, arguments: Sequence[int], shared_nbytes: int, early: bool
+    ) -> None:
+        """Prepare a launch; the kernel is compiled, if need be.
+
+        Args:
+            kernel: what to launch.
+            device: where; it is the current device.
+            blocks: how many.
+            arguments: of the kernel, whole numbers all.
+            shared_nbytes: shared memory of a block.
+            early: whether it may start before the kernel before it ends; it must be written so as to wait itself.
+
+        Raises:
+            RuntimeError: the driver refused the kernel.
+        """
+        if len(arguments) != kernel.arguments:
+            raise TypeError(f"{kernel.name} takes {kernel.arguments} arguments, not {len(arguments)}")
+        self.kernel = kernel
+        self.arguments = (ctypes.c_int64 * len(arguments))(*arguments)
+        start = ctypes.addressof(self.arguments)
+        self._addresses = (ctypes.c_void_p * len(arguments))(*[start + 8 * i for i in range(len(arguments))])
+        self._packed = ctypes.addressof(self._addresses)
+        self._function = kernel.loaded(device)
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
+        config.sharedMemBytes = shared_nbytes
+        if early:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        self._config = config
+        self._stream: int | None = None
+
+    def queue(self, stream: int) -> None:
+        """Put the launch on a stream (its handle; 0 is the default stream).
+
+        Raises:
+            RuntimeError: the driver refused; the message names the kernel.
+        """
+        if stream != self._stream:
+            self._config.hStream = stream
+            self._stream = stream
+        (error,) = driver.cuLaunchKernelEx(self._config, self._function, self._packed, 0)
+        if error:
+            _require(error, doing=f"launching {self.kernel.name}")
+
+
+def _attribute(name: str, device: int) -> int:
+    """A device attribute by its name in the driver's enumeration."""
+    kind = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+    return int(_require(*driver.cuDeviceGetAttribute(kind, device), doing=f"reading {name}"))
 
 
 def _require(error: Any, *results: Any, doing: str = "") -> Any:
@@ -184,8 +221,8 @@ def _described(
     arguments: int,
     constants: Mapping[str, Any],
     alignment: int = 16,
-    shared_nbytes: int = 0,
     threads: int = THREADS,
+    shared: bool = False,
 ) -> CUDAKernel:
     """A kernel by what :func:`qmm.kernels.build.specialized` takes: the same values build it and are its key."""
 
@@ -194,58 +231,53 @@ def _described(
 
         return specialized(template, constants, alignment)
 
-    key = {"template": template, "constants": constants, "alignment": alignment, "arguments": arguments, "threads": threads}
-    return CUDAKernel(name, build, arguments, key, shared_nbytes, threads)
+    key = {
+        "template": template,
+        "constants": constants,
+        "alignment": alignment,
+        "arguments": arguments,
+        "threads": threads,
+    }
+    return CUDAKernel(name, build, arguments, key, threads, shared)
 
 
 @functools.cache
 def matvec_kernel(
-    block_format: Format,
-    columns: int,
-    int8: bool,
-    tiling: Tiling,
-    x_shared: bool = True,
-    fused: bool = False,
-    programmatic: bool = True,
-    shared_nbytes: int = 0,
+    block_format: Format, tiling: Tiling, activations: Activations, x_shared: bool, fused: bool, bulk: bool
 ) -> CUDAKernel:
-    """The product of up to ``columns`` columns (one of COLUMN_TILES) with int8 or float16 activations."""
-    if columns not in COLUMN_TILES:
-        raise ValueError(f"a kernel takes {COLUMN_TILES} columns, not {columns}")
-    activations = Activations(columns, int8)
+    """The product with up to ``activations.columns`` columns; the rest is as in :class:`qmm.kernels.staging.Schedule`,
+    whose ``x_nbytes`` is 0 where ``x_shared`` is not set."""
     constants = {
-        **tiling.constants(block_format, programmatic),
-        "COLUMNS": columns,
+        **tiling.constants(block_format, bulk),
+        "COLUMNS": activations.columns,
+        "FIRST_STAGES": 2 if fused else tiling.stages,
         "FUSED": fused,
-        "INT8": int8,
-        "PROGRAMMATIC": programmatic,
+        "INT8": activations.int8,
+        "PROGRAMMATIC": bulk,
         "RUN_NBYTES": activations.run_nbytes,
-        "SCALES": 3 if int8 else 1,
+        "SCALE_ARRAYS": 3 if activations.sums else 1,
         "X_SHARED": x_shared,
-        "load_columns": ("shared_floats" if x_shared else "cached_floats", columns),
+        "load_columns": ("shared_floats" if x_shared else "cached_floats", activations.columns),
         "load_values": "load_shared16" if x_shared else "load_cached16",
-        "load_values4": ("past_floats", 4),
     }
-    name = f"matvec_{block_format.name}_{columns}_{'int8' if int8 else 'f16'}_{tiling.alignment}"
-    return _described(name, "matvec.matvec", 11, constants, tiling.alignment, shared_nbytes, tiling.threads)
+    mode = "int8" if activations.int8 else "f16"
+    name = f"matvec_{block_format.name}_{activations.columns}_{mode}_{tiling.alignment}"
+    return _described(name, "matvec.matvec", 12, constants, tiling.alignment, tiling.threads, shared=True)
 
 
 @functools.cache
-def dequantize_kernel(block_format: Format, tiling: Tiling, bulk: bool = True) -> CUDAKernel:
+def dequantize_kernel(block_format: Format, tiling: Tiling, bulk: bool) -> CUDAKernel:
     """Dequantization to float32."""
-    name = f"dequantize_{block_format.name}_{tiling.alignment}"
     constants = tiling.constants(block_format, bulk)
-    shared_nbytes = tiling.shared_nbytes(0)
-    return _described(
-        name, "dequantize.dequantize", 7, constants, tiling.alignment, shared_nbytes, tiling.threads
-    )
+    name = f"dequantize_{block_format.name}_{tiling.alignment}"
+    return _described(name, "dequantize.dequantize", 7, constants, tiling.alignment, tiling.threads, shared=True)
 
 
 @functools.cache
 def quantize_kernel(dtype: str, int8: bool, programmatic: bool = True) -> CUDAKernel:
     """Activations of ``dtype`` to blocks of 32 int8 or float16 values."""
     constants = {"INT8": int8, "PROGRAMMATIC": programmatic, "WARPS": WARPS, "load_value": LOADS[dtype]}
-    return _described(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", "activations.quantize", 11, constants)
+    return _described(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", "activations.quantize", 12, constants)
 
 
 @functools.cache

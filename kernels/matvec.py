@@ -51,11 +51,11 @@ __all__ = ["matvec"]
 BIAS = -12582912.0  # takes the 12,582,912 of dot_pair away: exact, since a scale has at most 18 significant bits
 
 
-def matvec(weights, row_nbytes, m, blocks, chunks, k, x, zeros, n, y, y_pitch):
+def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, y_pitch):
     """Up to COLUMNS products with every row.
 
-    ``x`` holds the activations as :class:`qmm.kernels.staging.Activations` lays them out, or with FUSED ``k`` float32
-    at a multiple of 16 bytes. At ``zeros`` are ZERO_NBYTES of them. ``y`` is float32, ``y_pitch`` apart.
+    ``x`` holds the activations as :class:`qmm.kernels.staging.Activations` lays them out; or with FUSED, ``n`` rows of
+    ``k`` float32, ``x_stride`` bytes apart, each at a multiple of 16 bytes. At ``zeros`` are ZERO_NBYTES of them. ``y`` is float32, ``y_pitch`` apart.
     """
     lane = lane_index()
     thread = thread_index()
@@ -82,7 +82,7 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, zeros, n, y, y_pitch):
     producer = warp - WARPS
     if producer >= 0 and producer < PRODUCERS:
         next_row, chunk = produce(
-            ring, barriers, weights, row_nbytes, m, chunks, row, 0, row_step, 0, 1, producer, lane
+            ring, barriers, weights, row_nbytes, m, chunks, row, 0, row_step, 0, FIRST_STAGES, producer, lane
         )
     if PROGRAMMATIC:
         wait_for_predecessors()
@@ -92,9 +92,9 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, zeros, n, y, y_pitch):
     if X_SHARED:
         values = ring + STAGES * STAGE_NBYTES
         if FUSED:
-            quantize_block(x, k, scale_blocks, values, thread)
+            quantize_block(x, x_stride, n, k, scale_blocks, values, thread)
         else:
-            copy_activations(values, x, scale_blocks * (2 * RUN_NBYTES + 4 * COLUMNS * SCALES), thread)
+            copy_activations(values, x, scale_blocks * (2 * RUN_NBYTES + 4 * COLUMNS * SCALE_ARRAYS), thread)
         nowhere = nothing + 64  # other memory banks than what the others read
     else:
         nowhere = zeros
@@ -104,7 +104,8 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, zeros, n, y, y_pitch):
         add_up(partials, barriers, row, row_step, m, n, y, y_pitch, lane)
     elif producer >= 0:
         produce(
-            *(ring, barriers, weights, row_nbytes, m, chunks, next_row, chunk, row_step, 1, 1 << 62, producer, lane),
+            *(ring, barriers, weights, row_nbytes, m, chunks, next_row, chunk, row_step, FIRST_STAGES, 1 << 62),
+            *(producer, lane),
         )
     else:
         multiply(
@@ -146,20 +147,17 @@ def multiply(
                 part = (step + K_WARPS * u) & (LANES - 1)
                 block_group = (step + K_WARPS * u) // LANES
                 place = block_group * 4 + quad
-                loaded = registers(LANE_ROWS, 0)
+                runs = registers(LANE_ROWS, 0)
                 for r in unroll(LANE_ROWS):
                     phase = (weights + (row + tile_row + 8 * r) * row_nbytes + chunk * CHUNK_NBYTES) & 31
                     address = stage + (tile_row + 8 * r) * PITCH + phase + place * BLOCK_NBYTES
                     if chunk * CHUNK_BLOCKS + place >= blocks:
                         address = nothing
-                    loaded[r] = load(address, part)
+                    runs[r] = unpack(part, *load(address, part))
                 if u == UNITS - 1:
                     synchronize_warp()
                     if lane == 0:
                         arrive(full + 64)
-                runs = registers(LANE_ROWS, 0)
-                for r in unroll(LANE_ROWS):
-                    runs[r] = unpack(part, *loaded[r])
                 here = min(chunk * (CHUNK_BLOCKS // 4) + block_group, last_group) * QUAD_SCALE_BLOCKS
                 first = position(part, 0)
                 for i in unroll(RUNS):
@@ -192,7 +190,9 @@ def multiply(
                                 dots = dot_pair(q[above], q[above + 1], x_words)
                                 for below in unroll(2):
                                     for e in unroll(min(2, COLUMNS)):
-                                        dot = fused(scale[above + below], dots[2 * below + e], scale[above + below] * BIAS)
+                                        dot = fused(
+                                            scale[above + below], dots[2 * below + e], scale[above + below] * BIAS
+                                        )
                                         total[(above + below) * COLUMNS + 2 * pair + e] = fused(
                                             scales_x[2 * pair + e], dot, total[(above + below) * COLUMNS + 2 * pair + e]
                                         )

@@ -5,6 +5,7 @@ Only :func:`copy16` and the edge copies ever read a tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -33,7 +34,6 @@ __all__ = [
     "copy_edge1",
     "copy_edge2",
     "copy_edge4",
-    "divide",
     "dot_floats",
     "dot_pair",
     "fused",
@@ -50,12 +50,13 @@ __all__ = [
     "load_past16",
     "load_shared16",
     "load_shared_float",
-    "pack_bytes",
-    "past_floats",
+    "load_past_floats",
     "load_past_l1",
     "power_of_two_below",
     "quad",
-    "round_to_int",
+    "reciprocal",
+    "scaled_byte",
+    "scaled_bytes",
     "share",
     "shared_floats",
     "shared_memory",
@@ -68,9 +69,9 @@ __all__ = [
     "store_shared16",
     "store_shared_float",
     "store_shared_word",
-    "sum_of_four",
     "store_word",
     "sum_of_half_warp",
+    "sum_of_packed",
     "synchronize_block",
     "thread_index",
     "wait_for_predecessors",
@@ -277,10 +278,7 @@ expect = _barrier_statement("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [$0]
 def waiter(bulk: bool) -> Any:
     """A function that waits until a barrier has completed the phase of a parity."""
     test = "try_wait" if bulk else "test_wait"
-    text = (
-        "{ .reg .pred done; again: "
-        f"mbarrier.{test}.parity.shared.b64 done, [$0], $1; @!done bra again; }}"
-    )
+    text = f"{{ .reg .pred done; again: mbarrier.{test}.parity.shared.b64 done, [$0], $1; @!done bra again; }}"
     return _barrier_statement(text, int)
 
 
@@ -319,56 +317,72 @@ def _floats(context: Any, builder: ir.IRBuilder, kind: Any, values: list[ir.Valu
     return context.make_tuple(builder, kind, values)
 
 
-def _loader16(how: str, volatile: bool) -> Any:
-    @intrinsic
-    def load(typing_context, address):
-        def lower(context, builder, signature, arguments):
-            return quad(builder, f"ld.global.{how}.v4.u32 {{$0, $1, $2, $3}}, [$4];", arguments[0], volatile)
-
-        return VECTORS.words(types.int64), lower
-
-    return load
-
-
-def _float_loader(how: str, count: int) -> Any:
-    width = min(4, count)
-    suffix, names = ("", "$0") if width == 1 else (f".v{width}", "{" + ", ".join(f"${i}" for i in range(width)) + "}")
-    text = f"ld.global.{how}{suffix}.f32 {names}, [${width}];"
-    kind = F32 if width == 1 else ir.LiteralStructType([F32] * width)
-
-    @intrinsic
-    def load(typing_context, address):
-        result = types.UniTuple(types.float32, count)
-
-        def lower(context, builder, signature, arguments):
-            values = []
-            for start in range(0, count, width):
-                place = builder.add(arguments[0], ir.Constant(I64, 4 * start))
-                loaded = assembly(builder, kind, text, ",".join(["=f"] * width) + ",l", [place], volatile=True)
-                values += [loaded] if width == 1 else [builder.extract_value(loaded, i) for i in range(width)]
-            return _floats(context, builder, signature.return_type, values)
-
-        return result(types.int64), lower
-
-    return load
+def global_pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    """An address of global memory as a pointer."""
+    return builder.inttoptr(address, kind.as_pointer(1))
 
 
 # Activations may have been written by a kernel that this one was started before the end of: never `.nc`, which may
 # give what a line of L1 held before.
-load_past16 = _loader16("cg", True)
-"""16 bytes at a multiple of 16, past L1."""
-load_cached16 = _loader16("ca", True)
-"""16 bytes at a multiple of 16, through L1."""
+@intrinsic
+def load_cached16(typing_context, address):
+    """16 bytes of global memory, at a multiple of 16, through L1."""
+
+    def lower(context, builder, signature, arguments):
+        return builder.load(global_pointer(builder, arguments[0], vector(I32, 4)), align=16)
+
+    return VECTORS.words(types.int64), lower
 
 
-def past_floats(count: int) -> Any:
-    """A load of ``count`` floats (1, 2, 4 or 8) at a multiple of their size, at most 16, past L1."""
-    return _float_loader("cg", count)
+@intrinsic
+def load_past16(typing_context, address):
+    """16 bytes of global memory, at a multiple of 16, past L1."""
+
+    def lower(context, builder, signature, arguments):
+        return quad(builder, "ld.global.cg.v4.u32 {$0, $1, $2, $3}, [$4];", arguments[0], volatile=True)
+
+    return VECTORS.words(types.int64), lower
+
+
+@intrinsic
+def load_past_floats(typing_context, address):
+    """Four floats of global memory, at a multiple of 16, past L1."""
+
+    def lower(context, builder, signature, arguments):
+        words = quad(builder, "ld.global.cg.v4.u32 {$0, $1, $2, $3}, [$4];", arguments[0], volatile=True)
+        floats = builder.bitcast(words, vector(F32, 4))
+        values = [builder.extract_element(floats, ir.Constant(I32, i)) for i in range(4)]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return types.UniTuple(types.float32, 4)(types.int64), lower
+
+
+def _floats(count: int, pointer: Callable[[ir.IRBuilder, ir.Value, ir.Type], ir.Value]) -> Any:
+    width = min(4, count)
+
+    @intrinsic
+    def load(typing_context, address):
+        def lower(context, builder, signature, arguments):
+            values = []
+            for start in range(0, count, width):
+                place = builder.add(arguments[0], ir.Constant(I64, 4 * start))
+                loaded = builder.load(pointer(builder, place, vector(F32, width)), align=4 * width)
+                values += [builder.extract_element(loaded, ir.Constant(I32, i)) for i in range(width)]
+            return context.make_tuple(builder, signature.return_type, values)
+
+        return types.UniTuple(types.float32, count)(types.int64), lower
+
+    return load
 
 
 def cached_floats(count: int) -> Any:
-    """The same through L1."""
-    return _float_loader("ca", count)
+    """A load of ``count`` floats (1, 2, 4 or 8) of global memory at a multiple of their size, at most 16, through L1."""
+    return _floats(count, global_pointer)
+
+
+def shared_floats(count: int) -> Any:
+    """The same of shared memory."""
+    return _floats(count, shared_pointer)
 
 
 def shared_pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
@@ -416,27 +430,6 @@ def zero_words(typing_context):
         return ir.Constant(vector(I32, 4), [0] * 4)
 
     return VECTORS.words(), lower
-
-
-def shared_floats(count: int) -> Any:
-    """A load of ``count`` floats (1, 2, 4 or 8) of shared memory at a multiple of their size, at most 16."""
-    width = min(4, count)
-
-    @intrinsic
-    def load(typing_context, address):
-        result = types.UniTuple(types.float32, count)
-
-        def lower(context, builder, signature, arguments):
-            values = []
-            for start in range(0, count, width):
-                place = builder.add(arguments[0], ir.Constant(I64, 4 * start))
-                loaded = builder.load(shared_pointer(builder, place, vector(F32, width)), align=4 * width)
-                values += [builder.extract_element(loaded, ir.Constant(I32, i)) for i in range(width)]
-            return _floats(context, builder, signature.return_type, values)
-
-        return result(types.int64), lower
-
-    return load
 
 
 @intrinsic
@@ -594,7 +587,8 @@ def dot_pair(typing_context, a, b, x):
             registers = [word[0][0], word[1][0], word[0][1], word[1][1], *word[2], *totals]
             made = assembly(builder, kind, text, ",".join(["=r"] * 4 + ["r"] * 10), registers)
             totals = [builder.extract_value(made, j) for j in range(4)]
-        return _floats(context, builder, signature.return_type, [builder.bitcast(total, F32) for total in totals])
+        dots = [builder.bitcast(total, F32) for total in totals]
+        return context.make_tuple(builder, signature.return_type, dots)
 
     return types.UniTuple(types.float32, 4)(VECTORS.words, VECTORS.words, VECTORS.words), lower
 
@@ -648,24 +642,32 @@ def share(typing_context, a, b, distance, upper):
     return types.float32(types.float32, types.float32, distance, types.int64), lower
 
 
-def _whole_sum(distances: tuple[int, ...]) -> Any:
-    @intrinsic
-    def total(typing_context, value):
-        def lower(context, builder, signature, arguments):
-            value = builder.trunc(arguments[0], I32)
-            for distance in distances:
-                value = builder.add(value, _shuffle(builder, value, distance))
-            return builder.sext(value, I64)
+@intrinsic
+def sum_of_half_warp(typing_context, value):
+    """The sum of whole numbers over the 16 lanes of a half warp, in each of them."""
 
-        return types.int64(types.int64), lower
+    def lower(context, builder, signature, arguments):
+        value = builder.trunc(arguments[0], I32)
+        for distance in (8, 4, 2, 1):
+            value = builder.add(value, _shuffle(builder, value, distance))
+        return builder.sext(value, I64)
 
-    return total
+    return types.int64(types.int64), lower
 
 
-sum_of_half_warp = _whole_sum((8, 4, 2, 1))
-"""The sum of whole numbers over the 16 lanes of a half warp, in each of them."""
-sum_of_four = _whole_sum((2, 1))
-"""The sum of whole numbers over four neighbouring lanes, in each of them."""
+@intrinsic
+def sum_of_packed(typing_context, word):
+    """The sum of the signed bytes of four neighbouring lanes' words, in each of them, as float32."""
+
+    def lower(context, builder, signature, arguments):
+        ones, none = ir.Constant(I32, 0x01010101), ir.Constant(I32, 0)
+        text = "dp4a.s32.s32 $0, $1, $2, $3;"
+        value = assembly(builder, I32, text, "=r,r,r,r", [arguments[0], ones, none])
+        for distance in (2, 1):
+            value = builder.add(value, _shuffle(builder, value, distance))
+        return builder.sitofp(value, F32)
+
+    return types.float32(VECTORS.word), lower
 
 
 def _largest(distances: tuple[int, ...]) -> Any:
@@ -706,38 +708,43 @@ def largest_of_values(typing_context, a, b, c, d):
     return types.float32(*[types.float32] * 4), lower
 
 
-@intrinsic
-def pack_bytes(typing_context, a, b, c, d):
-    """The low bytes of four whole numbers as a word, the first lowest."""
-
-    def lower(context, builder, signature, arguments):
-        word: ir.Value = ir.Constant(I32, 0)
-        for i, value in enumerate(arguments):
-            part = builder.and_(builder.trunc(value, I32), ir.Constant(I32, 0xFF))
-            word = builder.or_(word, builder.shl(part, ir.Constant(I32, 8 * i)))
-        return word
-
-    return VECTORS.word(*[types.int64] * 4), lower
+def _scaled(builder: ir.IRBuilder, value: ir.Value, factor: ir.Value) -> ir.Value:
+    """``round(value * factor)``, halves to even, as the low byte of a word: the bits of the sum with 3 * 2**22."""
+    text = f"fma.rn.f32 $0, $1, $2, 0f{MAGIC:08X};"
+    return builder.bitcast(assembly(builder, F32, text, "=f,f,f", [value, factor]), I32)
 
 
 @intrinsic
-def round_to_int(typing_context, value):
-    """The nearest whole number, halves to even; NaN becomes 0."""
+def scaled_byte(typing_context, value, factor):
+    """``round(value * factor)``, halves to even, which must lie in a signed byte (of a NaN it is anything)."""
 
     def lower(context, builder, signature, arguments):
-        return builder.sext(assembly(builder, I32, "cvt.rni.s32.f32 $0, $1;", "=r,f", [arguments[0]]), I64)
+        return builder.sext(builder.trunc(_scaled(builder, *arguments), I8), I64)
 
-    return types.int64(types.float32), lower
+    return types.int64(types.float32, types.float32), lower
 
 
 @intrinsic
-def divide(typing_context, a, b):
-    """``a / b``, correctly rounded."""
+def scaled_bytes(typing_context, a, b, c, d, factor):
+    """The same for four values, as a word with the first lowest."""
 
     def lower(context, builder, signature, arguments):
-        return assembly(builder, F32, "div.rn.f32 $0, $1, $2;", "=f,f,f", list(arguments))
+        *values, factor = arguments
+        parts = [_scaled(builder, value, factor) for value in values]
+        permute = lambda x, y, how: assembly(builder, I32, f"prmt.b32 $0, $1, $2, {how};", "=r,r,r", [x, y])  # noqa: E731
+        return permute(permute(*parts[:2], "0x0040"), permute(*parts[2:], "0x0040"), "0x5410")
 
-    return types.float32(types.float32, types.float32), lower
+    return VECTORS.word(*[types.float32] * 5), lower
+
+
+@intrinsic
+def reciprocal(typing_context, value):
+    """``1 / value``, correctly rounded."""
+
+    def lower(context, builder, signature, arguments):
+        return assembly(builder, F32, "rcp.rn.f32 $0, $1;", "=f,f", list(arguments))
+
+    return types.float32(types.float32), lower
 
 
 @intrinsic

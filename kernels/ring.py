@@ -32,25 +32,27 @@ def prepare(barriers, thread):
         initialize_barrier(barriers + 64 + 8 * thread, WARPS)
 
 
-def produce(ring, barriers, weights, row_nbytes, m, chunks, row, chunk, row_step, lap, laps, producer, lane):
-    """Copies chunk after chunk of the block's rows into all stages, lap after lap; what comes after that.
+def produce(ring, barriers, weights, row_nbytes, m, chunks, row, chunk, row_step, item, count, producer, lane):
+    """Copies up to ``count`` chunks of the block's rows, beginning with its ``item``-th; what comes after them.
 
     Each producer copies its share of every chunk.
     """
     end = weights + m * row_nbytes
-    while row < m and lap < laps:
-        full = barriers
-        stage = ring
-        while row < m and full < barriers + 8 * STAGES:
-            wait_for(full + 64, (lap & 1) ^ 1)
-            if BULK:
-                fetch_bulk(stage, full, weights, end, row_nbytes, row, m, chunk, producer, lane)
-            else:
-                fetch(stage, full, weights, end, row_nbytes, row, m, chunk, producer, lane)
-            row, chunk = following(row, chunk, chunks, row_step)
-            full += 8
-            stage += STAGE_NBYTES
-        lap += 1
+    stage = item % STAGES
+    parity = (item // STAGES & 1) ^ 1
+    while row < m and count > 0:
+        full = barriers + 8 * stage
+        wait_for(full + 64, parity)
+        if BULK:
+            fetch_bulk(ring + stage * STAGE_NBYTES, full, weights, end, row_nbytes, row, m, chunk, producer, lane)
+        else:
+            fetch(ring + stage * STAGE_NBYTES, full, weights, end, row_nbytes, row, m, chunk, producer, lane)
+        row, chunk = following(row, chunk, chunks, row_step)
+        count -= 1
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            parity ^= 1
     return row, chunk
 
 

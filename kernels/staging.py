@@ -1,32 +1,70 @@
-"""How a product walks a weight on the GPU: which thread takes what, and how bytes pass through shared memory.
+"""How kernels that read weights on the GPU are cut: which thread takes what, and how bytes pass through shared memory.
 
-This is geometry, in plain numbers: :mod:`qmm.kernels.matvec` is the kernel that follows it.
+Plain numbers, which the kernels are specialized with and the host launches them by. Nothing here imports Numba, so a
+kernel that was compiled before is found and launched without it.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 from qmm.kernels.formats import Format
 
-__all__ = ["BLOCK", "COLUMN_TILES", "SHARED_NBYTES", "WARPS", "ZERO_NBYTES", "Activations", "Tiling"]
+__all__ = [
+    "BARRIERS_NBYTES",
+    "BLOCK",
+    "COLUMN_TILES",
+    "PRODUCERS",
+    "SHARED_NBYTES",
+    "WARPS",
+    "ZERO_NBYTES",
+    "Activations",
+    "Machine",
+    "Schedule",
+    "Tiling",
+]
 
 BLOCK = 32
-"""Activations that share a scale."""
-SHARED_NBYTES = 48 * 1024
-"""What a block may have of shared memory without asking for more."""
-
+"""Activations that share one scale (:mod:`qmm.kernels.activations`)."""
 COLUMN_TILES = (1, 2, 4, 8)
 """Column counts that a kernel is compiled for; others take the next one and leave its last columns out."""
 WARPS = 16
-"""Warps of a block."""
+"""Warps of a block of those kernels that do not read weights."""
+PRODUCERS = 3
+"""Warps that copy weights. One alone takes 50 cycles for each row of a stage, and was the limit: Q4_K, 14336x4096, n = 1
+on an H200: 17.7 us with one, 14.7 with three."""
+SHARED_NBYTES = 48 << 10
+"""What a block may have of shared memory without asking for more."""
 BARRIERS_NBYTES = 256
 """Shared memory for barriers, at its beginning."""
-PRODUCERS = 3
-"""Warps that copy."""
 ZERO_NBYTES = 4096
 """Zeros that stand for blocks past the end of a row, and for activations that a lane leaves out."""
+RING_NBYTES = 144 << 10
+"""The most shared memory of a ring. What is under way hides the latency of memory, and what is in the ring already when
+the activations arrive hides the time that they take."""
+WIDE_NBYTES = 48 << 10
+"""The largest stage in which a warp takes two units at once, for up to two columns."""
+NARROW_NBYTES = 40 << 10
+"""The same for more, which take more registers."""
+FUSED_VALUES = 15360
+"""The most activations that each block quantizes for itself: a load or so a thread for each column."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a schedule depends on of a GPU.
+
+    Attributes:
+        multiprocessors: how many it has.
+        shared_nbytes: the most shared memory of a block.
+        bulk: whether it makes bulk copies and starts kernels before their predecessors end (sm_90 and later).
+    """
+
+    multiprocessors: int
+    shared_nbytes: int
+    bulk: bool
 
 
 @dataclass(frozen=True)
@@ -34,13 +72,14 @@ class Activations:
     """Where the activations of up to ``columns`` columns lie, once quantized, in one piece of memory.
 
     First the values, ``(scale blocks, 2, columns, 16)`` int8 or float16, then float32 scales ``(scale blocks,
-    columns)``, then for int8 the scaled sums of each run, ``(2, scale blocks, columns)`` float32. A scale block is 32
-    values. Four weight blocks that a quad of lanes takes at once have their scale blocks side by side: block ``4 g + t``
-    of ``s`` scale blocks has the j-th of them at ``(g * s + j) * 4 + t``.
+    columns)``, then with ``sums`` the scaled sum of each run, ``(2, scale blocks, columns)`` float32. A scale block is
+    32 values. Those of four weight blocks, which a quad of lanes takes at once, alternate: weight block ``4 g + t`` of
+    ``s`` scale blocks has the j-th of them at ``(g * s + j) * 4 + t``. So a quad reads neighbouring words.
     """
 
     columns: int
     int8: bool
+    sums: bool
 
     @property
     def run_nbytes(self) -> int:
@@ -49,7 +88,7 @@ class Activations:
 
     def nbytes(self, scale_blocks: int) -> int:
         """All of it, for rows of so many scale blocks."""
-        return scale_blocks * (2 * self.run_nbytes + 4 * self.columns * (3 if self.int8 else 1))
+        return scale_blocks * (2 * self.run_nbytes + 4 * self.columns * (3 if self.sums else 1))
 
 
 def scale_blocks_of(block_format: Format, k: int) -> int:
@@ -59,16 +98,15 @@ def scale_blocks_of(block_format: Format, k: int) -> int:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a block of WARPS warps shares the rows of a format.
+    """How the warps of a block share the rows of a format.
 
-    The block takes ``row_warps`` tiles of ``8 * lane_rows`` rows at once. ``k_warps`` warps share a tile: a warp takes one unit
-    (what a lane loads at once) of four neighbouring blocks in each row, the next warp the next unit. A chunk, which is
-    what a stage holds of each row, gives every warp ``units`` of these steps.
+    The block takes ``row_warps`` tiles of ``8 * lane_rows`` rows at once, ``k_warps`` warps to a tile. A warp takes one
+    unit (what a lane loads at once) of four neighbouring blocks in each row, the next warp the next unit. A chunk, what
+    a stage holds of each row, gives every warp ``units`` of these steps.
     """
 
     warps: int
     lane_rows: int
-    k_warps: int
     row_warps: int
     units: int
     chunk_blocks: int
@@ -77,25 +115,29 @@ class Tiling:
     alignment: int
 
     @classmethod
-    def of(cls, block_format: Format, alignment: int, ring_nbytes: int, row_warps: int = 1, warps: int = WARPS, units: int = 1, lane_rows: int = 2) -> Tiling:
+    def of(
+        cls,
+        block_format: Format,
+        alignment: int,
+        ring_nbytes: int,
+        warps: int = WARPS,
+        lane_rows: int = 2,
+        row_warps: int = 1,
+        units: int = 1,
+    ) -> Tiling:
         """The tiling of a format whose tensor starts at a multiple of ``alignment`` bytes, in a ring of that size."""
         k_warps = warps // row_warps
         units = max(units, -(-block_format.lanes // (4 * k_warps)))
         chunk_blocks = 4 * k_warps * units // block_format.lanes
         alignment = min(alignment, block_format.alignment)
         pitch = _pitch(block_format, chunk_blocks * block_format.block_nbytes, alignment)
-        stage_nbytes = 8 * lane_rows * row_warps * pitch
-        return cls(
-            warps=warps,
-            lane_rows=lane_rows,
-            k_warps=k_warps,
-            row_warps=row_warps,
-            units=units,
-            chunk_blocks=chunk_blocks,
-            pitch=pitch,
-            stages=max(2, min(8, ring_nbytes // stage_nbytes)),
-            alignment=alignment,
-        )
+        stages = max(2, min(8, ring_nbytes // (8 * lane_rows * row_warps * pitch)))
+        return cls(warps, lane_rows, row_warps, units, chunk_blocks, pitch, stages, alignment)
+
+    @property
+    def k_warps(self) -> int:
+        """Warps that share a tile."""
+        return self.warps // self.row_warps
 
     @property
     def threads(self) -> int:
@@ -112,63 +154,160 @@ class Tiling:
         """Shared memory of a stage."""
         return self.rows * self.pitch
 
-    def partial_nbytes(self, columns: int) -> int:
-        """Shared memory where the warps of a tile put their sums, twice."""
-        return 2 * self.k_warps * self.rows * columns * 4
-
     def shared_nbytes(self, columns: int) -> int:
-        """Shared memory up to the end of the ring, and what an unaligned load may look beyond it."""
-        return BARRIERS_NBYTES + ZERO_NBYTES + self.partial_nbytes(columns) + self.stages * self.stage_nbytes + 16
+        """Shared memory up to the end of the ring: barriers, zeros, twice the sums of the warps, stages.
+
+        Unaligned loads look up to 3 bytes past a field, hence the last 16.
+        """
+        sums = 2 * self.k_warps * self.rows * columns * 4
+        return BARRIERS_NBYTES + ZERO_NBYTES + sums + self.stages * self.stage_nbytes + 16
 
     def constants(self, block_format: Format, bulk: bool) -> dict[str, Any]:
         """What kernels that stage are specialized with; ``bulk`` where the GPU has bulk copies."""
-        chunk_nbytes = self.chunk_blocks * block_format.block_nbytes
         return {
             **block_format.constants(),
             "ALIGNMENT": self.alignment,
             "BARRIERS_NBYTES": BARRIERS_NBYTES,
             "BULK": bulk,
             "CHUNK_BLOCKS": self.chunk_blocks,
-            "CHUNK_NBYTES": chunk_nbytes,
+            "CHUNK_NBYTES": self.chunk_blocks * block_format.block_nbytes,
             "EDGE": min(4, self.alignment),
-            "copy_edge": f"copy_edge{min(4, self.alignment)}",
-            "fence_barriers": ("fence", bulk),
-            "wait_for": ("waiter", bulk),
             "K_WARPS": self.k_warps,
             "LANE_ROWS": self.lane_rows,
             "PITCH": self.pitch,
             "PRODUCERS": PRODUCERS,
-            "ROWS": self.rows,
-            "ROW_WARPS": self.row_warps,
             "QUAD_SCALE_BLOCKS": block_format.block_weights // 8,
+            "ROWS": self.rows,
             "SCALE_BLOCKS": max(1, block_format.block_weights // BLOCK),
             "STAGES": self.stages,
             "STAGE_NBYTES": self.stage_nbytes,
+            "THREADS": self.threads,
             "TILE_ROWS": 8 * self.lane_rows,
             "UNITS": self.units,
-            "THREADS": self.threads,
             "WARPS": self.warps,
             "ZERO_NBYTES": ZERO_NBYTES,
+            "copy_edge": f"copy_edge{min(4, self.alignment)}",
+            "fence_barriers": ("fence", bulk),
+            "wait_for": ("waiter", bulk),
         }
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a product with a few columns runs: everything that its kernel is specialized with, beside the format.
+
+    Attributes:
+        tiling: of the weight.
+        activations: how they are stored.
+        x_nbytes: how large they are in shared memory; 0 where they do not fit, and are read from global memory.
+        fused: whether each block quantizes them for itself, in its shared memory.
+        bulk: as :class:`Machine` has it.
+    """
+
+    tiling: Tiling
+    activations: Activations
+    x_nbytes: int
+    fused: bool
+    bulk: bool
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Shared memory of a block."""
+        return self.tiling.shared_nbytes(self.activations.columns) + self.x_nbytes
+
+    @classmethod
+    @functools.lru_cache(maxsize=4096)
+    def of(
+        cls, block_format: Format, m: int, k: int, n: int, int8: bool, alignment: int, fusible: bool, machine: Machine
+    ) -> Schedule:
+        """The schedule for up to eight columns, by what was measured on an H200 (figures: us, 14336x4096).
+
+        * Up to two columns, 16 warps with two rows a lane; beyond, where the loads of activations are the limit, 8
+          warps with four rows a lane (n = 8: Q4_K 20.8, else 26.6; Q2_K 19.6, else 23.6), if m fills the GPU so.
+        * Two units a warp and stage where a stage stays small (n = 1: Q4_K 12.5, else 13.9); one where it would get
+          large (Q8_0 18.7, else 19.5) or the row is too short for two (Q2_K 10.5, else 15.0).
+        * Activations in shared memory if three stages have room beside them.
+
+        Args:
+            block_format: of the weight.
+            m: rows.
+            k: weights a row.
+            n: columns, 1 to 8.
+            int8: whether the activations are int8.
+            alignment: that the weight's address divides by.
+            fusible: whether a block could quantize them: float32, its rows at multiples of 16 bytes.
+            machine: the GPU.
+        """
+        columns = next(tile for tile in COLUMN_TILES if tile >= n)
+        activations = Activations(columns, int8, sums=int8 and block_format.has_minimum)
+        x_nbytes = activations.nbytes(scale_blocks_of(block_format, k))
+        warps = 16 if columns <= 2 else 8
+        lane_rows = 4 if columns > 2 and int8 and _fills(m, 32, machine) and _frugal(block_format) else 2
+        ring = machine.shared_nbytes - x_nbytes
+        made = _tiling(block_format, m, k, alignment, columns, ring, warps, lane_rows, machine)
+        if made.stages < 3:  # the activations stay in global memory, whose addresses take more registers
+            x_nbytes = 0
+            made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, machine)
+        fused = fusible and int8 and x_nbytes > 0 and columns * k <= FUSED_VALUES
+        return cls(made, activations, x_nbytes, fused, machine.bulk)
+
+
+def _fills(m: int, rows: int, machine: Machine) -> bool:
+    """Whether tiles of so many rows keep three quarters of the multiprocessors busy."""
+    return 4 * -(-m // rows) >= 3 * machine.multiprocessors
+
+
+def _frugal(block_format: Format) -> bool:
+    """Whether four rows of a unit fit in registers: unaligned fields take more."""
+    return block_format.runs * (1 if block_format.alignment >= 4 else 2) <= 4
+
+
+def _tiling(
+    block_format: Format,
+    m: int,
+    k: int,
+    alignment: int,
+    columns: int,
+    shared_nbytes: int,
+    warps: int,
+    lane_rows: int,
+    machine: Machine,
+) -> Tiling:
+    """The tiling with as many stages as there is room for, and two units a warp where they are small."""
+    row_warps = _row_warps(block_format, m, k, warps, 8 * lane_rows, machine.multiprocessors)
+    cut = functools.partial(Tiling.of, block_format, alignment, warps=warps, lane_rows=lane_rows, row_warps=row_warps)
+    least = cut(0)
+    ring = min(RING_NBYTES, shared_nbytes - least.shared_nbytes(columns) + least.stages * least.stage_nbytes)
+    twice = cut(ring, units=2 * least.units)
+    small = twice.stage_nbytes <= (NARROW_NBYTES if columns > 2 else WIDE_NBYTES) and 2 * twice.stage_nbytes <= ring
+    return twice if small and twice.chunk_blocks <= block_format.blocks(k) else cut(max(0, ring))
+
+
+def _row_warps(block_format: Format, m: int, k: int, warps: int, tile_rows: int, multiprocessors: int) -> int:
+    """Tiles that a block takes at once: more than one where a row is too short for all warps, and rows are many."""
+    steps = -(-block_format.blocks(k) // 4) * block_format.lanes
+    row_warps = 1
+    while warps // (2 * row_warps) >= steps and m >= 4 * multiprocessors * row_warps * tile_rows:
+        row_warps *= 2
+    return row_warps
 
 
 def _pitch(block_format: Format, chunk_nbytes: int, alignment: int) -> int:
     """Bytes from one row of a stage to the next, a multiple of 32, chosen so that lanes meet in few memory banks."""
     least = -(-(31 + chunk_nbytes) // 32) * 32
-    return min((least + 32 * i for i in range(4)), key=lambda pitch: _conflicts(block_format, pitch, alignment))
+    return min((least + 32 * i for i in range(4)), key=lambda pitch: _cycles(block_format, pitch, alignment))
 
 
-def _conflicts(block_format: Format, pitch: int, alignment: int) -> int:
+def _cycles(block_format: Format, pitch: int, alignment: int) -> int:
     """Cycles that a wide load of a warp takes: lane ``4 g + t`` reads row g, block t."""
     width = 16 if alignment >= 16 else 4
-    lanes = [(lane >> 2) * pitch + (lane & 3) * block_format.block_nbytes for lane in range(32)]
     together = 32 * 4 // width
-    return sum(_cycles(lanes[start : start + together], width) for start in range(0, 32, together))
-
-
-def _cycles(addresses: list[int], width: int) -> int:
-    words: dict[int, set[int]] = {}
-    for address in addresses:
-        for word in range(address // 4, (address + width) // 4):
-            words.setdefault(word % 32, set()).add(word)
-    return max(map(len, words.values()))
+    addresses = [(lane >> 2) * pitch + (lane & 3) * block_format.block_nbytes for lane in range(32)]
+    cycles = 0
+    for start in range(0, 32, together):
+        banks: dict[int, set[int]] = {}
+        for address in addresses[start : start + together]:
+            for word in range(address // 4, (address + width) // 4):
+                banks.setdefault(word % 32, set()).add(word)
+        cycles += max(map(len, banks.values()))
+    return cycles

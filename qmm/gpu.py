@@ -6,9 +6,10 @@ that they are given and return without waiting.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -18,22 +19,81 @@ from qmm.arrays import View
 from qmm.errors import DeviceError
 from qmm.kernels import launch
 from qmm.kernels.formats import Format
-from qmm.kernels.staging import BLOCK, COLUMN_TILES, SHARED_NBYTES, WARPS, ZERO_NBYTES, Activations, Tiling, scale_blocks_of
+from qmm.kernels.staging import (
+    BLOCK,
+    COLUMN_TILES,
+    RING_NBYTES,
+    WARPS,
+    ZERO_NBYTES,
+    Machine,
+    Schedule,
+    Tiling,
+    scale_blocks_of,
+)
 from qmm.loaders.cuda import CudaCallError, attribute, call, current_device, runtime
 
-__all__ = ["GPU"]
+__all__ = ["GPU", "Graph", "Product"]
 
 ALIGNMENT = 256
 BLOCKS = 4
-"""Blocks of 16 warps that fill the 64 warps of a multiprocessor."""
-import os
-RING_NBYTES = int(os.environ.get("QMM_RING", 144 << 10))
-FUSE = int(os.environ.get("QMM_FUSE", 1))
-PDL = int(os.environ.get("QMM_PDL", 1))
-WARPS_ = int(os.environ.get("QMM_WARPS", 16))
-UNITS = int(os.environ.get("QMM_UNITS", 1))
-LROWS = int(os.environ.get("QMM_LROWS", 2))
-ROWW = int(os.environ.get("QMM_ROWW", 0))
+"""Blocks of WARPS warps that fill the 64 warps of a multiprocessor."""
+PREPARED = 4096
+"""The most products that are kept prepared."""
+
+
+class Product:
+    """One product, prepared: its launches with all their arguments but the addresses of x, out and scratch memory."""
+
+    def __init__(self, scratch_nbytes: int) -> None:
+        self.scratch_nbytes = scratch_nbytes
+        self._launches: list[tuple[launch.Launch, ctypes.Array[ctypes.c_int64], tuple[tuple[int, int, int], ...]]] = []
+
+    def add(self, made: launch.Launch, *moving: tuple[int, int, int]) -> None:
+        """Add a launch.
+
+        Args:
+            made: what to launch.
+            moving: arguments that depend on a call: which one, on which address (0 x, 1 out, 2 scratch memory), and the
+                offset from there.
+        """
+        self._launches.append((made, made.arguments, moving))
+
+    def queue(self, x: int, out: int, scratch: int, stream: int) -> None:
+        """Put the launches on a stream of the current device, for arrays at these addresses."""
+        bases = (x, out, scratch)
+        for made, arguments, moving in self._launches:
+            for argument, base, offset in moving:
+                arguments[argument] = bases[base] + offset
+            made.queue(stream)
+
+
+class Graph:
+    """A captured sequence of work, which can be launched again and again."""
+
+    def __init__(self, gpu: GPU, graph: object) -> None:
+        self._gpu = gpu
+        self._made = ExitStack()
+        self._made.callback(call, "cudaGraphDestroy", graph)
+        try:
+            self._executable = call("cudaGraphInstantiate", graph, 0)
+        except BaseException:
+            self._made.close()
+            raise
+        self._made.callback(call, "cudaGraphExecDestroy", self._executable)
+
+    def launch(self, stream: int) -> None:
+        """Put one replay on a stream.
+
+        Raises:
+            DeviceError: CUDA refused.
+        """
+        with self._gpu.ready("launching a graph"):
+            call("cudaGraphLaunch", self._executable, stream)
+
+    def close(self) -> None:
+        """Free it, once the device is done with it."""
+        with self._gpu.errors("freeing a graph"), current_device(self._gpu.device):
+            self._made.close()
 
 
 class GPU:
@@ -43,19 +103,44 @@ class GPU:
         self.device = device
         with self.errors("preparing the device"), current_device(device):
             self.multiprocessors = attribute("MultiProcessorCount", device)
-            self.shared_nbytes = attribute("MaxSharedMemoryPerBlockOptin", device)
-            self.programmatic = bool(PDL) and attribute("ComputeCapabilityMajor", device) >= 9
+            shared_nbytes = attribute("MaxSharedMemoryPerBlockOptin", device)
+            bulk = attribute("ComputeCapabilityMajor", device) >= 9
+            self.machine = Machine(self.multiprocessors, shared_nbytes, bulk)
             self.stream = int(call("cudaStreamCreateWithFlags", 1))  # cudaStreamNonBlocking
+            self._alone = call("cudaGetDeviceCount") == 1
+        self._thread = threading.local()
         self._scratch: dict[int, tuple[int, int]] = {}
+        self._areas: list[int] = []
+        self._products: dict[Hashable, Product] = {}
         self._lock = threading.RLock()
-        self._zeros = self.allocate(ZERO_NBYTES, "zeros")
-        call("cudaMemset", self._zeros, 0, ZERO_NBYTES)
+        self._zeros = self.area(ZERO_NBYTES, "zeros")
+        with self.errors("preparing the device"), current_device(device):
+            call("cudaMemset", self._zeros, 0, ZERO_NBYTES)
+            call("cudaDeviceSynchronize")  # other streams than the default one would not wait for it
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
         """Turns a failed CUDA call into a DeviceError that says what it was for."""
         try:
             yield
+        except (CudaCallError, RuntimeError) as reason:
+            raise DeviceError(f"{doing} on CUDA device {self.device}: {reason}") from reason
+
+    @contextmanager
+    def ready(self, doing: str) -> Iterator[None]:
+        """Makes the device current inside the block, and turns a failed call into a DeviceError.
+
+        Where there is one device only, a thread is asked once: that saves 2 us a product.
+        """
+        try:
+            if self._alone:
+                if not hasattr(self._thread, "ready"):
+                    call("cudaSetDevice", self.device)
+                    self._thread.ready = True
+                yield
+            else:
+                with current_device(self.device):
+                    yield
         except (CudaCallError, RuntimeError) as reason:
             raise DeviceError(f"{doing} on CUDA device {self.device}: {reason}") from reason
 
@@ -93,26 +178,34 @@ class GPU:
     def close(self) -> None:
         """Free scratch memory and the stream, once the device is done with them."""
         with self.errors("closing"), current_device(self.device):
-            for address, _ in self._scratch.values():
+            for address in self._areas:
                 call("cudaFree", address)
+            self._areas.clear()
             self._scratch.clear()
-            call("cudaFree", self._zeros)
             call("cudaStreamDestroy", self.stream)
 
-    def _scratch_for(self, stream: int, sizes: list[int]) -> list[int]:
-        """Addresses of scratch areas of those sizes. Each stream has its own, which its later work may overwrite."""
-        rounded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-        needed = sum(rounded)
+    def area(self, nbytes: int, what: str) -> int:
+        """Device memory that is kept until the end.
+
+        Raises:
+            DeviceError: there is not enough.
+        """
+        address = self.allocate(nbytes, what)
+        self._areas.append(address)
+        return address
+
+    def _scratch_for(self, stream: int, nbytes: int) -> int:
+        """The address of scratch memory. Each stream has its own, which its later work may overwrite.
+
+        What becomes too small is kept, since queued work and captured graphs may still use it; each is at least twice
+        as large as the one before.
+        """
         address, held = self._scratch.get(stream, (0, 0))
-        if held < needed:
-            grown = max(needed, 2 * held)
-            fresh = self.allocate(grown, "scratch memory")
-            if address:
-                self.synchronize(stream)
-                self.free(address)
-            self._scratch[stream] = (fresh, grown)
-            address = fresh
-        return [address + offset for offset in np.cumsum([0, *rounded[:-1]]).tolist()]
+        if held < nbytes:
+            held = max(nbytes, 2 * held)
+            address = self.area(held, "scratch memory")
+            self._scratch[stream] = (address, held)
+        return address
 
     # Work -------------------------------------------------------------------------------------------------------------
 
@@ -139,125 +232,106 @@ class GPU:
             int8: whether activations are quantized to int8, else to float16.
             stream: a stream's handle.
         """
+        if m and math.prod(x.shape[:-1]):
+            product = self.prepare(block_format, weights, m, k, x, out, int8)
+            self.queue(product, x.address, out.address, stream)
+
+    def queue(self, product: Product, x: int, out: int, stream: int, scratch: int = 0) -> None:
+        """Put a prepared product on a stream.
+
+        Args:
+            product: what :meth:`prepare` made.
+            x: the address of the activations, of the same strides and alignment to 16 bytes as then.
+            out: the address of the results, likewise.
+            stream: a stream's handle.
+            scratch: the address of ``product.scratch_nbytes`` bytes; else it is the stream's own scratch memory.
+        """
+        with self._lock, self.ready("a product"):
+            if product.scratch_nbytes and not scratch:
+                scratch = self._scratch_for(stream, product.scratch_nbytes)
+            product.queue(x, out, scratch, stream)
+
+    def prepare(self, block_format: Format, weights: int, m: int, k: int, x: View, out: View, int8: bool) -> Product:
+        """A product of at least one column and row; its kernels are compiled if need be.
+
+        Arguments as for :meth:`matmul`; of the arrays' addresses only the alignment of ``x`` to 16 bytes counts.
+        """
+        of_x = (x.shape, x.strides, x.dtype, x.address % 16 == 0)
+        key = (block_format, weights, m, k, of_x, out.shape, out.strides, out.dtype, int8)
+        with self._lock:
+            product = self._products.get(key)
+            if product is None:
+                with self.ready(f"the product with {m} x {k} {block_format.name}"):
+                    product = self._prepared(block_format, weights, m, k, x, out, int8)
+                if len(self._products) >= PREPARED:
+                    self._products.clear()
+                self._products[key] = product
+            return product
+
+    def _prepared(self, block_format: Format, weights: int, m: int, k: int, x: View, out: View, int8: bool) -> Product:
         n = math.prod(x.shape[:-1])
-        if n == 0 or m == 0:
-            return
-        columns = next((tile for tile in COLUMN_TILES if tile >= n), COLUMN_TILES[-1])
-        activations = Activations(columns, int8)
-        scale_blocks = scale_blocks_of(block_format, k)
-        area_nbytes = -(-activations.nbytes(scale_blocks) // ALIGNMENT) * ALIGNMENT
-        direct = out.dtype == "float32" and out.contiguous
-        fused = (
-            bool(FUSE)
-            and int8
-            and n == 1
+        slabs = list(x.slabs())
+        row_stride = slabs[0].row_stride
+        fusible = (
+            len(slabs) == 1
             and x.dtype == "float32"
-            and x.strides[-1] == 4
+            and slabs[0].column_stride == 4
             and x.address % 16 == 0
-            and self._fits(activations.nbytes(scale_blocks))
+            and row_stride % 16 == 0
         )
-        groups = 0 if fused else -(-n // columns)
-        with self._lock, self.errors(f"the product with {m} x {k} {block_format.name}"), current_device(self.device):
-            area, results = self._scratch_for(stream, [groups * area_nbytes, 0 if direct else n * m * 4])
-            if not fused:
-                self._quantize(block_format, x, k, columns, area, area_nbytes, int8, stream)
-            y = out.address if direct else results
-            for first in range(0, n, columns):
-                source = x.address if fused else area + first // columns * area_nbytes
-                count = min(columns, n - first)
-                self._product(block_format, weights, m, k, source, activations, fused, count, y + first * m * 4, stream)
-            if not direct:
-                self._store(results, n, m, out, stream)
-
-    def _fits(self, x_nbytes: int) -> bool:
-        """Whether activations have room in shared memory beside a ring."""
-        return x_nbytes + (96 << 10) <= self.shared_nbytes
-
-    def _quantize(self, block_format: Format, x: View, k: int, columns: int, area: int, area_nbytes: int, int8: bool, stream: int) -> None:
-        blocks = scale_blocks_of(block_format, k)
-        for slab in x.slabs():
-            launch.quantize_kernel(x.dtype, int8, self.programmatic).launch(
-                self.device,
-                self._grid(-(-slab.rows * blocks // WARPS)),
-                stream,
-                slab.address,
-                slab.row_stride,
-                slab.column_stride,
-                k,
-                blocks,
-                max(1, block_format.block_weights // BLOCK),
-                slab.rows,
-                slab.first,
-                columns,
-                area,
-                area_nbytes,
-                programmatic=self.programmatic,
-            )
-
-    def _product(
-        self,
-        block_format: Format,
-        weights: int,
-        m: int,
-        k: int,
-        x: int,
-        activations: Activations,
-        fused: bool,
-        n: int,
-        y: int,
-        stream: int,
-    ) -> None:
-        x_nbytes = activations.nbytes(scale_blocks_of(block_format, k))
-        x_shared = self._fits(x_nbytes)
-        room = self.shared_nbytes - (x_nbytes if x_shared else 0) - (20 << 10)
-        row_warps = ROWW or 1
-        tiling = Tiling.of(block_format, launch.alignment_of(weights), min(RING_NBYTES, room), row_warps, WARPS_, UNITS, LROWS)
-        shared_nbytes = tiling.shared_nbytes(activations.columns) + (x_nbytes if x_shared else 0)
+        alignment = launch.alignment_of(weights)
+        widest = min(n, COLUMN_TILES[-1])
+        schedule = Schedule.of(block_format, m, k, widest, int8, alignment, fusible, self.machine)
+        activations = schedule.activations
+        columns = activations.columns
+        scale_blocks = scale_blocks_of(block_format, k)
+        area_nbytes = _rounded(activations.nbytes(scale_blocks))
+        areas_nbytes = 0 if schedule.fused else -(-n // columns) * area_nbytes
+        direct = out.dtype == "float32" and out.contiguous
+        product = Product(areas_nbytes + (0 if direct else n * m * 4))
+        early = self.machine.bulk
+        if not schedule.fused:
+            kernel = launch.quantize_kernel(x.dtype, int8, early)
+            spread = max(1, block_format.block_weights // BLOCK)
+            for slab in slabs:
+                blocks = self._grid(-(-slab.rows * scale_blocks // WARPS))
+                arguments = (0, slab.row_stride, slab.column_stride, k, scale_blocks, spread, slab.rows, slab.first)
+                rest = (columns, int(activations.sums), 0, area_nbytes)
+                made = launch.Launch(kernel, self.device, blocks, (*arguments, *rest), 0, early)
+                product.add(made, (0, 0, slab.address - x.address), (10, 2, 0))
         kernel = launch.matvec_kernel(
-            block_format, activations.columns, activations.int8, tiling, x_shared, fused, self.programmatic, self.shared_nbytes
+            block_format, schedule.tiling, activations, schedule.x_nbytes > 0, schedule.fused, early
         )
         blocks = block_format.blocks(k)
-        kernel.launch(
-            self.device,
-            min(self.multiprocessors, -(-m // tiling.rows)),
-            stream,
-            weights,
-            block_format.row_nbytes(k),
-            m,
-            blocks,
-            -(-blocks // tiling.chunk_blocks),
-            k,
-            x,
-            self._zeros,
-            n,
-            y,
-            m,
-            shared_nbytes=shared_nbytes,
-            programmatic=self.programmatic,
-        )
+        of_weights = (weights, block_format.row_nbytes(k), m, blocks, -(-blocks // schedule.tiling.chunk_blocks), k)
+        grid = min(self.multiprocessors, -(-m // schedule.tiling.rows))
+        for first in range(0, n, columns):
+            arguments = (*of_weights, 0, row_stride, self._zeros, min(columns, n - first), 0, m)
+            made = launch.Launch(kernel, self.device, grid, arguments, schedule.shared_nbytes, early)
+            source = (6, 0, first * row_stride) if schedule.fused else (6, 2, first // columns * area_nbytes)
+            product.add(made, source, (10, 1, first * m * 4) if direct else (10, 2, areas_nbytes + first * m * 4))
+        if not direct:
+            self._add_stores(product, areas_nbytes, n, m, out)
+        return product
 
-    def _store(self, results: int, n: int, m: int, out: View, stream: int) -> None:
-        """Copy float32 results to where ``out`` has them."""
+    def _add_stores(self, product: Product, results: int, n: int, m: int, out: View) -> None:
+        """Copies of float32 results, at an offset in scratch memory, to where ``out`` has them."""
+        kernel = launch.cast_kernel(out.dtype)
         for slab in out.slabs():
-            launch.cast_kernel(out.dtype).launch(
-                self.device,
-                self._grid(-(-slab.rows * m // (WARPS * 32))),
-                stream,
-                results + slab.first * m * 4,
-                slab.rows,
-                m,
-                slab.address,
-                slab.row_stride,
-                slab.column_stride,
-            )
+            blocks = self._grid(-(-slab.rows * m // (WARPS * 32)))
+            arguments = (0, slab.rows, m, 0, slab.row_stride, slab.column_stride)
+            made = launch.Launch(kernel, self.device, blocks, arguments, 0, early=False)
+            product.add(made, (0, 2, results + slab.first * m * 4), (3, 1, slab.address - out.address))
 
     def dequantize(self, block_format: Format, weights: int, m: int, k: int, out: int, stream: int) -> None:
         """Float32 weights, ``(m, k)`` row-major at ``out``, a multiple of 16 bytes."""
         if m == 0 or k == 0:
             return
-        tiling = Tiling.of(block_format, launch.alignment_of(weights), 160 << 10)
-        kernel = launch.dequantize_kernel(block_format, tiling, self.programmatic)
-        with self._lock, self.errors(f"dequantizing {m} x {k} {block_format.name}"), current_device(self.device):
+        ring_nbytes = min(RING_NBYTES, self.machine.shared_nbytes - (16 << 10))
+        tiling = Tiling.of(block_format, launch.alignment_of(weights), ring_nbytes)
+        kernel = launch.dequantize_kernel(block_format, tiling, self.machine.bulk)
+        blocks = block_format.blocks(k)
+        with self._lock, self.ready(f"dequantizing {m} x {k} {block_format.name}"):
             kernel.launch(
                 self.device,
                 min(self.multiprocessors, -(-m // tiling.rows)),
@@ -265,11 +339,11 @@ class GPU:
                 weights,
                 block_format.row_nbytes(k),
                 m,
-                block_format.blocks(k),
-                -(-block_format.blocks(k) // tiling.chunk_blocks),
+                blocks,
+                -(-blocks // tiling.chunk_blocks),
                 k,
                 out,
-                shared_nbytes=kernel.shared_nbytes,
+                shared_nbytes=tiling.shared_nbytes(0),
             )
 
     def matmul_host(
@@ -314,7 +388,7 @@ class GPU:
         area = self.allocate(nbytes, "bytes read")
         try:
             read = np.empty(nbytes, np.uint8)
-            with self._lock, self.errors(f"reading {nbytes} bytes"), current_device(self.device):
+            with self._lock, self.ready(f"reading {nbytes} bytes"):
                 blocks = self._grid(-(-nbytes // (WARPS * 32)))
                 launch.read_kernel().launch(self.device, blocks, stream, address, nbytes, area)
             self.copy(read.ctypes.data, area, nbytes, stream)
@@ -327,31 +401,39 @@ class GPU:
         """Blocks to launch: those wanted, at most as many as the device holds at once."""
         return max(1, min(wanted, self.multiprocessors * BLOCKS))
 
-    @contextmanager
-    def replay(self, work: Callable[[], object], stream: int, batch: int = 1) -> Iterator[Callable[[], None]]:
-        """Capture calls of ``work()`` into a CUDA graph, for use inside the ``with`` block.
+    def capture(self, work: Callable[[], object], stream: int, batch: int = 1) -> Graph:
+        """Keeps what ``work()`` queues on a stream, as a graph, instead of running it.
 
         Args:
-            work: queues launches and copies on ``stream``, with no allocation left to make: call it once before.
+            work: launches and copies, with no allocation left to make: call it once before.
             stream: a handle other than 0.
-            batch: calls in one replay.
+            batch: calls of ``work`` in one replay.
+
+        Raises:
+            DeviceError: something in it cannot be captured.
+        """
+        mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        with self.errors("capturing a graph"), current_device(self.device):
+            call("cudaStreamBeginCapture", stream, mode)
+            try:
+                for _ in range(batch):
+                    work()
+            finally:  # a stream left capturing would be of no use to anyone
+                graph = call("cudaStreamEndCapture", stream)
+            return Graph(self, graph)
+
+    @contextmanager
+    def replay(self, work: Callable[[], object], stream: int, batch: int = 1) -> Iterator[Callable[[], None]]:
+        """Capture calls of ``work()``, for use inside the ``with`` block; arguments as for :meth:`capture`.
 
         Yields:
             A function that puts one replay on the stream.
         """
-        mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        with current_device(self.device), ExitStack() as made:
-            with self.errors("capturing a graph"):
-                call("cudaStreamBeginCapture", stream, mode)
-                try:
-                    for _ in range(batch):
-                        work()
-                finally:  # a stream left capturing would be of no use to anyone
-                    graph = call("cudaStreamEndCapture", stream)
-                made.callback(call, "cudaGraphDestroy", graph)
-                executable = call("cudaGraphInstantiate", graph, 0)
-                made.callback(call, "cudaGraphExecDestroy", executable)
-            yield lambda: call("cudaGraphLaunch", executable, stream)
+        graph = self.capture(work, stream, batch)
+        try:
+            yield lambda: graph.launch(stream)
+        finally:
+            graph.close()
 
     def time(self, work: Callable[[], object], stream: int, repeats: int, batch: int = 8) -> list[float]:
         """Milliseconds of device time that ``work()`` takes.
@@ -379,3 +461,8 @@ class GPU:
                 call("cudaEventSynchronize", end)
                 times.append(float(call("cudaEventElapsedTime", start, end)) / batch)
             return times[1:]  # the first replay uploads the graph
+
+
+def _rounded(nbytes: int) -> int:
+    """Up to a multiple of ALIGNMENT."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

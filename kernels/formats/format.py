@@ -70,7 +70,9 @@ class Format:
     def run_step(self) -> int:
         """How far apart the runs of a lane are, where that is one even number for the whole block; else 0."""
         steps = {
-            self.position(lane, i + 1) - self.position(lane, i) for lane in range(self.lanes) for i in range(self.runs - 1)
+            self.position(lane, i + 1) - self.position(lane, i)
+            for lane in range(self.lanes)
+            for i in range(self.runs - 1)
         }
         step = steps.pop() if len(steps) == 1 else 1
         return 0 if step % 2 else step
