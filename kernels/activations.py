@@ -27,6 +27,7 @@ from qmm.kernels.ptx import (
     largest_of_values,
     largest_of_warp,
     launch_dependents,
+    load_float,
     load_past_floats,
     power_of_two_below,
     reciprocal,
