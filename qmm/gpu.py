@@ -295,9 +295,9 @@ class GPU:
             spread = max(1, block_format.block_weights // BLOCK)
             for slab in slabs:
                 blocks = self._grid(-(-slab.rows * scale_blocks // WARPS))
-                arguments = (0, slab.row_stride, slab.column_stride, k, scale_blocks, spread, slab.rows, slab.first)
-                rest = (columns, int(activations.sums), 0, area_nbytes)
-                made = launch.Launch(kernel, self.device, blocks, (*arguments, *rest), 0, early)
+                of_x = (0, slab.row_stride, slab.column_stride, k, scale_blocks, spread, slab.rows, slab.first)
+                arguments = (*of_x, columns, int(activations.sums), 0, area_nbytes)
+                made = launch.Launch(kernel, self.device, blocks, arguments, 0, early)
                 product.add(made, (0, 0, slab.address - x.address), (10, 2, 0))
         kernel = launch.matvec_kernel(
             block_format, schedule.tiling, activations, schedule.x_nbytes > 0, schedule.fused, early
