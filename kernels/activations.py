@@ -127,13 +127,13 @@ def quantize_block(x, x_stride, n, k, blocks, values, thread):
     sums = scales + blocks * (4 * COLUMNS)
     at = thread * 4
     while at - (thread & 31) * 4 < blocks * 32:  # whole warps, which exchange values
-        loaded = registers(6, (0.0, 0.0, 0.0, 0.0))
-        for i in unroll(6 // min(COLUMNS, 6)):
+        loaded = registers(max(6, COLUMNS), (0.0, 0.0, 0.0, 0.0))
+        for i in unroll(max(1, 6 // COLUMNS)):
             here = at + i * (4 * THREADS)
             for c in unroll(COLUMNS):
                 if here < k and c < n:
                     loaded[i * COLUMNS + c] = load_past_floats(x + c * x_stride + here * 4)
-        for i in unroll(6 // min(COLUMNS, 6)):
+        for i in unroll(max(1, 6 // COLUMNS)):
             here = at + i * (4 * THREADS)
             if here - (thread & 31) * 4 < blocks * 32:
                 block = place_of(here >> 5, SCALE_BLOCKS)
@@ -150,7 +150,7 @@ def quantize_block(x, x_stride, n, k, blocks, values, thread):
                         total = scale * sum_of_packed(packed)
                         if here & 15 == 0 and here < blocks * 32:
                             store_shared_float(sums + ((half * blocks + block) * COLUMNS + c) * 4, total)
-        at += (6 // min(COLUMNS, 6)) * 4 * THREADS
+        at += (max(1, 6 // COLUMNS)) * 4 * THREADS
 
 
 def cast(source, n, m, target, row_stride, column_stride):

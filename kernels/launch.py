@@ -250,7 +250,7 @@ def matvec_kernel(
     constants = {
         **tiling.constants(block_format, bulk),
         "COLUMNS": activations.columns,
-        "FIRST_STAGES": 2 if fused else tiling.stages,
+        "FIRST_STAGES": 2,
         "FUSED": fused,
         "INT8": activations.int8,
         "PROGRAMMATIC": bulk,

@@ -149,7 +149,7 @@ def multiply(
                 place = block_group * 4 + quad
                 runs = registers(LANE_ROWS, 0)
                 for r in unroll(LANE_ROWS):
-                    phase = (weights + (row + tile_row + 8 * r) * row_nbytes + chunk * CHUNK_NBYTES) & 31
+                    phase = (weights + (row + tile_row + 8 * r) * row_nbytes + chunk * CHUNK_NBYTES) & (LINE - 1)
                     address = stage + (tile_row + 8 * r) * PITCH + phase + place * BLOCK_NBYTES
                     if chunk * CHUNK_BLOCKS + place >= blocks:
                         address = nothing

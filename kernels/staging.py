@@ -44,11 +44,18 @@ ZERO_NBYTES = 4096
 RING_NBYTES = 144 << 10
 """The most shared memory of a ring. What is under way hides the latency of memory, and what is in the ring already when
 the activations arrive hides the time that they take."""
+SECTOR_NBYTES = 32
+"""Bytes keep their place modulo this on their way from the GPU's memory: what moves is sectors. Where the halves of one
+went to different sectors of shared memory, it was transferred twice (cp.async, Q6_K, 4096x4096, mapped: 647,168 sectors
+read instead of 430,080)."""
+LINE_NBYTES = 128
+"""The same on the way from host memory: a request asks for what lies in one such line of shared memory, and split ones
+fill the link less (H100, modulo 32: Q4_K 95% of what a plain reading gets, Q6_K 72%)."""
 WIDE_NBYTES = 48 << 10
 """The largest stage in which a warp takes two units at once, for up to two columns."""
 NARROW_NBYTES = 40 << 10
 """The same for more, which take more registers."""
-FUSED_VALUES = 15360
+FUSED_VALUES = 16384
 """The most activations that each block quantizes for itself: a load or so a thread for each column."""
 
 
@@ -110,6 +117,7 @@ class Tiling:
     row_warps: int
     units: int
     chunk_blocks: int
+    line: int
     pitch: int
     stages: int
     alignment: int
@@ -120,6 +128,7 @@ class Tiling:
         block_format: Format,
         alignment: int,
         ring_nbytes: int,
+        line: int = SECTOR_NBYTES,
         warps: int = WARPS,
         lane_rows: int = 2,
         row_warps: int = 1,
@@ -130,9 +139,9 @@ class Tiling:
         units = max(units, -(-block_format.lanes // (4 * k_warps)))
         chunk_blocks = 4 * k_warps * units // block_format.lanes
         alignment = min(alignment, block_format.alignment)
-        pitch = _pitch(block_format, chunk_blocks * block_format.block_nbytes, alignment)
+        pitch = _pitch(block_format, chunk_blocks * block_format.block_nbytes, line, alignment)
         stages = max(2, min(8, ring_nbytes // (8 * lane_rows * row_warps * pitch)))
-        return cls(warps, lane_rows, row_warps, units, chunk_blocks, pitch, stages, alignment)
+        return cls(warps, lane_rows, row_warps, units, chunk_blocks, line, pitch, stages, alignment)
 
     @property
     def k_warps(self) -> int:
@@ -174,6 +183,7 @@ class Tiling:
             "EDGE": min(4, self.alignment),
             "K_WARPS": self.k_warps,
             "LANE_ROWS": self.lane_rows,
+            "LINE": self.line,
             "PITCH": self.pitch,
             "PRODUCERS": PRODUCERS,
             "QUAD_SCALE_BLOCKS": block_format.block_weights // 8,
@@ -218,7 +228,16 @@ class Schedule:
     @classmethod
     @functools.lru_cache(maxsize=4096)
     def of(
-        cls, block_format: Format, m: int, k: int, n: int, int8: bool, alignment: int, fusible: bool, machine: Machine
+        cls,
+        block_format: Format,
+        m: int,
+        k: int,
+        n: int,
+        int8: bool,
+        alignment: int,
+        fusible: bool,
+        mapped: bool,
+        machine: Machine,
     ) -> Schedule:
         """The schedule for up to eight columns, by what was measured on an H200 (figures: us, 14336x4096).
 
@@ -236,18 +255,19 @@ class Schedule:
             int8: whether the activations are int8.
             alignment: that the weight's address divides by.
             fusible: whether a block could quantize them: float32, its rows at multiples of 16 bytes.
+            mapped: whether the weight lies in host memory.
             machine: the GPU.
         """
         columns = next(tile for tile in COLUMN_TILES if tile >= n)
         activations = Activations(columns, int8, sums=int8 and block_format.has_minimum)
         x_nbytes = activations.nbytes(scale_blocks_of(block_format, k))
-        warps = 16 if columns <= 2 else 8
+        warps = 16 if columns <= 2 and (int8 or block_format.plain) else 8
         lane_rows = 4 if columns > 2 and int8 and _fills(m, 32, machine) and _frugal(block_format) else 2
         ring = machine.shared_nbytes - x_nbytes
-        made = _tiling(block_format, m, k, alignment, columns, ring, warps, lane_rows, machine)
+        made = _tiling(block_format, m, k, alignment, columns, ring, warps, lane_rows, mapped, machine)
         if made.stages < 3:  # the activations stay in global memory, whose addresses take more registers
             x_nbytes = 0
-            made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, machine)
+            made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine)
         fused = fusible and int8 and x_nbytes > 0 and columns * k <= FUSED_VALUES
         return cls(made, activations, x_nbytes, fused, machine.bulk)
 
@@ -271,15 +291,21 @@ def _tiling(
     shared_nbytes: int,
     warps: int,
     lane_rows: int,
+    mapped: bool,
     machine: Machine,
 ) -> Tiling:
-    """The tiling with as many stages as there is room for, and two units a warp where they are small."""
+    """The tiling with as many stages as there is room for, and two units a warp where they are small; from host memory,
+    where only the link counts, whole rows if they fit."""
     row_warps = _row_warps(block_format, m, k, warps, 8 * lane_rows, machine.multiprocessors)
-    cut = functools.partial(Tiling.of, block_format, alignment, warps=warps, lane_rows=lane_rows, row_warps=row_warps)
+    line = LINE_NBYTES if mapped else SECTOR_NBYTES
+    cut = functools.partial(
+        Tiling.of, block_format, alignment, line=line, warps=warps, lane_rows=lane_rows, row_warps=row_warps
+    )
     least = cut(0)
     ring = min(RING_NBYTES, shared_nbytes - least.shared_nbytes(columns) + least.stages * least.stage_nbytes)
     twice = cut(ring, units=2 * least.units)
-    small = twice.stage_nbytes <= (NARROW_NBYTES if columns > 2 else WIDE_NBYTES) and 2 * twice.stage_nbytes <= ring
+    limit = ring // 2 if mapped else NARROW_NBYTES if columns > 2 else WIDE_NBYTES
+    small = twice.stage_nbytes <= min(limit, ring // 2)
     return twice if small and twice.chunk_blocks <= block_format.blocks(k) else cut(max(0, ring))
 
 
@@ -292,10 +318,12 @@ def _row_warps(block_format: Format, m: int, k: int, warps: int, tile_rows: int,
     return row_warps
 
 
-def _pitch(block_format: Format, chunk_nbytes: int, alignment: int) -> int:
-    """Bytes from one row of a stage to the next, a multiple of 32, chosen so that lanes meet in few memory banks."""
-    least = -(-(31 + chunk_nbytes) // 32) * 32
-    return min((least + 32 * i for i in range(4)), key=lambda pitch: _cycles(block_format, pitch, alignment))
+def _pitch(block_format: Format, chunk_nbytes: int, line: int, alignment: int) -> int:
+    """Bytes from one row of a stage to the next, whole lines, chosen so that lanes meet in few memory banks."""
+    least = -(-(line - 1 + chunk_nbytes) // line) * line
+    return min(
+        (least + line * i for i in range(128 // line)), key=lambda pitch: _cycles(block_format, pitch, alignment)
+    )
 
 
 def _cycles(block_format: Format, pitch: int, alignment: int) -> int:

@@ -108,6 +108,7 @@ class GPU:
             self.machine = Machine(self.multiprocessors, shared_nbytes, bulk)
             self.stream = int(call("cudaStreamCreateWithFlags", 1))  # cudaStreamNonBlocking
             self._alone = call("cudaGetDeviceCount") == 1
+            self._integrated = bool(attribute("Integrated", device))
         self._thread = threading.local()
         self._scratch: dict[int, tuple[int, int]] = {}
         self._areas: list[int] = []
@@ -246,7 +247,17 @@ class GPU:
             stream: a stream's handle.
             scratch: the address of ``product.scratch_nbytes`` bytes; else it is the stream's own scratch memory.
         """
-        with self._lock, self.ready("a product"):
+        if not (self._alone and hasattr(self._thread, "ready")):
+            with self.ready("a product"):
+                self._queue(product, x, out, stream, scratch)
+            return
+        try:  # what ready() would do, without its microsecond
+            self._queue(product, x, out, stream, scratch)
+        except RuntimeError as reason:
+            raise DeviceError(f"a product on CUDA device {self.device}: {reason}") from reason
+
+    def _queue(self, product: Product, x: int, out: int, stream: int, scratch: int) -> None:
+        with self._lock:
             if product.scratch_nbytes and not scratch:
                 scratch = self._scratch_for(stream, product.scratch_nbytes)
             product.queue(x, out, scratch, stream)
@@ -279,9 +290,11 @@ class GPU:
             and x.address % 16 == 0
             and row_stride % 16 == 0
         )
-        alignment = launch.alignment_of(weights)
+        row_nbytes = block_format.row_nbytes(k)
+        alignment = launch.alignment_of(weights | row_nbytes)  # what every row starts at
         widest = min(n, COLUMN_TILES[-1])
-        schedule = Schedule.of(block_format, m, k, widest, int8, alignment, fusible, self.machine)
+        mapped = not self._integrated and self._in_host_memory(weights)
+        schedule = Schedule.of(block_format, m, k, widest, int8, alignment, fusible, mapped, self.machine)
         activations = schedule.activations
         columns = activations.columns
         scale_blocks = scale_blocks_of(block_format, k)
@@ -295,15 +308,15 @@ class GPU:
             spread = max(1, block_format.block_weights // BLOCK)
             for slab in slabs:
                 blocks = self._grid(-(-slab.rows * scale_blocks // WARPS))
-                arguments = (0, slab.row_stride, slab.column_stride, k, scale_blocks, spread, slab.rows, slab.first)
-                rest = (columns, int(activations.sums), 0, area_nbytes)
-                made = launch.Launch(kernel, self.device, blocks, (*arguments, *rest), 0, early)
+                of_x = (0, slab.row_stride, slab.column_stride, k, scale_blocks, spread, slab.rows, slab.first)
+                of_areas = (columns, int(activations.sums), 0, area_nbytes)
+                made = launch.Launch(kernel, self.device, blocks, (*of_x, *of_areas), 0, early)
                 product.add(made, (0, 0, slab.address - x.address), (10, 2, 0))
         kernel = launch.matvec_kernel(
             block_format, schedule.tiling, activations, schedule.x_nbytes > 0, schedule.fused, early
         )
         blocks = block_format.blocks(k)
-        of_weights = (weights, block_format.row_nbytes(k), m, blocks, -(-blocks // schedule.tiling.chunk_blocks), k)
+        of_weights = (weights, row_nbytes, m, blocks, -(-blocks // schedule.tiling.chunk_blocks), k)
         grid = min(self.multiprocessors, -(-m // schedule.tiling.rows))
         for first in range(0, n, columns):
             arguments = (*of_weights, 0, row_stride, self._zeros, min(columns, n - first), 0, m)
@@ -313,6 +326,10 @@ class GPU:
         if not direct:
             self._add_stores(product, areas_nbytes, n, m, out)
         return product
+
+    def _in_host_memory(self, address: int) -> bool:
+        kinds = runtime().cudaMemoryType
+        return bool(call("cudaPointerGetAttributes", address).type == kinds.cudaMemoryTypeHost)
 
     def _add_stores(self, product: Product, results: int, n: int, m: int, out: View) -> None:
         """Copies of float32 results, at an offset in scratch memory, to where ``out`` has them."""
@@ -327,8 +344,9 @@ class GPU:
         """Float32 weights, ``(m, k)`` row-major at ``out``, a multiple of 16 bytes."""
         if m == 0 or k == 0:
             return
+        row_nbytes = block_format.row_nbytes(k)
         ring_nbytes = min(RING_NBYTES, self.machine.shared_nbytes - (16 << 10))
-        tiling = Tiling.of(block_format, launch.alignment_of(weights), ring_nbytes)
+        tiling = Tiling.of(block_format, launch.alignment_of(weights | row_nbytes), ring_nbytes)
         kernel = launch.dequantize_kernel(block_format, tiling, self.machine.bulk)
         blocks = block_format.blocks(k)
         with self._lock, self.ready(f"dequantizing {m} x {k} {block_format.name}"):
@@ -337,7 +355,7 @@ class GPU:
                 min(self.multiprocessors, -(-m // tiling.rows)),
                 stream,
                 weights,
-                block_format.row_nbytes(k),
+                row_nbytes,
                 m,
                 blocks,
                 -(-blocks // tiling.chunk_blocks),

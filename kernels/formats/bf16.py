@@ -28,6 +28,6 @@ FORMAT = Format(
     load=load,
     unpack=unpack,
     position=position,
-    alignment=2,
+    alignment=16,
     plain=True,
 )
