@@ -4,9 +4,9 @@
 a lane a value. Two kinds:
 
 ``int8``
-    ``d = max|x| * (1 / 127)`` and ``q = round(x * (1 / d))``, plus ``d * sum(q)`` for each run of 16, which a format with minima
-    needs. The error of a value is at most ``d / 2``, so that of a block is at most ``32 / (4 * 127**2) = 4.96e-4`` of
-    its energy.
+    ``d = max|x| * (1 / 127)`` and ``q = round(x * (1 / d))``, plus ``d * sum(q)`` for each run of 16, which a format
+    with minima needs. The error of a value is at most ``d / 2``, so that of a block is at most
+    ``32 / (4 * 127**2) = 4.96e-4`` of its energy.
 ``f16``
     ``d`` is the largest power of two up to ``max|x|`` and ``q = float16(x / d)``: the rounding of float16 (2**-11),
     without its range, so that neither a bfloat16 activation of 1e6 nor one of 1e-9 is lost.
@@ -27,6 +27,7 @@ from qmm.kernels.ptx import (
     largest_of_values,
     largest_of_warp,
     launch_dependents,
+    load_float,
     load_past_floats,
     power_of_two_below,
     reciprocal,
@@ -56,8 +57,8 @@ def quantize(x, row_stride, column_stride, k, blocks, spread, n, first, columns,
     """Quantizes ``n`` rows, which become the columns from ``first`` on of the products.
 
     ``load_value`` reads a float32, float16 or bfloat16; strides are in bytes. Each ``columns`` columns have an area of
-    their own, with sums if ``sums_too`` is not 0, for ``blocks`` scale blocks, ``spread`` of them to a weight block, laid out as
-    :class:`qmm.kernels.staging.Activations` says.
+    their own, with sums if ``sums_too`` is not 0, for ``blocks`` scale blocks, ``spread`` of them to a weight block,
+    laid out as :class:`qmm.kernels.staging.Activations` says.
     """
     if PROGRAMMATIC:
         launch_dependents()
@@ -118,7 +119,7 @@ def int8_scale(largest):
 
 
 def quantize_block(x, x_stride, n, k, blocks, values, thread):
-    """Quantizes ``n`` rows of ``k`` float32 values (a multiple of 32), each at a multiple of 16 bytes, to shared memory.
+    """Quantizes ``n`` rows of ``k`` float32 (a multiple of 32), each at a multiple of 16 bytes, to shared memory.
 
     Eight lanes make a scale block, each four neighbouring values of it. Six loads a lane are made before the first is
     used: the loads wait behind the weights that are under way already.

@@ -43,7 +43,7 @@ from qmm.kernels.ptx import (
     wait_for_predecessors,
     zero_words,
 )
-from qmm.kernels.ring import following, prepare, produce
+from qmm.kernels.ring import prepare, produce
 from qmm.kernels.specialize import registers, unroll
 
 __all__ = ["matvec"]
@@ -55,7 +55,8 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, 
     """Up to COLUMNS products with every row.
 
     ``x`` holds the activations as :class:`qmm.kernels.staging.Activations` lays them out; or with FUSED, ``n`` rows of
-    ``k`` float32, ``x_stride`` bytes apart, each at a multiple of 16 bytes. At ``zeros`` are ZERO_NBYTES of them. ``y`` is float32, ``y_pitch`` apart.
+    ``k`` float32, ``x_stride`` bytes apart, each at a multiple of 16 bytes. At ``zeros`` are ZERO_NBYTES of them. ``y``
+    is float32, ``y_pitch`` apart.
     """
     lane = lane_index()
     thread = thread_index()

@@ -313,10 +313,6 @@ def synchronize_block(typing_context):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _floats(context: Any, builder: ir.IRBuilder, kind: Any, values: list[ir.Value]) -> ir.Value:
-    return context.make_tuple(builder, kind, values)
-
-
 def global_pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
     """An address of global memory as a pointer."""
     return builder.inttoptr(address, kind.as_pointer(1))
@@ -376,7 +372,7 @@ def _floats(count: int, pointer: Callable[[ir.IRBuilder, ir.Value, ir.Type], ir.
 
 
 def cached_floats(count: int) -> Any:
-    """A load of ``count`` floats (1, 2, 4 or 8) of global memory at a multiple of their size, at most 16, through L1."""
+    """A load of ``count`` floats (1, 2, 4 or 8) of global memory, at a multiple of their size up to 16, through L1."""
     return _floats(count, global_pointer)
 
 
@@ -724,6 +720,11 @@ def scaled_byte(typing_context, value, factor):
     return types.int64(types.float32, types.float32), lower
 
 
+def _permuted(builder: ir.IRBuilder, selector: str, low: ir.Value, high: ir.Value) -> ir.Value:
+    """A word of those bytes of two that the selector names, lowest first."""
+    return assembly(builder, I32, f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r", [low, high])
+
+
 @intrinsic
 def scaled_bytes(typing_context, a, b, c, d, factor):
     """The same for four values, as a word with the first lowest."""
@@ -731,8 +732,8 @@ def scaled_bytes(typing_context, a, b, c, d, factor):
     def lower(context, builder, signature, arguments):
         *values, factor = arguments
         parts = [_scaled(builder, value, factor) for value in values]
-        permute = lambda x, y, how: assembly(builder, I32, f"prmt.b32 $0, $1, $2, {how};", "=r,r,r", [x, y])  # noqa: E731
-        return permute(permute(*parts[:2], "0x0040"), permute(*parts[2:], "0x0040"), "0x5410")
+        low, high = (_permuted(builder, "0x0040", parts[i], parts[i + 1]) for i in (0, 2))
+        return _permuted(builder, "0x5410", low, high)
 
     return VECTORS.word(*[types.float32] * 5), lower
 

@@ -33,8 +33,8 @@ COLUMN_TILES = (1, 2, 4, 8)
 WARPS = 16
 """Warps of a block of those kernels that do not read weights."""
 PRODUCERS = 3
-"""Warps that copy weights. One alone takes 50 cycles for each row of a stage, and was the limit: Q4_K, 14336x4096, n = 1
-on an H200: 17.7 us with one, 14.7 with three."""
+"""Warps that copy weights. One alone takes 50 cycles for each row of a stage, and was the limit: Q4_K, 14336x4096,
+n = 1 on an H200: 17.7 us with one, 14.7 with three."""
 SHARED_NBYTES = 48 << 10
 """What a block may have of shared memory without asking for more."""
 BARRIERS_NBYTES = 256
