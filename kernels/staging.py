@@ -245,7 +245,7 @@ class Schedule:
           warps with four rows a lane (n = 8: Q4_K 20.8, else 26.6; Q2_K 19.6, else 23.6), if m fills the GPU so.
         * Two units a warp and stage where a stage stays small (n = 1: Q4_K 12.5, else 13.9); one where it would get
           large (Q8_0 18.7, else 19.5) or the row is too short for two (Q2_K 10.5, else 15.0).
-        * Activations in shared memory if three stages have room beside them.
+        * Activations in shared memory if three stages have room beside them; for mapped weights two.
 
         Args:
             block_format: of the weight.
@@ -265,7 +265,8 @@ class Schedule:
         lane_rows = 4 if columns > 2 and int8 and _fills(m, 32, machine) and _frugal(block_format) else 2
         ring = machine.shared_nbytes - x_nbytes
         made = _tiling(block_format, m, k, alignment, columns, ring, warps, lane_rows, mapped, machine)
-        if made.stages < 3:  # the activations stay in global memory, whose addresses take more registers
+        fits = made.shared_nbytes(columns) + x_nbytes <= machine.shared_nbytes
+        if not fits or made.stages < (2 if mapped else 3):  # the activations stay in global memory, whose addresses take more registers
             x_nbytes = 0
             made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine)
         fused = fusible and int8 and x_nbytes > 0 and columns * k <= FUSED_VALUES
