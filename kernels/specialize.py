@@ -176,7 +176,7 @@ class _Flatten(ast.NodeTransformer):
         return [ast.Assign([ast.Name(f"{name.id}_{i}", ast.Store())], _copy(value), lineno=0) for i in range(count)]
 
     def evaluate(self, node: ast.expr) -> Any:
-        """The value of an expression over literals, ``range``, ``min`` and ``max``; anything else cannot be unrolled."""
+        """The value of an expression over literals, ``range``, ``min`` and ``max``; no other can be unrolled."""
         expression = ast.fix_missing_locations(ast.Expression(self.visit(_copy(node))))
         return eval(
             compile(expression, "<unroll>", "eval"), {"__builtins__": {}, "max": max, "min": min, "range": range}

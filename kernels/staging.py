@@ -10,6 +10,8 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from qmm.kernels.formats import Format
 
 __all__ = [
@@ -51,6 +53,8 @@ read instead of 430,080)."""
 LINE_NBYTES = 128
 """The same on the way from host memory: a request asks for what lies in one such line of shared memory, and split ones
 fill the link less (H100, modulo 32: Q4_K 95% of what a plain reading gets, Q6_K 72%)."""
+FIRST_STAGES = 2
+"""Stages that are filled before the activations are asked for, which come after them."""
 WIDE_NBYTES = 48 << 10
 """The largest stage in which a warp takes two units at once, for up to two columns."""
 NARROW_NBYTES = 40 << 10
@@ -266,7 +270,9 @@ class Schedule:
         ring = machine.shared_nbytes - x_nbytes
         made = _tiling(block_format, m, k, alignment, columns, ring, warps, lane_rows, mapped, machine)
         fits = made.shared_nbytes(columns) + x_nbytes <= machine.shared_nbytes
-        if not fits or made.stages < (2 if mapped else 3):  # the activations stay in global memory, whose addresses take more registers
+        if not fits or made.stages < (
+            2 if mapped else 3
+        ):  # the activations stay in global memory, whose addresses take more registers
             x_nbytes = 0
             made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine)
         fused = fusible and int8 and x_nbytes > 0 and columns * k <= FUSED_VALUES
@@ -279,8 +285,9 @@ def _fills(m: int, rows: int, machine: Machine) -> bool:
 
 
 def _frugal(block_format: Format) -> bool:
-    """Whether four rows of a unit fit in registers: unaligned fields take more."""
-    return block_format.runs * (1 if block_format.alignment >= 4 else 2) <= 4
+    """Whether four rows of a unit fit in registers: with 12 words to a row (Q3_K, Q5_K) ptxas spills."""
+    loaded = block_format.load(bytes(block_format.block_nbytes), 0)
+    return sum(np.size(value) for value in loaded) < 12
 
 
 def _tiling(

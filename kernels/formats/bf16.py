@@ -30,4 +30,5 @@ FORMAT = Format(
     position=position,
     alignment=16,
     plain=True,
+    short=True,
 )
