@@ -16,7 +16,7 @@ from cuda.bindings import driver
 
 from qmm.kernels.cache import CachedKernel, Code
 from qmm.kernels.formats import Format
-from qmm.kernels.staging import FIRST_STAGES, PRODUCERS, WARPS, Activations, Tiling
+from qmm.kernels.staging import PRODUCERS, WARPS, Activations, Tiling
 
 __all__ = [
     "CUDAKernel",
@@ -243,14 +243,20 @@ def _described(
 
 @functools.cache
 def matvec_kernel(
-    block_format: Format, tiling: Tiling, activations: Activations, x_shared: bool, fused: bool, bulk: bool
+    block_format: Format,
+    tiling: Tiling,
+    activations: Activations,
+    x_shared: bool,
+    fused: bool,
+    first_stages: int,
+    bulk: bool,
 ) -> CUDAKernel:
     """The product with up to ``activations.columns`` columns; the rest is as in :class:`qmm.kernels.staging.Schedule`,
     whose ``x_nbytes`` is 0 where ``x_shared`` is not set."""
     constants = {
         **tiling.constants(block_format, bulk),
         "COLUMNS": activations.columns,
-        "FIRST_STAGES": FIRST_STAGES,
+        "FIRST_STAGES": first_stages,
         "FUSED": fused,
         "INT8": activations.int8,
         "PROGRAMMATIC": bulk,

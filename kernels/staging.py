@@ -53,8 +53,6 @@ read instead of 430,080)."""
 LINE_NBYTES = 128
 """The same on the way from host memory: a request asks for what lies in one such line of shared memory, and split ones
 fill the link less (H100, modulo 32: Q4_K 95% of what a plain reading gets, Q6_K 72%)."""
-FIRST_STAGES = 2
-"""Stages that are filled before the activations are asked for, which come after them."""
 WIDE_NBYTES = 48 << 10
 """The largest stage in which a warp takes two units at once, for up to two columns."""
 NARROW_NBYTES = 40 << 10
@@ -215,6 +213,7 @@ class Schedule:
         activations: how they are stored.
         x_nbytes: how large they are in shared memory; 0 where they do not fit, and are read from global memory.
         fused: whether each block quantizes them for itself, in its shared memory.
+        first_stages: how many are filled before the activations are asked for, which queue up behind them.
         bulk: as :class:`Machine` has it.
     """
 
@@ -222,6 +221,7 @@ class Schedule:
     activations: Activations
     x_nbytes: int
     fused: bool
+    first_stages: int
     bulk: bool
 
     @property
@@ -249,6 +249,10 @@ class Schedule:
           warps with four rows a lane (n = 8: Q4_K 20.8, else 26.6; Q2_K 19.6, else 23.6), if m fills the GPU so.
         * Two units a warp and stage where a stage stays small (n = 1: Q4_K 12.5, else 13.9); one where it would get
           large (Q8_0 18.7, else 19.5) or the row is too short for two (Q2_K 10.5, else 15.0).
+        * Up to two columns are quantized by each block for itself, four if it has two tiles at most (n = 4 on an H100:
+          Q8_0, 4096x4096, 11.6, else 12.8; but 14336x4096 28.2, else 26.8).
+        * Two stages are filled before the activations are asked for; all if another kernel makes these, and the block
+          has more tiles (n = 8 on an H100: Q8_0 29.1, else 30.6; but 4096x4096 14.7, else 12.8).
         * Activations in shared memory if three stages have room beside them; for mapped weights two.
 
         Args:
@@ -275,8 +279,10 @@ class Schedule:
         ):  # the activations stay in global memory, whose addresses take more registers
             x_nbytes = 0
             made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine)
-        fused = fusible and int8 and x_nbytes > 0 and columns * k <= FUSED_VALUES
-        return cls(made, activations, x_nbytes, fused, machine.bulk)
+        short = m <= 2 * made.rows * machine.multiprocessors
+        fused = fusible and int8 and x_nbytes > 0 and columns * k <= FUSED_VALUES and (columns <= 2 or short)
+        first_stages = min(2, made.stages) if fused or short else made.stages
+        return cls(made, activations, x_nbytes, fused, first_stages, machine.bulk)
 
 
 def _fills(m: int, rows: int, machine: Machine) -> bool:

@@ -313,7 +313,13 @@ class GPU:
                 made = launch.Launch(kernel, self.device, blocks, (*of_x, *of_areas), 0, early)
                 product.add(made, (0, 0, slab.address - x.address), (10, 2, 0))
         kernel = launch.matvec_kernel(
-            block_format, schedule.tiling, activations, schedule.x_nbytes > 0, schedule.fused, early
+            block_format,
+            schedule.tiling,
+            activations,
+            schedule.x_nbytes > 0,
+            schedule.fused,
+            schedule.first_stages,
+            early,
         )
         blocks = block_format.blocks(k)
         of_weights = (weights, row_nbytes, m, blocks, -(-blocks // schedule.tiling.chunk_blocks), k)
