@@ -75,6 +75,14 @@ class View:
             reach = stride * (length - 1) + reach
         return False
 
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Its lowest byte and the one after its highest, from ``address`` on."""
+        if 0 in self.shape:
+            return 0, 0
+        ends = [(length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True)]
+        return sum(min(0, end) for end in ends), sum(max(0, end) for end in ends) + ITEM_NBYTES[self.dtype]
+
     def rows(self, leading: int) -> View:
         """The same memory with all dimensions after the first ``leading`` made one.
 

@@ -326,16 +326,24 @@ class Engine(Closing):
         """
         x_address, of_x = _signature(kind, x)
         y_address, of_y = (0, None) if out is None else _signature(kind_of(out), out)
-        key = (tensor, mode, kind, x_address & 15, of_x, out is None or kind_of(out), of_y)
+        key: Hashable = (tensor, mode, kind, x_address & 15, of_x, out is None or kind_of(out), of_y)
         call = self._calls.get(key)
         if call is None and key not in self._calls:
-            call = self._new_call(tensor, mode, kind, x, out)
-            if len(self._calls) >= CALLS:
-                self._calls.clear()
-            self._calls[key] = call
+            call = self._keep(key, self._new_call(tensor, mode, kind, x, out))
+        if call is not None and call.product is not None and call.product.meet(x_address, y_address):
+            key = (key, "not apart")
+            call = self._calls.get(key) or self._keep(key, self._new_call(tensor, mode, kind, x, out, apart=False))
         return call, x_address, y_address
 
-    def _new_call(self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any) -> _Call | None:
+    def _keep(self, key: Hashable, call: _Call | None) -> _Call | None:
+        if len(self._calls) >= CALLS:
+            self._calls.clear()
+        self._calls[key] = call
+        return call
+
+    def _new_call(
+        self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any, apart: bool = True
+    ) -> _Call | None:
         self._check_activations(mode)
         source = kind.view(x)
         self._check_input(tensor, source)
@@ -350,7 +358,8 @@ class Engine(Closing):
         if not math.prod(shape):
             return _Call(None, shape)
         int8 = mode == "int8" and not tensor.format.plain
-        return _Call(self.gpu.prepare(tensor.format, address, tensor.m, tensor.k, source, target, int8), shape)
+        product = self.gpu.prepare(tensor.format, address, tensor.m, tensor.k, source, target, int8, apart)
+        return _Call(product, shape)
 
     @staticmethod
     def _check_activations(activations: str) -> None:

@@ -46,6 +46,7 @@ class Product:
 
     def __init__(self, scratch_nbytes: int) -> None:
         self.scratch_nbytes = scratch_nbytes
+        self.reaches: tuple[tuple[int, int], tuple[int, int]] | None = None
         self._launches: list[tuple[launch.Launch, ctypes.Array[ctypes.c_int64], tuple[tuple[int, int, int], ...]]] = []
 
     def add(self, made: launch.Launch, *moving: tuple[int, int, int]) -> None:
@@ -57,6 +58,13 @@ class Product:
                 offset from there.
         """
         self._launches.append((made, made.arguments, moving))
+
+    def meet(self, x: int, out: int) -> bool:
+        """Whether arrays at these addresses share memory that the product reads and writes in no order."""
+        if self.reaches is None:
+            return False
+        (x_first, x_end), (out_first, out_end) = self.reaches
+        return x + x_first < out + out_end and out + out_first < x + x_end
 
     def queue(self, x: int, out: int, scratch: int, stream: int) -> None:
         """Put the launches on a stream of the current device, for arrays at these addresses."""
@@ -235,6 +243,8 @@ class GPU:
         """
         if m and math.prod(x.shape[:-1]):
             product = self.prepare(block_format, weights, m, k, x, out, int8)
+            if product.meet(x.address, out.address):
+                product = self.prepare(block_format, weights, m, k, x, out, int8, apart=False)
             self.queue(product, x.address, out.address, stream)
 
     def queue(self, product: Product, x: int, out: int, stream: int, scratch: int = 0) -> None:
@@ -262,29 +272,43 @@ class GPU:
                 scratch = self._scratch_for(stream, product.scratch_nbytes)
             product.queue(x, out, scratch, stream)
 
-    def prepare(self, block_format: Format, weights: int, m: int, k: int, x: View, out: View, int8: bool) -> Product:
+    def prepare(
+        self,
+        block_format: Format,
+        weights: int,
+        m: int,
+        k: int,
+        x: View,
+        out: View,
+        int8: bool,
+        apart: bool = True,
+    ) -> Product:
         """A product of at least one column and row; its kernels are compiled if need be.
 
-        Arguments as for :meth:`matmul`; of the arrays' addresses only the alignment of ``x`` to 16 bytes counts.
+        Arguments as for :meth:`matmul`; of the arrays' addresses only the alignment of ``x`` to 16 bytes counts. Where
+        ``x`` and ``out`` may share memory (:meth:`Product.meet`), ``apart`` is not set.
         """
         of_x = (x.shape, x.strides, x.dtype, x.address % 16 == 0)
-        key = (block_format, weights, m, k, of_x, out.shape, out.strides, out.dtype, int8)
+        key = (block_format, weights, m, k, of_x, out.shape, out.strides, out.dtype, int8, apart)
         with self._lock:
             product = self._products.get(key)
             if product is None:
                 with self.ready(f"the product with {m} x {k} {block_format.name}"):
-                    product = self._prepared(block_format, weights, m, k, x, out, int8)
+                    product = self._prepared(block_format, weights, m, k, x, out, int8, apart)
                 if len(self._products) >= PREPARED:
                     self._products.clear()
                 self._products[key] = product
             return product
 
-    def _prepared(self, block_format: Format, weights: int, m: int, k: int, x: View, out: View, int8: bool) -> Product:
+    def _prepared(
+        self, block_format: Format, weights: int, m: int, k: int, x: View, out: View, int8: bool, apart: bool
+    ) -> Product:
         n = math.prod(x.shape[:-1])
         slabs = list(x.slabs())
         row_stride = slabs[0].row_stride
         fusible = (
-            len(slabs) == 1
+            apart
+            and len(slabs) == 1
             and x.dtype == "float32"
             and slabs[0].column_stride == 4
             and x.address % 16 == 0
@@ -302,6 +326,8 @@ class GPU:
         areas_nbytes = 0 if schedule.fused else -(-n // columns) * area_nbytes
         direct = out.dtype == "float32" and out.contiguous
         product = Product(areas_nbytes + (0 if direct else n * m * 4))
+        if schedule.fused and direct:  # one block may store results before another has read all of x
+            product.reaches = x.reach, out.reach
         early = self.machine.bulk
         if not schedule.fused:
             kernel = launch.quantize_kernel(x.dtype, int8, early)
