@@ -121,21 +121,25 @@ def int8_scale(largest):
 def quantize_block(x, x_stride, n, k, blocks, values, thread):
     """Quantizes ``n`` rows of ``k`` float32 (a multiple of 32), each at a multiple of 16 bytes, to shared memory.
 
-    Eight lanes make a scale block, each four neighbouring values of it. Six loads a lane are made before the first is
-    used: the loads wait behind the weights that are under way already.
+    Eight lanes make a scale block, each four neighbouring values of it. ROUNDS rounds of loads are made before the
+    first is used.
     """
     scales = values + blocks * (32 * COLUMNS)
     sums = scales + blocks * (4 * COLUMNS)
     at = thread * 4
-    while at - (thread & 31) * 4 < blocks * 32:  # whole warps, which exchange values
-        loaded = registers(6, (0.0, 0.0, 0.0, 0.0))
-        for i in unroll(6 // min(COLUMNS, 6)):
-            here = at + i * (4 * THREADS)
+    first = True
+    while first or at - (thread & 31) * 4 < blocks * 32:  # whole warps, which exchange values
+        loaded = registers(ROUNDS * COLUMNS, (0.0, 0.0, 0.0, 0.0))
+        for i in unroll(ROUNDS):
+            here = at + i * (4 * 32 * WARPS)
             for c in unroll(COLUMNS):
                 if here < k and c < n:
                     loaded[i * COLUMNS + c] = load_past_floats(x + c * x_stride + here * 4)
-        for i in unroll(6 // min(COLUMNS, 6)):
-            here = at + i * (4 * THREADS)
+        if first:
+            loads_are_under_way()
+            first = False
+        for i in unroll(ROUNDS):
+            here = at + i * (4 * 32 * WARPS)
             if here - (thread & 31) * 4 < blocks * 32:
                 block = place_of(here >> 5, SCALE_BLOCKS)
                 half = (here >> 4) & 1
@@ -151,7 +155,7 @@ def quantize_block(x, x_stride, n, k, blocks, values, thread):
                         total = scale * sum_of_packed(packed)
                         if here & 15 == 0 and here < blocks * 32:
                             store_shared_float(sums + ((half * blocks + block) * COLUMNS + c) * 4, total)
-        at += (6 // min(COLUMNS, 6)) * 4 * THREADS
+        at += ROUNDS * 4 * 32 * WARPS
 
 
 def cast(source, n, m, target, row_stride, column_stride):

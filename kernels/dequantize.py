@@ -54,7 +54,7 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
                 for r in unroll(LANE_ROWS):
                     line = (lane >> 2) + 8 * r
                     if block < blocks and row + line < m:
-                        phase = (weights + (row + line) * row_nbytes + chunk * CHUNK_NBYTES) & 31
+                        phase = (weights + (row + line) * row_nbytes + chunk * CHUNK_NBYTES) & (LINE - 1)
                         runs = unpack(part, *load(stage + line * PITCH + phase + place * BLOCK_NBYTES, part))
                         target = out + ((row + line) * k + block * (16 * BLOCK_RUNS)) * 4
                         for i in unroll(RUNS):

@@ -16,7 +16,7 @@ from cuda.bindings import driver
 
 from qmm.kernels.cache import CachedKernel, Code
 from qmm.kernels.formats import Format
-from qmm.kernels.staging import WARPS, Activations, Tiling
+from qmm.kernels.staging import PRODUCERS, WARPS, Activations, Tiling
 
 __all__ = [
     "CUDAKernel",
@@ -244,21 +244,32 @@ def _described(
 
 @functools.cache
 def matvec_kernel(
-    block_format: Format, tiling: Tiling, activations: Activations, x_shared: bool, fused: bool, bulk: bool
+    block_format: Format,
+    tiling: Tiling,
+    activations: Activations,
+    x_shared: bool,
+    fused: bool,
+    first_stages: int,
+    bulk: bool,
 ) -> CUDAKernel:
     """The product with up to ``activations.columns`` columns; the rest is as in :class:`qmm.kernels.staging.Schedule`,
     whose ``x_nbytes`` is 0 where ``x_shared`` is not set."""
     constants = {
         **tiling.constants(block_format, bulk),
         "COLUMNS": activations.columns,
-        "FIRST_STAGES": 2 if fused else tiling.stages,
+        "FIRST_STAGES": first_stages,
         "FUSED": fused,
         "INT8": activations.int8,
         "PROGRAMMATIC": bulk,
+        "ROUNDS": max(1, 8 // activations.columns),
         "RUN_NBYTES": activations.run_nbytes,
         "SCALE_ARRAYS": 3 if activations.sums else 1,
         "X_SHARED": x_shared,
+        "loads_are_under_way": ("barrier_arrive", 1, 32 * (tiling.warps + PRODUCERS)),
+        "synchronize_multipliers": ("barrier_wait", 2, 32 * tiling.warps),
+        "wait_for_loads": ("barrier_wait", 1, 32 * (tiling.warps + PRODUCERS)),
         "load_columns": ("shared_floats" if x_shared else "cached_floats", activations.columns),
+        "load_one": ("shared_floats" if x_shared else "cached_floats", 1),
         "load_values": "load_shared16" if x_shared else "load_cached16",
     }
     mode = "int8" if activations.int8 else "f16"

@@ -3,17 +3,18 @@
 It is bound by reading W, so everything serves that. One block stays on each multiprocessor and takes tiles of 16
 neighbouring rows, one after the other. One of its warps streams their bytes through a ring in shared memory
 (:mod:`qmm.kernels.ring`); each byte is copied once, whatever the columns: mapped host memory passes no cache, so a
-second reading would cost a second transfer. Sixteen warps multiply, and one adds up and stores.
+second reading would cost a second transfer. Other warps multiply, and one adds up and stores.
 
 Out of a stage, lane ``4 g + t`` of a warp takes one unit (the format's ``load``) of rows g and g + 8, from the t-th of
 four neighbouring blocks, unpacks it into runs of 16 weights and multiplies these with the columns: int8 activations on
 the tensor cores (:func:`qmm.kernels.ptx.dot_pair`), so that two columns cost as much as one and eight little more;
-float16 ones, and plain weights, by fused multiply-adds. Warps take the units of a row in turn, so each has sums of its
-own for all rows of the tile; when the tile is done they are added up through shared memory, in a fixed order.
+weights of float16 and bfloat16 there too (:func:`qmm.kernels.ptx.dot_short`); the rest by fused multiply-adds. Warps
+take the units of a row in turn, so each has sums of its own for all rows of the tile; when the tile is done they are
+added up through shared memory, in a fixed order.
 
 The quantization of the activations is either another kernel (:mod:`qmm.kernels.activations`), or with FUSED the
-beginning of this one. Both this kernel and that one are launched before their predecessors end, and this one starts its
-copies at once: weights never change. Only then it waits for what it reads and writes otherwise.
+beginning of this one. Both this kernel and that one are launched before their predecessors end (from sm_90 on), and
+this one starts its copies at once: weights never change. Only then it waits for what it reads and writes otherwise.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from qmm.kernels.ptx import (
     block_index,
     dot_floats,
     dot_pair,
+    dot_short,
     fused,
     initialize_barrier,
     lane_index,
     launch_dependents,
     load_past16,
     load_shared_float,
+    scaled,
     share,
     shared_memory,
     store_float,
@@ -88,27 +91,27 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, 
     if PROGRAMMATIC:
         wait_for_predecessors()
 
-    values = x
-    scale_blocks = ((blocks + 3) >> 2) * QUAD_SCALE_BLOCKS
-    if X_SHARED:
-        values = ring + STAGES * STAGE_NBYTES
-        if FUSED:
-            quantize_block(x, x_stride, n, k, scale_blocks, values, thread)
-        else:
-            copy_activations(values, x, scale_blocks * (2 * RUN_NBYTES + 4 * COLUMNS * SCALE_ARRAYS), thread)
-        nowhere = nothing + 64  # other memory banks than what the others read
-    else:
-        nowhere = zeros
-    synchronize_block()
-
     if producer >= PRODUCERS:
         add_up(partials, barriers, row, row_step, m, n, y, y_pitch, lane)
     elif producer >= 0:
+        if X_SHARED:
+            wait_for_loads()  # of activations, or they would queue up behind the weights
         produce(
             *(ring, barriers, weights, row_nbytes, m, chunks, next_row, chunk, row_step, FIRST_STAGES, 1 << 62),
             *(producer, lane),
         )
     else:
+        values = x
+        nowhere = zeros
+        scale_blocks = ((blocks + 3) >> 2) * QUAD_SCALE_BLOCKS
+        if X_SHARED:
+            values = ring + STAGES * STAGE_NBYTES
+            nowhere = nothing + 64  # other memory banks than what the others read
+            if FUSED:
+                quantize_block(x, x_stride, n, k, scale_blocks, values, thread)
+            else:
+                copy_activations(values, x, scale_blocks * (2 * RUN_NBYTES + 4 * COLUMNS * SCALE_ARRAYS), thread)
+            synchronize_multipliers()
         multiply(
             *(ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, chunks, k),
             *(values, scale_blocks, nowhere, row, row_step, warp, lane),
@@ -136,6 +139,7 @@ def multiply(
     tile_row = (warp // K_WARPS) * TILE_ROWS + group
     step = warp & (K_WARPS - 1)
     total = registers(LANE_ROWS * COLUMNS, 0.0)
+    square = registers(2 * LANE_ROWS, 0.0)  # with SHORT: rows g and g + 8 by columns 2 t and 2 t + 1
     full = barriers
     stage = ring
     parity = 0
@@ -150,7 +154,7 @@ def multiply(
                 place = block_group * 4 + quad
                 runs = registers(LANE_ROWS, 0)
                 for r in unroll(LANE_ROWS):
-                    phase = (weights + (row + tile_row + 8 * r) * row_nbytes + chunk * CHUNK_NBYTES) & 31
+                    phase = (weights + (row + tile_row + 8 * r) * row_nbytes + chunk * CHUNK_NBYTES) & (LINE - 1)
                     address = stage + (tile_row + 8 * r) * PITCH + phase + place * BLOCK_NBYTES
                     if chunk * CHUNK_BLOCKS + place >= blocks:
                         address = nothing
@@ -171,8 +175,35 @@ def multiply(
                     else:  # two blocks share a scale
                         scale_block = here + (quad >> 1)
                         half = quad & 1
-                    scales_x = load_columns(x_scales + scale_block * (4 * COLUMNS))
-                    if INT8:
+                    if not SHORT:
+                        scales_x = load_columns(x_scales + scale_block * (4 * COLUMNS))
+                    if SHORT:
+                        floats = registers(LANE_ROWS, 0.0)
+                        for r in unroll(LANE_ROWS):
+                            floats[r], _, _ = runs[r][i]
+                            floats[r] = masked(floats[r], k - (chunk * CHUNK_BLOCKS + place) * 16)
+                        # The lane's own column, whose run is that of its own place; those past the last read zeros.
+                        mine = nowhere
+                        scale_x = 0.0
+                        if group < COLUMNS:
+                            mine = values + (scale_block * 2 + half) * RUN_NBYTES + 32 * group
+                            (scale_x,) = load_one(x_scales + (scale_block * COLUMNS + group) * 4)
+                        x_floats = scaled(half_floats(load_values(mine), load_values(mine + 16)), scale_x)
+                        for above in unroll(range(0, LANE_ROWS, 2)):
+                            sums = dot_short(
+                                floats[above],
+                                floats[above + 1],
+                                x_floats,
+                                (
+                                    square[2 * above],
+                                    square[2 * above + 1],
+                                    square[2 * above + 2],
+                                    square[2 * above + 3],
+                                ),
+                            )
+                            for e in unroll(4):
+                                square[2 * above + e] = sums[e]
+                    elif INT8:
                         if HAS_MINIMUM:
                             sums_x = load_columns(x_sums + (half * scale_blocks + scale_block) * (4 * COLUMNS))
                         scale = registers(LANE_ROWS, 0.0)
@@ -224,7 +255,14 @@ def multiply(
         buffer = tile & 1
         wait_for(barriers + 144 + 8 * buffer, ((tile >> 1) & 1) ^ 1)
         slot = partials + (buffer * K_WARPS + step) * (ROWS * COLUMNS * 4)
-        for above in unroll(range(0, LANE_ROWS, 2)):
+        for above in unroll(range(0, LANE_ROWS if SHORT else 0, 2)):
+            for e in unroll(4):
+                c = 2 * quad + (e & 1)
+                if c < COLUMNS:
+                    line = tile_row + 8 * above + 8 * (e >> 1)
+                    store_shared_float(slot + (line * COLUMNS + c) * 4, square[2 * above + e])
+                square[2 * above + e] = 0.0
+        for above in unroll(range(0, 0 if SHORT else LANE_ROWS, 2)):
             # Of the quad's lanes, odd ones keep row g + 8, the others row g; the upper two keep the later columns.
             kept = registers(COLUMNS, 0.0)
             for c in unroll(COLUMNS):
@@ -271,14 +309,18 @@ def add_up(partials, barriers, row, row_step, m, n, y, y_pitch, lane):
 
 
 def copy_activations(target, source, nbytes, thread):
-    """Copies what the quantization made to shared memory, four pieces of 16 bytes a thread under way at a time."""
+    """Copies what the quantization made to shared memory, eight pieces of 16 bytes a thread under way at a time."""
     at = thread * 16
-    while at < nbytes:
-        words = registers(4, zero_words())
-        for i in unroll(4):
-            if at + i * (16 * THREADS) < nbytes:
-                words[i] = load_past16(source + at + i * (16 * THREADS))
-        for i in unroll(4):
-            if at + i * (16 * THREADS) < nbytes:
-                store_shared16(target + at + i * (16 * THREADS), words[i])
-        at += 4 * 16 * THREADS
+    first = True
+    while first or at < nbytes:
+        words = registers(8, zero_words())
+        for i in unroll(8):
+            if at + i * (16 * 32 * WARPS) < nbytes:
+                words[i] = load_past16(source + at + i * (16 * 32 * WARPS))
+        if first:
+            loads_are_under_way()
+            first = False
+        for i in unroll(8):
+            if at + i * (16 * 32 * WARPS) < nbytes:
+                store_shared16(target + at + i * (16 * 32 * WARPS), words[i])
+        at += 8 * 16 * 32 * WARPS

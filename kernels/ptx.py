@@ -14,11 +14,13 @@ from numba.cuda.core.errors import RequireLiteralValue
 from numba.cuda.extending import core_models, intrinsic, lower_builtin, register_model
 from numba.cuda.typing.templates import AbstractTemplate, infer_global, signature
 
-from qmm.kernels.vector import F32, I8, I16, I32, I64, Toolkit, define, vector
+from qmm.kernels.vector import F32, I8, I16, I32, I64, Toolkit, define, splat, vector
 
 __all__ = [
     "arrive",
     "arrive_after_copies",
+    "barrier_arrive",
+    "barrier_wait",
     "bulk_copy",
     "expect",
     "fence",
@@ -36,6 +38,7 @@ __all__ = [
     "copy_edge4",
     "dot_floats",
     "dot_pair",
+    "dot_short",
     "fused",
     "lane_index",
     "largest_of_eight",
@@ -55,6 +58,7 @@ __all__ = [
     "power_of_two_below",
     "quad",
     "reciprocal",
+    "scaled",
     "scaled_byte",
     "scaled_bytes",
     "share",
@@ -233,6 +237,16 @@ launch_dependents = _statement("griddepcontrol.launch_dependents;")
 wait_for_predecessors = _statement("griddepcontrol.wait;")
 """Waits for all kernels before this one, and sees what they wrote (sm_90 and later)."""
 synchronize_warp = _statement("bar.warp.sync 0xffffffff;")
+
+
+def barrier_arrive(number: int, threads: int) -> Any:
+    """A function that says of a warp that it is at barrier ``number`` of so many threads, and goes on."""
+    return _statement(f"barrier.cta.arrive.aligned {number}, {threads};")
+
+
+def barrier_wait(number: int, threads: int) -> Any:
+    """A function that waits at barrier ``number`` for so many threads, its own warp's included."""
+    return _statement(f"barrier.cta.sync.aligned {number}, {threads};")
 
 
 def fence(bulk: bool) -> Any:
@@ -587,6 +601,46 @@ def dot_pair(typing_context, a, b, x):
         return context.make_tuple(builder, signature.return_type, dots)
 
     return types.UniTuple(types.float32, 4)(VECTORS.words, VECTORS.words, VECTORS.words), lower
+
+
+@intrinsic
+def dot_short(typing_context, a, b, x, totals):
+    """Adds products of two rows with eight columns to ``totals``, by the tensor cores, in float32.
+
+    Lane ``4 g + t`` passes its sixteen numbers ``a`` of row g, ``b`` of row g + 8, and of column g the sixteen at the
+    same places, ``x``; all have 11 significant bits at most, which makes the products exact. It gets rows g and g + 8
+    (the latter two) with columns ``2 t`` and ``2 t + 1``, summed over the quad.
+    """
+
+    def lower(context, builder, signature, arguments):
+        a, b, x, totals = arguments
+        kind = ir.LiteralStructType([F32] * 4)
+        text = (
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+        )
+        bits = [builder.bitcast(side, vector(I32, 16)) for side in (a, b, x)]
+        sums = [builder.extract_value(totals, j) for j in range(4)]
+        for i in range(0, 16, 2):
+            word = [[builder.extract_element(side, ir.Constant(I32, i + j)) for j in (0, 1)] for side in bits]
+            operands = [word[0][0], word[1][0], word[0][1], word[1][1], *word[2], *sums]
+            made = assembly(builder, kind, text, ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4), operands)
+            sums = [builder.extract_value(made, j) for j in range(4)]
+        return context.make_tuple(builder, signature.return_type, sums)
+
+    quadruple = types.UniTuple(types.float32, 4)
+    return quadruple(VECTORS.floats, VECTORS.floats, VECTORS.floats, quadruple), lower
+
+
+@intrinsic
+def scaled(typing_context, values, scale):
+    """Sixteen floats times one."""
+
+    def lower(context, builder, signature, arguments):
+        values, scale = arguments
+        return builder.fmul(values, splat(builder, scale, 16))
+
+    return VECTORS.floats(VECTORS.floats, types.float32), lower
 
 
 @intrinsic

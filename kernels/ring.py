@@ -69,9 +69,7 @@ def fetch_bulk(stage, full, weights, end, row_nbytes, row, m, chunk, producer, l
 
     A bulk copy takes its warp about 50 cycles, and lanes take turns; hence several producers.
 
-    Bytes keep their place modulo 32, because what is copied are sectors of 32 bytes: where the halves of one went to
-    different sectors of shared memory, it was transferred twice (cp.async, Q6_K, 4096 x 4096, mapped: 647,168 sectors
-    read instead of 430,080).
+    Bytes keep their place modulo LINE: see :mod:`qmm.kernels.staging`.
     """
     for i in unroll((ROWS + 32 * PRODUCERS - 1) // (32 * PRODUCERS)):
         line = (lane + 32 * i) * PRODUCERS + producer
@@ -79,7 +77,7 @@ def fetch_bulk(stage, full, weights, end, row_nbytes, row, m, chunk, producer, l
             begin = weights + (row + line) * row_nbytes
             start = begin + chunk * CHUNK_NBYTES
             stop = min(start + CHUNK_NBYTES, begin + row_nbytes)
-            target = stage + line * PITCH - (start & -32)
+            target = stage + line * PITCH - (start & -LINE)
             first = start & -16
             last = (stop + 15) & -16
             if ALIGNMENT < 16:
@@ -101,7 +99,7 @@ def fetch(stage, full, weights, end, row_nbytes, row, m, chunk, producer, lane):
         begin = weights + (row + line) * row_nbytes
         start = begin + chunk * CHUNK_NBYTES
         stop = min(start + CHUNK_NBYTES, begin + row_nbytes)
-        target = stage + line * PITCH - (start & -32)
+        target = stage + line * PITCH - (start & -LINE)
         piece = (start & -16) + 16 * lane
         while piece < stop:
             if ALIGNMENT >= 16 or (piece >= weights and piece + 16 <= end):

@@ -176,9 +176,11 @@ class _Flatten(ast.NodeTransformer):
         return [ast.Assign([ast.Name(f"{name.id}_{i}", ast.Store())], _copy(value), lineno=0) for i in range(count)]
 
     def evaluate(self, node: ast.expr) -> Any:
-        """The value of an expression over literals, ``range`` and ``min``; anything else cannot be unrolled."""
+        """The value of an expression over literals, ``range``, ``min`` and ``max``; no other can be unrolled."""
         expression = ast.fix_missing_locations(ast.Expression(self.visit(_copy(node))))
-        return eval(compile(expression, "<unroll>", "eval"), {"__builtins__": {}, "min": min, "range": range})
+        return eval(
+            compile(expression, "<unroll>", "eval"), {"__builtins__": {}, "max": max, "min": min, "range": range}
+        )
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         _refuse(node, isinstance(node.ctx, ast.Store) and node.id in self.literals, f"a new value for {node.id}")

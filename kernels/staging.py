@@ -10,6 +10,8 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from qmm.kernels.formats import Format
 
 __all__ = [
@@ -44,11 +46,18 @@ ZERO_NBYTES = 4096
 RING_NBYTES = 144 << 10
 """The most shared memory of a ring. What is under way hides the latency of memory, and what is in the ring already when
 the activations arrive hides the time that they take."""
+SECTOR_NBYTES = 32
+"""Bytes keep their place modulo this on their way from the GPU's memory: what moves is sectors. Where the halves of one
+went to different sectors of shared memory, it was transferred twice (cp.async, Q6_K, 4096x4096, mapped: 647,168 sectors
+read instead of 430,080)."""
+LINE_NBYTES = 128
+"""The same on the way from host memory: a request asks for what lies in one such line of shared memory, and split ones
+fill the link less (H100, modulo 32: Q4_K 95% of what a plain reading gets, Q6_K 72%)."""
 WIDE_NBYTES = 48 << 10
 """The largest stage in which a warp takes two units at once, for up to two columns."""
 NARROW_NBYTES = 40 << 10
 """The same for more, which take more registers."""
-FUSED_VALUES = 15360
+FUSED_VALUES = 16384
 """The most activations that each block quantizes for itself: a load or so a thread for each column."""
 
 
@@ -110,6 +119,7 @@ class Tiling:
     row_warps: int
     units: int
     chunk_blocks: int
+    line: int
     pitch: int
     stages: int
     alignment: int
@@ -120,6 +130,7 @@ class Tiling:
         block_format: Format,
         alignment: int,
         ring_nbytes: int,
+        line: int = SECTOR_NBYTES,
         warps: int = WARPS,
         lane_rows: int = 2,
         row_warps: int = 1,
@@ -130,9 +141,9 @@ class Tiling:
         units = max(units, -(-block_format.lanes // (4 * k_warps)))
         chunk_blocks = 4 * k_warps * units // block_format.lanes
         alignment = min(alignment, block_format.alignment)
-        pitch = _pitch(block_format, chunk_blocks * block_format.block_nbytes, alignment)
+        pitch = _pitch(block_format, chunk_blocks * block_format.block_nbytes, line, alignment)
         stages = max(2, min(8, ring_nbytes // (8 * lane_rows * row_warps * pitch)))
-        return cls(warps, lane_rows, row_warps, units, chunk_blocks, pitch, stages, alignment)
+        return cls(warps, lane_rows, row_warps, units, chunk_blocks, line, pitch, stages, alignment)
 
     @classmethod
     @functools.lru_cache(maxsize=4096)
@@ -188,6 +199,7 @@ class Tiling:
             "EDGE": min(4, self.alignment),
             "K_WARPS": self.k_warps,
             "LANE_ROWS": self.lane_rows,
+            "LINE": self.line,
             "PITCH": self.pitch,
             "PRODUCERS": PRODUCERS,
             "QUAD_SCALE_BLOCKS": block_format.block_weights // 8,
@@ -215,6 +227,7 @@ class Schedule:
         activations: how they are stored.
         x_nbytes: how large they are in shared memory; 0 where they do not fit, and are read from global memory.
         fused: whether each block quantizes them for itself, in its shared memory.
+        first_stages: how many are filled before the activations are asked for, which queue up behind them.
         bulk: as :class:`Machine` has it.
     """
 
@@ -222,6 +235,7 @@ class Schedule:
     activations: Activations
     x_nbytes: int
     fused: bool
+    first_stages: int
     bulk: bool
 
     @property
@@ -232,7 +246,16 @@ class Schedule:
     @classmethod
     @functools.lru_cache(maxsize=4096)
     def of(
-        cls, block_format: Format, m: int, k: int, n: int, int8: bool, alignment: int, fusible: bool, machine: Machine
+        cls,
+        block_format: Format,
+        m: int,
+        k: int,
+        n: int,
+        int8: bool,
+        alignment: int,
+        fusible: bool,
+        mapped: bool,
+        machine: Machine,
     ) -> Schedule:
         """The schedule for up to eight columns, by what was measured on an H200 (figures: us, 14336x4096).
 
@@ -240,7 +263,11 @@ class Schedule:
           warps with four rows a lane (n = 8: Q4_K 20.8, else 26.6; Q2_K 19.6, else 23.6), if m fills the GPU so.
         * Two units a warp and stage where a stage stays small (n = 1: Q4_K 12.5, else 13.9); one where it would get
           large (Q8_0 18.7, else 19.5) or the row is too short for two (Q2_K 10.5, else 15.0).
-        * Activations in shared memory if three stages have room beside them.
+        * Up to two columns are quantized by each block for itself, four if it has two tiles at most (n = 4 on an H100:
+          Q8_0, 4096x4096, 11.6, else 12.8; but 14336x4096 28.2, else 26.8).
+        * Two stages are filled before the activations are asked for; all if another kernel makes these, and the block
+          has more tiles (n = 8 on an H100: Q8_0 29.1, else 30.6; but 4096x4096 14.7, else 12.8).
+        * Activations in shared memory if three stages have room beside them; for mapped weights two.
 
         Args:
             block_format: of the weight.
@@ -250,23 +277,29 @@ class Schedule:
             int8: whether the activations are int8.
             alignment: that the weight's address divides by.
             fusible: whether a block could quantize them: float32, its rows at multiples of 16 bytes.
+            mapped: whether the weight lies in host memory.
             machine: the GPU.
         """
         columns = next(tile for tile in COLUMN_TILES if tile >= n)
         activations = Activations(columns, int8, sums=int8 and block_format.has_minimum)
         x_nbytes = activations.nbytes(scale_blocks_of(block_format, k))
-        warps = 16 if columns <= 2 else 8
+        warps = 16 if columns <= 2 and (int8 or block_format.plain) else 8
         lane_rows = 4 if columns > 2 and int8 and _fills(m, 32, machine) and _frugal(block_format) else 2
         ring = machine.shared_nbytes - x_nbytes
-        made = _tiling(block_format, m, k, alignment, columns, ring, warps, lane_rows, machine)
-        if made.stages < 3:  # the activations stay in global memory, whose addresses take more registers
+        made = _tiling(block_format, m, k, alignment, columns, ring, warps, lane_rows, mapped, machine)
+        fits = made.shared_nbytes(columns) + x_nbytes <= machine.shared_nbytes
+        if not fits or made.stages < (
+            2 if mapped else 3
+        ):  # the activations stay in global memory, whose addresses take more registers
             x_nbytes = 0
-            made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, machine)
+            made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine)
             while made.shared_nbytes(columns) > machine.shared_nbytes and warps > 1:  # F32 where a block has 99 KiB
                 warps //= 2
-                made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, machine)
-        fused = fusible and int8 and x_nbytes > 0 and columns * k <= FUSED_VALUES
-        return cls(made, activations, x_nbytes, fused, machine.bulk)
+                made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine)
+        short = m <= 2 * made.rows * machine.multiprocessors
+        fused = fusible and int8 and x_nbytes > 0 and columns * k <= FUSED_VALUES and (columns <= 2 or short)
+        first_stages = min(2, made.stages) if fused or short else made.stages
+        return cls(made, activations, x_nbytes, fused, first_stages, machine.bulk)
 
 
 def _fills(m: int, rows: int, machine: Machine) -> bool:
@@ -275,8 +308,9 @@ def _fills(m: int, rows: int, machine: Machine) -> bool:
 
 
 def _frugal(block_format: Format) -> bool:
-    """Whether four rows of a unit fit in registers: unaligned fields take more."""
-    return block_format.runs * (1 if block_format.alignment >= 4 else 2) <= 4
+    """Whether four rows of a unit fit in registers: with 12 words to a row (Q3_K, Q5_K) ptxas spills."""
+    loaded = block_format.load(bytes(block_format.block_nbytes), 0)
+    return sum(np.size(value) for value in loaded) < 12
 
 
 def _tiling(
@@ -288,15 +322,21 @@ def _tiling(
     shared_nbytes: int,
     warps: int,
     lane_rows: int,
+    mapped: bool,
     machine: Machine,
 ) -> Tiling:
-    """The tiling with as many stages as there is room for, and two units a warp where they are small."""
+    """The tiling with as many stages as there is room for, and two units a warp where they are small; from host memory,
+    where only the link counts, whole rows if they fit."""
     row_warps = _row_warps(block_format, m, k, warps, 8 * lane_rows, machine.multiprocessors)
-    cut = functools.partial(Tiling.of, block_format, alignment, warps=warps, lane_rows=lane_rows, row_warps=row_warps)
+    line = LINE_NBYTES if mapped else SECTOR_NBYTES
+    cut = functools.partial(
+        Tiling.of, block_format, alignment, line=line, warps=warps, lane_rows=lane_rows, row_warps=row_warps
+    )
     least = cut(0)
     ring = least.ring_within(shared_nbytes, columns)
     twice = cut(ring, units=2 * least.units)
-    small = twice.stage_nbytes <= (NARROW_NBYTES if columns > 2 else WIDE_NBYTES) and 2 * twice.stage_nbytes <= ring
+    limit = ring // 2 if mapped else NARROW_NBYTES if columns > 2 else WIDE_NBYTES
+    small = twice.stage_nbytes <= min(limit, ring // 2)
     return twice if small and twice.chunk_blocks <= block_format.blocks(k) else cut(max(0, ring))
 
 
@@ -309,10 +349,12 @@ def _row_warps(block_format: Format, m: int, k: int, warps: int, tile_rows: int,
     return row_warps
 
 
-def _pitch(block_format: Format, chunk_nbytes: int, alignment: int) -> int:
-    """Bytes from one row of a stage to the next, a multiple of 32, chosen so that lanes meet in few memory banks."""
-    least = -(-(31 + chunk_nbytes) // 32) * 32
-    return min((least + 32 * i for i in range(4)), key=lambda pitch: _cycles(block_format, pitch, alignment))
+def _pitch(block_format: Format, chunk_nbytes: int, line: int, alignment: int) -> int:
+    """Bytes from one row of a stage to the next, whole lines, chosen so that lanes meet in few memory banks."""
+    least = -(-(line - 1 + chunk_nbytes) // line) * line
+    return min(
+        (least + line * i for i in range(128 // line)), key=lambda pitch: _cycles(block_format, pitch, alignment)
+    )
 
 
 def _cycles(block_format: Format, pitch: int, alignment: int) -> int:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qmm.engine import Engine
     from qmm.model import Model, Tensor
     from qmm.model import open_model as open
+    from qmm.plan import Plan
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "GGUFError",
     "MappingError",
     "Model",
+    "Plan",
     "QmmError",
     "RegistrationError",
     "Tensor",
@@ -47,6 +49,7 @@ __all__ = [
 _LAZY = {
     "Engine": ("qmm.engine", "Engine"),
     "Model": ("qmm.model", "Model"),
+    "Plan": ("qmm.plan", "Plan"),
     "Tensor": ("qmm.model", "Tensor"),
     "open": ("qmm.model", "open_model"),
 }

@@ -6,7 +6,7 @@ qmm imports none of the optional three: an array's own class leads to its librar
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -75,6 +75,14 @@ class View:
             reach = stride * (length - 1) + reach
         return False
 
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Its lowest byte and the one after its highest, from ``address`` on."""
+        if 0 in self.shape:
+            return 0, 0
+        ends = [(length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True)]
+        return sum(min(0, end) for end in ends), sum(max(0, end) for end in ends) + ITEM_NBYTES[self.dtype]
+
     def rows(self, leading: int) -> View:
         """The same memory with all dimensions after the first ``leading`` made one.
 
@@ -122,6 +130,8 @@ class ArrayKind:
     """What qmm needs of an array library. One instance is made for each library."""
 
     name: ClassVar[str]
+    on_gpu: ClassVar[bool] = True
+    """Whether its arrays may be in GPU memory."""
 
     def view(self, array: Any) -> View:
         """Where the array lies.
@@ -130,6 +140,11 @@ class ArrayKind:
             ArrayError: its dtype is none of DTYPES, or it lies in memory that qmm cannot address.
         """
         raise NotImplementedError
+
+    def signature(self, array: Any) -> tuple[int, Hashable]:
+        """Its address, and all else that :meth:`view` would say of it in whatever form is quickest to get."""
+        view = self.view(array)
+        return view.address, (view.shape, view.strides, view.dtype, view.device, view.writable)
 
     def empty(self, shape: tuple[int, ...], like: Any) -> Any:
         """A new array of ``like``'s kind and dtype, on its device."""
@@ -159,6 +174,7 @@ class NumPyArrays(ArrayKind):
     """``numpy.ndarray``; bfloat16 is the one of the package ml_dtypes."""
 
     name = "NumPy"
+    on_gpu = False
 
     def view(self, array: np.ndarray[Any, Any]) -> View:
         dtype = _check_dtype(array.dtype.name, "a NumPy array")
@@ -196,6 +212,9 @@ class TorchArrays(ArrayKind):
         strides = tuple(stride * array.element_size() for stride in array.stride())
         device = array.device.index if array.device.type == "cuda" else None
         return View(tuple(array.shape), strides, dtype, array.data_ptr(), device)
+
+    def signature(self, array: Any) -> tuple[int, Hashable]:
+        return array.data_ptr(), (array.shape, array.stride(), array.dtype, array.device, array.layout)
 
     def empty(self, shape: tuple[int, ...], like: Any) -> Any:
         return like.new_empty(shape, requires_grad=False)
@@ -242,6 +261,10 @@ class CuPyArrays(CudaInterfaceArrays):
     def _device(self, array: Any) -> int:
         return int(array.device.id)
 
+    def signature(self, array: Any) -> tuple[int, Hashable]:
+        data = array.data
+        return data.ptr, (array.shape, array.strides, array.dtype, data.device_id)
+
     def empty(self, shape: tuple[int, ...], like: Any) -> Any:
         with like.device:
             return sys.modules["cupy"].empty(shape, like.dtype)
@@ -262,6 +285,11 @@ class NumbaArrays(CudaInterfaceArrays):
             return int(call("cudaGetDevice"))
         return int(call("cudaPointerGetAttributes", address).device)
 
+    def signature(self, array: Any) -> tuple[int, Hashable]:
+        data = array.gpu_data
+        address = data.device_ctypes_pointer.value or 0
+        return address, (array.shape, array.strides, array.dtype, id(getattr(data, "context", None)))
+
     def empty(self, shape: tuple[int, ...], like: Any) -> Any:
         from numba import cuda
 
@@ -274,12 +302,22 @@ _CUPY = CuPyArrays()
 _NUMBA = NumbaArrays()
 
 
+_KINDS: dict[type, ArrayKind] = {np.ndarray: _NUMPY}
+
+
 def kind_of(array: Any) -> ArrayKind:
     """The library that made an array.
 
     Raises:
         ArrayError: none of those that qmm knows.
     """
+    known = _KINDS.get(type(array))
+    if known is None:
+        known = _KINDS[type(array)] = _find_kind(array)
+    return known
+
+
+def _find_kind(array: Any) -> ArrayKind:
     if isinstance(array, np.ndarray):
         return _NUMPY
     for base in type(array).__mro__:

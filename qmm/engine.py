@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from qmm.arrays import ArrayKind, View, kind_of, stream_handle
-from qmm.errors import ArrayError, ClosedError
+from qmm.errors import ArrayError, ClosedError, DeviceError
 from qmm.loaders.closing import Closing
 from qmm.model import Model, Tensor
 from qmm.placement import DeviceCopies, HostWeights, MappedWeights, Weights
+from qmm.plan import Plan, Step
 from qmm.platform import choose
 
 if TYPE_CHECKING:
-    from qmm.gpu import GPU
+    from qmm.gpu import GPU, Product
 
 __all__ = ["Engine"]
 
 ACTIVATIONS = ("int8", "f16")
+CALLS = 4096
+"""The most calls that are kept prepared."""
+
+
+class _Call(NamedTuple):
+    """A prepared product, None if it has no results, and the shape of these."""
+
+    product: Product | None
+    shape: tuple[int, ...]
 
 
 class Engine(Closing):
@@ -71,6 +85,9 @@ class Engine(Closing):
         self.device = "cpu" if choice.gpu is None else f"cuda:{choice.gpu.number}"
         self.explanation = choice.why
         self._process = os.getpid()
+        self._calls: dict[Hashable, _Call | None] = {}
+        self._checks: dict[Path, Callable[[], None]] = {}
+        self._plans: weakref.WeakSet[Plan] = weakref.WeakSet()
         self.gpu: GPU | None = None
         if choice.gpu is None:
             self._weights: Weights = HostWeights(chosen)
@@ -90,6 +107,11 @@ class Engine(Closing):
     def closed(self) -> bool:
         """Whether it was closed."""
         return self._closed
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a forked child of the process that made the engine: what CUDA holds is the parent's."""
+        return os.getpid() != self._process
 
     @property
     def weights_nbytes(self) -> int:
@@ -128,27 +150,69 @@ class Engine(Closing):
         """
         tensor = self._tensor(tensor)
         mode = activations or self.activations
-        self._check_activations(mode)
         kind = kind_of(x)
+        if self.gpu is not None and kind.on_gpu:
+            call, x_address, y_address = self._prepared(tensor, mode, kind, x, out)
+            if call is not None:
+                handle = kind.stream(x) if stream is None else stream_handle(stream)
+                if out is None:
+                    out = kind.empty(call.shape, x)
+                    y_address, _ = kind.signature(out)
+                self._weights.check(tensor)
+                if call.product is not None:
+                    self.gpu.queue(call.product, x_address, y_address, handle)
+                return out
+        self._check_activations(mode)
         source = kind.view(x)
         self._check_input(tensor, source)
         shape = (*source.shape[:-1], *tensor.shape[:-1])
-        target = None
         if out is None:
             out = kind.empty(shape, x)
         else:
-            target = self._check_output(tensor, kind, source, out, shape)
+            self._check_output(tensor, kind, source, out, shape)
+        if stream is not None:
+            raise ArrayError("stream= is for arrays on the GPU; x is in host memory, where the call waits anyway")
         int8 = mode == "int8" and not tensor.format.plain
-        if source.device is not None and self.gpu is not None:
-            handle = kind.stream(x) if stream is None else stream_handle(stream)
-            target = target or kind.view(out).rows(len(source.shape) - 1)
-            address = self._weights.address(tensor)
-            self.gpu.matmul(tensor.format, address, tensor.m, tensor.k, source, target, int8, handle)
-        else:
-            if stream is not None:
-                raise ArrayError("stream= is for arrays on the GPU; x is in host memory, where the call waits anyway")
-            kind.from_host(self._matmul_host(tensor, kind.to_host(x), int8), out)
+        kind.from_host(self._matmul_host(tensor, kind.to_host(x), int8), out)
         return out
+
+    def plan(self, products: Iterable[tuple[str | Tensor, Any, Any]], *, activations: str | None = None) -> Plan:
+        """Prepare a sequence of products, to be run again and again at the cost of one launch.
+
+        Args:
+            products: ``(tensor, x, y)`` for each, as for ``matmul(tensor, x, out=y)``; the arrays are on the engine's
+                GPU. Nothing is computed yet.
+            activations: as for :meth:`matmul`, for all of them.
+
+        Returns:
+            What to call to run them: see :class:`qmm.Plan`. The arrays are read and written in place each time.
+
+        Raises:
+            DeviceError: the engine works on the CPU, or CUDA failed.
+            QmmError: as :meth:`matmul`.
+        """
+        mode = activations or self.activations
+        listed = list(products)
+        if self.gpu is None:
+            raise DeviceError(f"a plan is a CUDA graph, but this engine works on the CPU: {self.explanation}")
+        if not listed:
+            raise ArrayError("a plan needs a product at least")
+        steps = []
+        for number, (named, x, y) in enumerate(listed):
+            tensor = self._tensor(named)
+            kind = kind_of(x)
+            call, x_address, y_address = (None, 0, 0) if not kind.on_gpu else self._prepared(tensor, mode, kind, x, y)
+            if call is None:
+                raise ArrayError(
+                    f"{self.model.path}: product {number} of the plan, with tensor {tensor.name!r}: x is in host "
+                    f"memory. Move x and y to {self.device}."
+                )
+            check = self._checks.setdefault(tensor.info.path, functools.partial(self._weights.check, tensor))
+            steps.append(Step(call.product, x_address, y_address, check, (x, y)))
+        first = listed[0][1]
+        plan = Plan(self, self.gpu, steps, kind_of(first), first)
+        self._plans.add(plan)
+        return plan
 
     def dequantize(
         self, tensor: str | Tensor, first_row: int = 0, last_row: int | None = None
@@ -201,11 +265,13 @@ class Engine(Closing):
         if self._closed:
             return
         self._closed = True
-        if os.getpid() != self._process:
-            return  # a forked child: what CUDA holds is the parent's
+        if self.forked:
+            return
         try:
             if self.gpu is not None:
                 self.gpu.drain()
+                for plan in list(self._plans):
+                    plan.close()
         finally:
             try:
                 self._weights.close()
@@ -239,7 +305,7 @@ class Engine(Closing):
     def _tensor(self, tensor: str | Tensor) -> Tensor:
         if self._closed:
             raise ClosedError(f"{self.model.path}: the engine was closed. Make another one.")
-        if os.getpid() != self._process and self.gpu is not None:
+        if self.gpu is not None and self.forked:
             raise ClosedError(
                 f"{self.model.path}: the engine was made in process {self._process}, and CUDA does not survive a fork "
                 f"into {os.getpid()}. Make the engine in the child, or start it with the spawn method."
@@ -251,6 +317,49 @@ class Engine(Closing):
                 )
             return tensor
         return self.model[tensor]
+
+    def _prepared(self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any) -> tuple[_Call | None, int, int]:
+        """A product with arrays on the GPU, checked and prepared once for all calls that differ in addresses only.
+
+        Returns:
+            The call, None if ``x`` is in host memory; and the addresses of ``x`` and ``out``.
+        """
+        x_address, of_x = _signature(kind, x)
+        y_address, of_y = (0, None) if out is None else _signature(kind_of(out), out)
+        key: Hashable = (tensor, mode, kind, x_address & 15, of_x, out is None or kind_of(out), of_y)
+        call = self._calls.get(key)
+        if call is None and key not in self._calls:
+            call = self._keep(key, self._new_call(tensor, mode, kind, x, out))
+        if call is not None and call.product is not None and call.product.meet(x_address, y_address):
+            key = (key, "not apart")
+            call = self._calls.get(key) or self._keep(key, self._new_call(tensor, mode, kind, x, out, apart=False))
+        return call, x_address, y_address
+
+    def _keep(self, key: Hashable, call: _Call | None) -> _Call | None:
+        if len(self._calls) >= CALLS:
+            self._calls.clear()
+        self._calls[key] = call
+        return call
+
+    def _new_call(
+        self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any, apart: bool = True
+    ) -> _Call | None:
+        self._check_activations(mode)
+        source = kind.view(x)
+        self._check_input(tensor, source)
+        if source.device is None or self.gpu is None:
+            return None
+        shape = (*source.shape[:-1], *tensor.shape[:-1])
+        if out is None:
+            target = kind.view(kind.empty(shape, x)).rows(len(source.shape) - 1)
+        else:
+            target = self._check_output(tensor, kind, source, out, shape)
+        address = self._weights.address(tensor)
+        if not math.prod(shape):
+            return _Call(None, shape)
+        int8 = mode == "int8" and not tensor.format.plain
+        product = self.gpu.prepare(tensor.format, address, tensor.m, tensor.k, source, target, int8, apart)
+        return _Call(product, shape)
 
     @staticmethod
     def _check_activations(activations: str) -> None:
@@ -284,3 +393,12 @@ class Engine(Closing):
         if not view.writable or view.overlaps_itself:
             raise ArrayError(f"{what}: out is read-only, or a broadcast array whose elements share memory")
         return view.rows(len(x.shape) - 1)
+
+
+def _signature(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:
+    """As the array's kind has it, or whatever error says why there is none."""
+    try:
+        return kind.signature(array)
+    except Exception:  # each library's own, of an array that has no address
+        view = kind.view(array)
+        return view.address, view

@@ -45,6 +45,7 @@ class Product:
 
     def __init__(self, scratch_nbytes: int) -> None:
         self.scratch_nbytes = scratch_nbytes
+        self.reaches: tuple[tuple[int, int], tuple[int, int]] | None = None
         self._launches: list[tuple[launch.Launch, ctypes.Array[ctypes.c_int64], tuple[tuple[int, int, int], ...]]] = []
 
     def add(self, made: launch.Launch, *moving: tuple[int, int, int]) -> None:
@@ -56,6 +57,13 @@ class Product:
                 offset from there.
         """
         self._launches.append((made, made.arguments, moving))
+
+    def meet(self, x: int, out: int) -> bool:
+        """Whether arrays at these addresses share memory that the product reads and writes in no order."""
+        if self.reaches is None:
+            return False
+        (x_first, x_end), (out_first, out_end) = self.reaches
+        return x + x_first < out + out_end and out + out_first < x + x_end
 
     def queue(self, x: int, out: int, scratch: int, stream: int) -> None:
         """Put the launches on a stream of the current device, for arrays at these addresses."""
@@ -107,6 +115,7 @@ class GPU:
             self.machine = Machine(self.multiprocessors, shared_nbytes, bulk)
             self.stream = int(call("cudaStreamCreateWithFlags", 1))  # cudaStreamNonBlocking
             self._alone = call("cudaGetDeviceCount") == 1
+            self._integrated = bool(attribute("Integrated", device))
         self._thread = threading.local()
         self._scratch: dict[int, tuple[int, int]] = {}
         self._areas: list[int] = []
@@ -233,6 +242,8 @@ class GPU:
         """
         if m and math.prod(x.shape[:-1]):
             product = self.prepare(block_format, weights, m, k, x, out, int8)
+            if product.meet(x.address, out.address):
+                product = self.prepare(block_format, weights, m, k, x, out, int8, apart=False)
             self.queue(product, x.address, out.address, stream)
 
     def queue(self, product: Product, x: int, out: int, stream: int, scratch: int = 0) -> None:
@@ -245,42 +256,68 @@ class GPU:
             stream: a stream's handle.
             scratch: the address of ``product.scratch_nbytes`` bytes; else it is the stream's own scratch memory.
         """
-        with self._lock, self.ready("a product"):
+        if not (self._alone and hasattr(self._thread, "ready")):
+            with self.ready("a product"):
+                self._queue(product, x, out, stream, scratch)
+            return
+        try:  # what ready() would do, without its microsecond
+            self._queue(product, x, out, stream, scratch)
+        except RuntimeError as reason:
+            raise DeviceError(f"a product on CUDA device {self.device}: {reason}") from reason
+
+    def _queue(self, product: Product, x: int, out: int, stream: int, scratch: int) -> None:
+        with self._lock:
             if product.scratch_nbytes and not scratch:
                 scratch = self._scratch_for(stream, product.scratch_nbytes)
             product.queue(x, out, scratch, stream)
 
-    def prepare(self, block_format: Format, weights: int, m: int, k: int, x: View, out: View, int8: bool) -> Product:
+    def prepare(
+        self,
+        block_format: Format,
+        weights: int,
+        m: int,
+        k: int,
+        x: View,
+        out: View,
+        int8: bool,
+        apart: bool = True,
+    ) -> Product:
         """A product of at least one column and row; its kernels are compiled if need be.
 
-        Arguments as for :meth:`matmul`; of the arrays' addresses only the alignment of ``x`` to 16 bytes counts.
+        Arguments as for :meth:`matmul`; of the arrays' addresses only the alignment of ``x`` to 16 bytes counts. Where
+        ``x`` and ``out`` may share memory (:meth:`Product.meet`), ``apart`` is not set.
         """
         of_x = (x.shape, x.strides, x.dtype, x.address % 16 == 0)
-        key = (block_format, weights, m, k, of_x, out.shape, out.strides, out.dtype, int8)
+        key = (block_format, weights, m, k, of_x, out.shape, out.strides, out.dtype, int8, apart)
         with self._lock:
             product = self._products.get(key)
             if product is None:
                 with self.ready(f"the product with {m} x {k} {block_format.name}"):
-                    product = self._prepared(block_format, weights, m, k, x, out, int8)
+                    product = self._prepared(block_format, weights, m, k, x, out, int8, apart)
                 if len(self._products) >= PREPARED:
                     self._products.clear()
                 self._products[key] = product
             return product
 
-    def _prepared(self, block_format: Format, weights: int, m: int, k: int, x: View, out: View, int8: bool) -> Product:
+    def _prepared(
+        self, block_format: Format, weights: int, m: int, k: int, x: View, out: View, int8: bool, apart: bool
+    ) -> Product:
         n = math.prod(x.shape[:-1])
         slabs = list(x.slabs())
         row_stride = slabs[0].row_stride
         fusible = (
-            len(slabs) == 1
+            apart
+            and len(slabs) == 1
             and x.dtype == "float32"
             and slabs[0].column_stride == 4
             and x.address % 16 == 0
             and row_stride % 16 == 0
         )
-        alignment = launch.alignment_of(weights)
+        row_nbytes = block_format.row_nbytes(k)
+        alignment = launch.alignment_of(weights | row_nbytes)  # what every row starts at
         widest = min(n, COLUMN_TILES[-1])
-        schedule = Schedule.of(block_format, m, k, widest, int8, alignment, fusible, self.machine)
+        mapped = not self._integrated and self._in_host_memory(weights)
+        schedule = Schedule.of(block_format, m, k, widest, int8, alignment, fusible, mapped, self.machine)
         activations = schedule.activations
         columns = activations.columns
         scale_blocks = scale_blocks_of(block_format, k)
@@ -288,6 +325,8 @@ class GPU:
         areas_nbytes = 0 if schedule.fused else -(-n // columns) * area_nbytes
         direct = out.dtype == "float32" and out.contiguous
         product = Product(areas_nbytes + (0 if direct else n * m * 4))
+        if schedule.fused and direct:  # one block may store results before another has read all of x
+            product.reaches = x.reach, out.reach
         early = self.machine.bulk
         if not schedule.fused:
             kernel = launch.quantize_kernel(x.dtype, int8, early)
@@ -295,14 +334,20 @@ class GPU:
             for slab in slabs:
                 blocks = self._grid(-(-slab.rows * scale_blocks // WARPS))
                 of_x = (0, slab.row_stride, slab.column_stride, k, scale_blocks, spread, slab.rows, slab.first)
-                arguments = (*of_x, columns, int(activations.sums), 0, area_nbytes)
-                made = launch.Launch(kernel, self.device, blocks, arguments, 0, early)
+                of_areas = (columns, int(activations.sums), 0, area_nbytes)
+                made = launch.Launch(kernel, self.device, blocks, (*of_x, *of_areas), 0, early)
                 product.add(made, (0, 0, slab.address - x.address), (10, 2, 0))
         kernel = launch.matvec_kernel(
-            block_format, schedule.tiling, activations, schedule.x_nbytes > 0, schedule.fused, early
+            block_format,
+            schedule.tiling,
+            activations,
+            schedule.x_nbytes > 0,
+            schedule.fused,
+            schedule.first_stages,
+            early,
         )
         blocks = block_format.blocks(k)
-        of_weights = (weights, block_format.row_nbytes(k), m, blocks, -(-blocks // schedule.tiling.chunk_blocks), k)
+        of_weights = (weights, row_nbytes, m, blocks, -(-blocks // schedule.tiling.chunk_blocks), k)
         grid = min(self.multiprocessors, -(-m // schedule.tiling.rows))
         for first in range(0, n, columns):
             arguments = (*of_weights, 0, row_stride, self._zeros, min(columns, n - first), 0, m)
@@ -312,6 +357,10 @@ class GPU:
         if not direct:
             self._add_stores(product, areas_nbytes, n, m, out)
         return product
+
+    def _in_host_memory(self, address: int) -> bool:
+        kinds = runtime().cudaMemoryType
+        return bool(call("cudaPointerGetAttributes", address).type == kinds.cudaMemoryTypeHost)
 
     def _add_stores(self, product: Product, results: int, n: int, m: int, out: View) -> None:
         """Copies of float32 results, at an offset in scratch memory, to where ``out`` has them."""
@@ -326,7 +375,8 @@ class GPU:
         """Float32 weights, ``(m, k)`` row-major at ``out``, a multiple of 16 bytes."""
         if m == 0 or k == 0:
             return
-        tiling = Tiling.of_dequantization(block_format, launch.alignment_of(weights), self.machine)
+        row_nbytes = block_format.row_nbytes(k)
+        tiling = Tiling.of_dequantization(block_format, launch.alignment_of(weights | row_nbytes), self.machine)
         kernel = launch.dequantize_kernel(block_format, tiling, self.machine.bulk)
         blocks = block_format.blocks(k)
         with self._lock, self.ready(f"dequantizing {m} x {k} {block_format.name}"):
@@ -335,7 +385,7 @@ class GPU:
                 min(self.multiprocessors, -(-m // tiling.rows)),
                 stream,
                 weights,
-                block_format.row_nbytes(k),
+                row_nbytes,
                 m,
                 blocks,
                 -(-blocks // tiling.chunk_blocks),

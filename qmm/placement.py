@@ -56,6 +56,14 @@ class Weights:
     def _locate(self, tensor: Tensor) -> int:
         raise NotImplementedError
 
+    def check(self, tensor: Tensor) -> None:
+        """What :meth:`address` looks at each time, without the address.
+
+        Raises:
+            MappingError: the file changed since it was mapped.
+        """
+        self._mappings[tensor.info.path].check()
+
     def close(self) -> None:
         """Give up everything; the device must be done with it."""
         for mapping in self._mappings.values():
@@ -126,6 +134,9 @@ class DeviceCopies(Weights):
             if tensor.name not in self._copies:
                 self._copies[tensor.name] = self._copy(tensor)
             return self._copies[tensor.name]
+
+    def check(self, tensor: Tensor) -> None:
+        """Nothing: the copy is used, not the file."""
 
     def _copy(self, tensor: Tensor) -> int:
         mapping = self._mappings[tensor.info.path]

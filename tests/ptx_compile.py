@@ -125,11 +125,12 @@ def of_product(
     k: int = 4096,
     alignment: int = 16,
     fusible: bool = True,
+    mapped: bool = False,
 ) -> Spec:
     """The kernel of a product on a machine."""
-    schedule = Schedule.of(FORMATS[name], m, whole_blocks(name, k), n, int8, alignment, fusible, machine)
-    chosen = (schedule.tiling, schedule.activations, schedule.x_nbytes > 0, schedule.fused, schedule.bulk)
-    return Spec("matvec_kernel", (name, *chosen))
+    schedule = Schedule.of(FORMATS[name], m, whole_blocks(name, k), n, int8, alignment, fusible, mapped, machine)
+    of_activations = (schedule.activations, schedule.x_nbytes > 0, schedule.fused)
+    return Spec("matvec_kernel", (name, schedule.tiling, *of_activations, schedule.first_stages, schedule.bulk))
 
 
 def of_dequantization(name: str, machine: Machine, alignment: int = 16) -> Spec:
@@ -152,6 +153,7 @@ def products_of(name: str, machine: Machine) -> Iterator[Spec]:
         yield of_product(name, machine, 8, int8=best, m=262144, k=640)  # several tiles a block
         yield of_product(name, machine, 1, int8=best, m=262144, k=640)
         yield of_product(name, machine, 1, int8=best, fusible=False)
+        yield of_product(name, machine, 1, int8=best, mapped=True)
 
 
 def kernels_of(name: str) -> Group:

@@ -28,6 +28,7 @@ FORMAT = Format(
     load=load,
     unpack=unpack,
     position=position,
-    alignment=2,
+    alignment=16,
     plain=True,
+    short=True,
 )

@@ -28,6 +28,6 @@ FORMAT = Format(
     load=load,
     unpack=unpack,
     position=position,
-    alignment=4,
+    alignment=16,
     plain=True,
 )

@@ -41,6 +41,8 @@ class Format:
     """What the offsets of wider loads divide by, in a tensor that is aligned to 16 bytes: an ``n``-byte load of
     ``load`` is at a multiple of ``min(n, alignment)``."""
     plain: bool = False
+    short: bool = False
+    """Of a plain format: whether its numbers have at most 11 significant bits, which tensor cores multiply exactly."""
 
     def __post_init__(self) -> None:
         if 16 * self.lanes * self.runs != self.block_weights:
@@ -61,6 +63,7 @@ class Format:
             "PLAIN": self.plain,
             "RUNS": self.runs,
             "RUN_STEP": self.run_step,
+            "SHORT": self.short,
             "load": self.load,
             "position": self.position,
             "unpack": self.unpack,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 from contextlib import nullcontext
@@ -310,3 +311,125 @@ def test_a_replay_repeats_the_product(engine: qmm.Engine, rng: np.random.Generat
     times = gpu.time(work, gpu.stream, repeats=3)
     assert len(times) == 3
     assert all(0 < time < 1 for time in times)  # milliseconds: two launches of a few microseconds each
+
+
+def test_out_may_lie_in_x_where_blocks_quantize_for_themselves(path: Path, library, rng: np.random.Generator) -> None:
+    # One contiguous row: results go straight into the activations that other blocks may not have read yet.
+    m, k = 2048, 4096
+    file = path.with_name("in place.gguf")
+    write_gguf(file, {"weight": ("Q8_0", (m, k), random_blocks("Q8_0", (m, k), rng))})
+    values = rng.standard_normal((1, k)).astype(np.float32)
+    with qmm.open(file) as model, qmm.Engine(model, "cuda", "device") as engine:
+        expected = library.bring(engine.matmul("weight", library.make(values)))
+        for _ in range(20):
+            x = library.make(values)
+            engine.matmul("weight", x, out=x[:, :m])
+            np.testing.assert_array_equal(library.bring(x)[:, :m], expected)
+    file.unlink()
+
+
+def test_calls_with_other_arrays_of_the_same_kind(engine: qmm.Engine, library, rng: np.random.Generator) -> None:
+    # The second call is not checked again: it must still use its own arrays.
+    for n in (1, 3):
+        values = [rng.standard_normal((n, 768)).astype(np.float32) for _ in range(3)]
+        arrays = [library.make(value) for value in values]
+        outputs = [library.make(np.full((n, 5), np.nan, np.float32)) for _ in values]
+        for x, out in zip(arrays, outputs, strict=True):
+            engine.matmul("q4_k", x, out=out)
+        for value, out in zip(values, outputs, strict=True):
+            assert close_to(library.bring(out), value, weights_of(engine, "q4_k"))
+    with pytest.raises(qmm.ArrayError, match="768"):
+        engine.matmul("q4_k", library.make(np.zeros((1, 767), np.float32)))
+    with pytest.raises(qmm.ArrayError, match="no activations"):
+        engine.matmul("q4_k", arrays[0], activations="int4")
+
+
+class TestPlan:
+    def test_gives_what_matmul_gives(self, engine: qmm.Engine, library, rng: np.random.Generator) -> None:
+        steps = []
+        for n in (1, 2, 5, 8, 19):
+            for name in ("q8_0", "q4_k", "f16"):
+                x = library.make(rng.standard_normal((n, engine.model[name].k)).astype(np.float32))
+                steps.append((name, x, library.make(np.full((n, 5), np.nan, np.float32))))
+        with engine.plan(steps) as plan:
+            assert len(plan) == len(steps)
+            assert np.isnan(library.bring(steps[0][2])).all()  # nothing is computed yet
+            for _ in range(3):
+                plan()
+        for name, x, y in steps:
+            np.testing.assert_array_equal(library.bring(y), library.bring(engine.matmul(name, x)))
+
+    def test_arrays_are_used_in_place(self, engine: qmm.Engine, rng: np.random.Generator) -> None:
+        x = cuda.to_device(np.zeros((1, 768), np.float32))
+        y = cuda.device_array((1, 5), np.float32)
+        plan = engine.plan([("q6_k", x, y)])
+        for _ in range(3):
+            values = rng.standard_normal((1, 768)).astype(np.float32)
+            x.copy_to_device(values)
+            plan()
+            assert close_to(y.copy_to_host(), values, weights_of(engine, "q6_k"))
+        plan.close()
+
+    def test_a_product_reads_what_one_before_it_wrote(self, path: Path, rng: np.random.Generator) -> None:
+        file = path.with_name("chain.gguf")
+        shapes = {"up": (2048, 640), "down": (640, 2048)}
+        write_gguf(file, {name: ("Q8_0", shape, random_blocks("Q8_0", shape, rng)) for name, shape in shapes.items()})
+        with qmm.open(file) as model, qmm.Engine(model, "cuda", "device") as engine:
+            x = [cuda.to_device(rng.standard_normal((1, 640)).astype(np.float32) * 1e-3)]
+            middle, last = (cuda.device_array((1, m), np.float32) for m in (2048, 640))
+            expected = engine.matmul("down", engine.matmul("up", x[0])).copy_to_host()
+            plan = engine.plan([("up", x[0], middle), ("down", middle, last)] * 8)
+            for _ in range(50):
+                plan()
+            cuda.synchronize()
+            np.testing.assert_array_equal(last.copy_to_host(), expected)
+        file.unlink()
+
+    def test_keeps_alive_what_it_needs(self, engine: qmm.Engine, rng: np.random.Generator) -> None:
+        values = rng.standard_normal((3, 768)).astype(np.float32)
+        y = cuda.device_array((3, 5), np.float32)
+        plan = engine.plan([("q4_k", cuda.to_device(values), y)])
+        gc.collect()
+        others = [cuda.to_device(np.full((3, 768), np.nan, np.float32)) for _ in range(20)]
+        for n in (8, 64, 512):  # the engine's own scratch memory grows, and is not the plan's
+            engine.matmul("q4_k", cuda.to_device(rng.standard_normal((n, 768)).astype(np.float32)), stream=0)
+        plan(stream=0)
+        cuda.synchronize()
+        assert len(others) == 20
+        assert close_to(y.copy_to_host(), values, weights_of(engine, "q4_k"))
+
+    def test_ends_with_its_engine_or_before(self, path: Path) -> None:
+        x, y = cuda.to_device(np.zeros((1, 768), np.float32)), cuda.device_array((1, 5), np.float32)
+        with qmm.open(path) as model, qmm.Engine(model, "cuda") as engine:
+            first, second = (engine.plan([("q4_k", x, y)]) for _ in range(2))
+            second.close()
+            second.close()
+            with pytest.raises(qmm.ClosedError, match="plan"):
+                second()
+            first()
+        assert first.closed
+        with pytest.raises(qmm.ClosedError, match="engine"):
+            first()
+        first.close()
+
+    def test_refuses_what_matmul_would(self, engine: qmm.Engine) -> None:
+        x, y = cuda.to_device(np.zeros((1, 768), np.float32)), cuda.device_array((1, 5), np.float32)
+        with pytest.raises(qmm.ArrayError, match="host memory"):
+            engine.plan([("q4_k", np.zeros((1, 768), np.float32), np.zeros((1, 5), np.float32))])
+        with pytest.raises(qmm.ArrayError, match="shape"):
+            engine.plan([("q4_k", x, y[:, :4])])
+        with pytest.raises(qmm.TensorNotFoundError):
+            engine.plan([("q4_K", x, y)])
+        with pytest.raises(qmm.ArrayError, match="at least"):
+            engine.plan([])
+
+    def test_a_file_that_changed_is_not_read(self, path: Path, tmp_path: Path) -> None:
+        file = tmp_path / "changing.gguf"
+        file.write_bytes(path.read_bytes())
+        x, y = cuda.to_device(np.zeros((1, 768), np.float32)), cuda.device_array((1, 5), np.float32)
+        with qmm.open(file) as model, qmm.Engine(model, "cuda", "mapped") as engine:
+            plan = engine.plan([("q4_k", x, y)])
+            plan()
+            file.touch()
+            with pytest.raises(qmm.MappingError, match="changed"):
+                plan()

@@ -11,7 +11,7 @@ from qmm.arrays import View
 from qmm.gpu import GPU
 from qmm.kernels import launch
 from qmm.kernels.formats import FORMATS, Format
-from qmm.kernels.matvec import WARPS
+from qmm.kernels.staging import WARPS
 
 # NMSE of one product, against float64: see kernels/activations.py. An int8 block loses at most 4.96e-4 of its energy;
 # float16 at most 2**-22 = 2.4e-7 (the square of half a unit in the last place, 2**-11).
@@ -182,8 +182,9 @@ def test_int8_activations_are_what_the_formula_says(gpu: GPU, rng: np.random.Gen
         identity["qs"][i, i // 32, i % 32] = 1
     x = rng.standard_normal((3, k)).astype(np.float32)
     blocks = x.reshape(3, -1, 32)
-    d = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
-    expected = (np.rint(blocks * (np.float32(1) / d)) * d).reshape(3, k)
+    d = np.abs(blocks).max(-1, keepdims=True) * np.float32(1 / 127)
+    q = np.rint(blocks.astype(np.float64) * (np.float32(1) / d))  # the product is not rounded before it is
+    expected = (q.astype(np.float32) * d).reshape(3, k)
     with Area(gpu, identity) as address:
         y = gpu.matmul_host(FORMATS["Q8_0"], address, k, k, x, True, gpu.stream)
     np.testing.assert_array_equal(y, expected)

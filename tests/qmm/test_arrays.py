@@ -177,3 +177,18 @@ def test_a_class_that_only_looks_like_a_tensor_is_refused() -> None:
 
     with pytest.raises(ArrayError, match="no array that qmm knows"):
         kind_of(Tensor())
+
+
+@pytest.mark.parametrize(
+    ("index", "reach"),
+    [
+        (np.s_[:], (0, 96)),
+        (np.s_[1:, ::2], (0, 60)),
+        (np.s_[::-1], (-64, 32)),
+        (np.s_[:, ::-1], (-28, 68)),
+        (np.s_[:0], (0, 0)),
+    ],
+)
+def test_reach_is_from_the_lowest_byte_to_the_highest(index: Any, reach: tuple[int, int]) -> None:
+    array = np.zeros((3, 8), np.float32)[index]
+    assert kind_of(array).view(array).reach == reach

@@ -375,6 +375,11 @@ def test_a_forked_child_multiplies_too(engine: qmm.Engine, rng: np.random.Genera
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_a_plan_is_for_the_gpu(engine: qmm.Engine) -> None:
+    with pytest.raises(DeviceError, match="CUDA graph"):
+        engine.plan([("first", np.zeros((1, 96), np.float32), np.zeros((1, 5), np.float32))])
+
+
 def test_every_refusal_is_a_qmm_error() -> None:
     for error in (ArrayError, ClosedError, DeviceError, MappingError, TensorNotFoundError, UnsupportedTypeError):
         assert issubclass(error, QmmError)
