@@ -95,6 +95,11 @@ class Activations:
         """Bytes of the values of a run, all columns."""
         return self.columns * (16 if self.int8 else 32)
 
+    def run_step(self, block_format: Format) -> int:
+        """The format's, unless lanes that read zeros instead of activations would reach past the zeros with it."""
+        reach = 4 * block_format.run_step * (block_format.runs - 1) * self.run_nbytes
+        return block_format.run_step if 64 + reach + 2 * self.run_nbytes <= ZERO_NBYTES else 0
+
     def nbytes(self, scale_blocks: int) -> int:
         """All of it, for rows of so many scale blocks."""
         return scale_blocks * (2 * self.run_nbytes + 4 * self.columns * (3 if self.sums else 1))
@@ -138,7 +143,7 @@ class Tiling:
     ) -> Tiling:
         """The tiling of a format whose tensor starts at a multiple of ``alignment`` bytes, in a ring of that size."""
         k_warps = warps // row_warps
-        units = max(units, -(-block_format.lanes // (4 * k_warps)))
+        units = max(units, -(-block_format.lanes // k_warps))  # a chunk is whole quads of blocks
         chunk_blocks = 4 * k_warps * units // block_format.lanes
         alignment = min(alignment, block_format.alignment)
         pitch = _pitch(block_format, chunk_blocks * block_format.block_nbytes, line, alignment)
@@ -150,10 +155,11 @@ class Tiling:
     def of_dequantization(cls, block_format: Format, alignment: int, machine: Machine) -> Tiling:
         """The tiling of the dequantization: of as many warps as leave room for two stages."""
         warps = WARPS
-        while warps > 1 and cls.of(block_format, alignment, 0, warps).shared_nbytes(0) > machine.shared_nbytes:
+        least = cls.of(block_format, alignment, 0)
+        while warps > 4 and least.shared_nbytes(0) > machine.shared_nbytes:
             warps //= 2
-        ring = cls.of(block_format, alignment, 0, warps).ring_within(machine.shared_nbytes, 0)
-        return cls.of(block_format, alignment, ring, warps)
+            least = cls.of(block_format, alignment, 0, warps=warps)
+        return cls.of(block_format, alignment, least.ring_within(machine.shared_nbytes, 0), warps=warps)
 
     def ring_within(self, shared_nbytes: int, columns: int) -> int:
         """What there is for the ring where a block has so much shared memory."""
@@ -207,7 +213,6 @@ class Tiling:
             "SCALE_BLOCKS": max(1, block_format.block_weights // BLOCK),
             "STAGES": self.stages,
             "STAGE_NBYTES": self.stage_nbytes,
-            "THREADS": self.threads,
             "TILE_ROWS": 8 * self.lane_rows,
             "UNITS": self.units,
             "WARPS": self.warps,
@@ -349,6 +354,7 @@ def _row_warps(block_format: Format, m: int, k: int, warps: int, tile_rows: int,
     return row_warps
 
 
+@functools.lru_cache(maxsize=4096)
 def _pitch(block_format: Format, chunk_nbytes: int, line: int, alignment: int) -> int:
     """Bytes from one row of a stage to the next, whole lines, chosen so that lanes meet in few memory banks."""
     least = -(-(line - 1 + chunk_nbytes) // line) * line
