@@ -27,6 +27,7 @@ __all__ = [
     "dequantize_kernel",
     "matvec_kernel",
     "quantize_kernel",
+    "read_kernel",
 ]
 
 LOADS = {"float32": "load_float", "float16": "load_half", "bfloat16": "load_bfloat"}

@@ -145,6 +145,20 @@ class Tiling:
         stages = max(2, min(8, ring_nbytes // (8 * lane_rows * row_warps * pitch)))
         return cls(warps, lane_rows, row_warps, units, chunk_blocks, line, pitch, stages, alignment)
 
+    @classmethod
+    @functools.lru_cache(maxsize=4096)
+    def of_dequantization(cls, block_format: Format, alignment: int, machine: Machine) -> Tiling:
+        """The tiling of the dequantization: of as many warps as leave room for two stages."""
+        warps = WARPS
+        while warps > 1 and cls.of(block_format, alignment, 0, warps).shared_nbytes(0) > machine.shared_nbytes:
+            warps //= 2
+        ring = cls.of(block_format, alignment, 0, warps).ring_within(machine.shared_nbytes, 0)
+        return cls.of(block_format, alignment, ring, warps)
+
+    def ring_within(self, shared_nbytes: int, columns: int) -> int:
+        """What there is for the ring where a block has so much shared memory."""
+        return min(RING_NBYTES, shared_nbytes - self.shared_nbytes(columns) + self.stages * self.stage_nbytes)
+
     @property
     def k_warps(self) -> int:
         """Warps that share a tile."""
@@ -279,6 +293,9 @@ class Schedule:
         ):  # the activations stay in global memory, whose addresses take more registers
             x_nbytes = 0
             made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine)
+            while made.shared_nbytes(columns) > machine.shared_nbytes and warps > 1:  # F32 where a block has 99 KiB
+                warps //= 2
+                made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine)
         short = m <= 2 * made.rows * machine.multiprocessors
         fused = fusible and int8 and x_nbytes > 0 and columns * k <= FUSED_VALUES and (columns <= 2 or short)
         first_stages = min(2, made.stages) if fused or short else made.stages
@@ -316,7 +333,7 @@ def _tiling(
         Tiling.of, block_format, alignment, line=line, warps=warps, lane_rows=lane_rows, row_warps=row_warps
     )
     least = cut(0)
-    ring = min(RING_NBYTES, shared_nbytes - least.shared_nbytes(columns) + least.stages * least.stage_nbytes)
+    ring = least.ring_within(shared_nbytes, columns)
     twice = cut(ring, units=2 * least.units)
     limit = ring // 2 if mapped else NARROW_NBYTES if columns > 2 else WIDE_NBYTES
     small = twice.stage_nbytes <= min(limit, ring // 2)

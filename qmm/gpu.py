@@ -22,7 +22,6 @@ from qmm.kernels.formats import Format
 from qmm.kernels.staging import (
     BLOCK,
     COLUMN_TILES,
-    RING_NBYTES,
     WARPS,
     ZERO_NBYTES,
     Machine,
@@ -377,8 +376,7 @@ class GPU:
         if m == 0 or k == 0:
             return
         row_nbytes = block_format.row_nbytes(k)
-        ring_nbytes = min(RING_NBYTES, self.machine.shared_nbytes - (16 << 10))
-        tiling = Tiling.of(block_format, launch.alignment_of(weights | row_nbytes), ring_nbytes)
+        tiling = Tiling.of_dequantization(block_format, launch.alignment_of(weights | row_nbytes), self.machine)
         kernel = launch.dequantize_kernel(block_format, tiling, self.machine.bulk)
         blocks = block_format.blocks(k)
         with self._lock, self.ready(f"dequantizing {m} x {k} {block_format.name}"):

@@ -23,4 +23,8 @@ def compiled(workers: ProcessPoolExecutor, request: pytest.FixtureRequest) -> di
     groups = dict.fromkeys(
         callspec.params["group"] for callspec in callspecs if callspec and "group" in callspec.params
     )
-    return {spec: workers.submit(compile_spec, spec) for group in groups for spec in GROUPS.get(group, ())}
+    return {
+        spec: workers.submit(compile_spec, spec, targets)
+        for group in groups
+        for spec, targets in GROUPS.get(group, {}).items()
+    }
