@@ -36,15 +36,11 @@ def scales_and_minima(lane, header):
     Scales 0-3 are the low six bits of bytes 0-3, minima 0-3 those of bytes 4-7. Bytes 8-11 hold the low four bits of
     scales 4-7 (low nibble) and minima 4-7 (high nibble), whose upper two bits are the top bits of bytes 0-3 and 4-7.
     """
-    low = word(header, 1)
-    middle = word(header, 2)
-    last = word(header, 3)
-    if lane < 4:
-        scales = low & 0x3F3F3F3F
-        minima = middle & 0x3F3F3F3F
-    else:
-        scales = (last & 0x0F0F0F0F) | ((low >> 2) & 0x30303030)
-        minima = ((last >> 4) & 0x0F0F0F0F) | ((middle >> 2) & 0x30303030)
+    late = lane >> 2  # 1 for scales and minima 4-7
+    nibbles = late * 0x0F0F0F0F
+    rest = 0x3F3F3F3F - nibbles
+    scales = (word(header, 3) & nibbles) | ((word(header, 1) >> (2 * late)) & rest)
+    minima = ((word(header, 3) >> 4) & nibbles) | ((word(header, 2) >> (2 * late)) & rest)
     shift = 8 * (lane & 2)
     return scales >> shift, minima >> shift
 
