@@ -51,25 +51,29 @@ def signature(arguments: int) -> Any:
     return types.void(*[types.int64] * arguments)
 
 
-def assembly_of(function: Callable[..., Any], arguments: int, threads: int, capability: tuple[int, int]) -> str:
+def assembly_of(
+    function: Callable[..., Any], arguments: int, threads: int, alone: bool, capability: tuple[int, int]
+) -> str:
     """The kernel's PTX for a compute capability. On a machine without a GPU, numba.cuda must be told of one."""
     text, _ = cuda.compile(function, signature(arguments), cc=capability, device=False, abi="numba", output="ptx")
-    return bounded(str(text), threads)
+    return bounded(str(text), threads, alone)
 
 
-def bounded(text: str, threads: int) -> str:
+def bounded(text: str, threads: int, alone: bool) -> str:
     """A kernel's PTX that says how many threads a block has: without it a kernel may take more registers than there
-    are for them. ``cuda.compile`` has no option for it."""
+    are for them. With ``alone`` it may take all, though no second block then has room on the multiprocessor.
+    ``cuda.compile`` has no option for either."""
     head, found, body = text.partition("{")
     assert found and ".entry" in head, "no entry point before the first brace of the PTX"
-    return f"{head}.maxntid {threads}, 1, 1\n{{{body}"
+    least = ".minnctapersm 1\n" if alone else ""
+    return f"{head}.maxntid {threads}, 1, 1\n{least}{{{body}"
 
 
 def compiled(
-    function: Callable[..., Any], arguments: int, threads: int, capability: tuple[int, int]
+    function: Callable[..., Any], arguments: int, threads: int, alone: bool, capability: tuple[int, int]
 ) -> tuple[str, bytes]:
     """The name of the kernel's entry point, and machine code for a compute capability."""
-    text = assembly_of(function, arguments, threads, capability)
+    text = assembly_of(function, arguments, threads, alone, capability)
     entry = _ENTRY.search(text)
     assert entry, f"{function.__name__}: no entry point in its PTX"
     return entry[1], link(text, capability)

@@ -300,9 +300,6 @@ class Schedule:
             made = _tiling(block_format, m, k, alignment, columns, room, warps, rows, most, mapped, machine)
             if made.shared_nbytes(columns) <= room and made.stages >= (2 if mapped else 3):
                 break
-        while made.shared_nbytes(columns) > machine.shared_nbytes and warps > 4:
-            warps //= 2
-            made = _tiling(block_format, m, k, alignment, columns, room, warps, 2, 1, mapped, machine)
         x_nbytes = beside
         short = m <= 2 * made.rows * machine.multiprocessors
         fused = fusible and int8 and x_nbytes > 0 and columns * k <= FUSED_VALUES and (columns <= 2 or short)

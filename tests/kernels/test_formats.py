@@ -121,6 +121,54 @@ def test_runs_are_signed_bytes_and_minima_only_where_promised(block_format: Form
 
 
 @each_format
+def test_the_tensor_cores_of_matvec_are_exact(block_format: Format, rng: np.random.Generator) -> None:
+    bias = 12582912.0  # what dot_pair adds, and matvec takes away as scale * bias
+    data = rng.bytes(100 * block_format.block_nbytes)
+    for start in range(0, len(data), block_format.block_nbytes):
+        block = data[start : start + block_format.block_nbytes]
+        for lane in range(block_format.lanes):
+            with np.errstate(all="ignore"):
+                runs = block_format.unpack(lane, *block_format.load(block, lane))
+            for q, scale, _ in runs:
+                if block_format.short:
+                    mantissas, _ = np.frexp(q[np.isfinite(q)])
+                    assert (np.float64(mantissas) * 2**11 % 1 == 0).all()
+                elif not block_format.plain and np.isfinite(scale):
+                    assert float(np.float32(scale) * np.float32(bias)) == float(scale) * bias
+
+
+def spaced(*places: tuple[int, ...]) -> Format:
+    """A format whose lanes take the runs at these places."""
+    fields = {**vars(FORMATS["Q8_0"]), "lanes": len(places), "runs": len(places[0])}
+    weights = 16 * len(places) * len(places[0])
+    return Format(**{**fields, "block_weights": weights, "position": lambda lane, i: places[lane][i]})
+
+
+@pytest.mark.parametrize(
+    ("places", "step"),
+    [
+        ([(0, 2), (1, 3)], 2),
+        ([(0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15)], 4),
+        ([(0, 1), (2, 3)], 0),  # both halves of a scale block
+        ([(0, 2, 4, 6), (1, 3, 7, 5)], 0),  # not the same throughout
+        ([(0, 2), (1, 3), (4, 7), (5, 6)], 0),
+        ([(0,), (1,)], 0),
+    ],
+)
+def test_a_run_step_is_one_even_number_for_the_whole_block(places: list[tuple[int, ...]], step: int) -> None:
+    assert spaced(*places).run_step == step
+
+
+@each_format
+def test_runs_are_where_the_run_step_says(block_format: Format) -> None:
+    step = block_format.run_step
+    assert step % 2 == 0
+    for lane in range(block_format.lanes if step else 0):
+        first, *others = (block_format.position(lane, i) for i in range(block_format.runs))
+        assert others == [first + step * i for i in range(1, block_format.runs)]
+
+
+@each_format
 def test_rows_are_whole_blocks_or_plain(block_format: Format) -> None:
     weights, nbytes = gguf.constants.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[block_format.name]]
     assert block_format.row_nbytes(3 * weights) == 3 * nbytes

@@ -116,6 +116,25 @@ def test_other_loops_stay_loops() -> None:
     assert written([9, 8, 7], 3) == counted([9, 8, 7], 3) == 4
 
 
+def clipped(x):
+    total = 0
+    for i in unroll(6 // min(COUNT, 3)):  # noqa: F821
+        for j in unroll(range(0, max(COUNT, 2), min(COUNT, 2))):  # noqa: F821
+            total = total * 10 + i + j * x
+    return total
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_count_may_be_the_smaller_or_larger_of_two(count: int) -> None:
+    total = 0
+    for i in range(6 // min(count, 3)):
+        for j in range(0, max(count, 2), min(count, 2)):
+            total = total * 10 + i + j * 7
+    written = flat(clipped, COUNT=count)
+    assert "for" not in body(written)
+    assert written(7) == total
+
+
 def unknown_count(n):
     for i in unroll(n):
         n += i
