@@ -58,11 +58,12 @@ def assembly_of(function: Callable[..., Any], arguments: int, threads: int, capa
 
 
 def bounded(text: str, threads: int) -> str:
-    """A kernel's PTX that says how many threads a block has: without it a kernel may take more registers than there
-    are for them. ``cuda.compile`` has no option for it."""
+    """A kernel's PTX that says how many threads a block has, and that one block on a multiprocessor is enough: without
+    the first it may take more registers than there are, without the second ptxas spills to make room for another.
+    ``cuda.compile`` has no option for either."""
     head, found, body = text.partition("{")
     assert found and ".entry" in head, "no entry point before the first brace of the PTX"
-    return f"{head}.maxntid {threads}, 1, 1\n{{{body}"
+    return f"{head}.maxntid {threads}, 1, 1\n.minnctapersm 1\n{{{body}"
 
 
 def compiled(

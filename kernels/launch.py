@@ -263,6 +263,7 @@ def matvec_kernel(
         "PROGRAMMATIC": bulk,
         "ROUNDS": max(1, 8 // activations.columns),
         "RUN_NBYTES": activations.run_nbytes,
+        "RUN_STEP": activations.run_step(block_format),
         "SCALE_ARRAYS": 3 if activations.sums else 1,
         "X_SHARED": x_shared,
         "loads_are_under_way": ("barrier_arrive", 1, 32 * (tiling.warps + PRODUCERS)),

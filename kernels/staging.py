@@ -95,6 +95,11 @@ class Activations:
         """Bytes of the values of a run, all columns."""
         return self.columns * (16 if self.int8 else 32)
 
+    def run_step(self, block_format: Format) -> int:
+        """The format's, unless lanes that read zeros instead of activations would reach past the zeros with it."""
+        reach = 4 * block_format.run_step * (block_format.runs - 1) * self.run_nbytes
+        return block_format.run_step if 64 + reach + 2 * self.run_nbytes <= ZERO_NBYTES else 0
+
     def nbytes(self, scale_blocks: int) -> int:
         """All of it, for rows of so many scale blocks."""
         return scale_blocks * (2 * self.run_nbytes + 4 * self.columns * (3 if self.sums else 1))
@@ -138,7 +143,7 @@ class Tiling:
     ) -> Tiling:
         """The tiling of a format whose tensor starts at a multiple of ``alignment`` bytes, in a ring of that size."""
         k_warps = warps // row_warps
-        units = max(units, -(-block_format.lanes // (4 * k_warps)))
+        units = max(units, -(-block_format.lanes // k_warps))  # a chunk is whole quads of blocks
         chunk_blocks = 4 * k_warps * units // block_format.lanes
         alignment = min(alignment, block_format.alignment)
         pitch = _pitch(block_format, chunk_blocks * block_format.block_nbytes, line, alignment)
@@ -150,10 +155,11 @@ class Tiling:
     def of_dequantization(cls, block_format: Format, alignment: int, machine: Machine) -> Tiling:
         """The tiling of the dequantization: of as many warps as leave room for two stages."""
         warps = WARPS
-        while warps > 1 and cls.of(block_format, alignment, 0, warps).shared_nbytes(0) > machine.shared_nbytes:
+        least = cls.of(block_format, alignment, 0)
+        while warps > 4 and least.shared_nbytes(0) > machine.shared_nbytes:
             warps //= 2
-        ring = cls.of(block_format, alignment, 0, warps).ring_within(machine.shared_nbytes, 0)
-        return cls.of(block_format, alignment, ring, warps)
+            least = cls.of(block_format, alignment, 0, warps=warps)
+        return cls.of(block_format, alignment, least.ring_within(machine.shared_nbytes, 0), warps=warps)
 
     def ring_within(self, shared_nbytes: int, columns: int) -> int:
         """What there is for the ring where a block has so much shared memory."""
@@ -207,7 +213,6 @@ class Tiling:
             "SCALE_BLOCKS": max(1, block_format.block_weights // BLOCK),
             "STAGES": self.stages,
             "STAGE_NBYTES": self.stage_nbytes,
-            "THREADS": self.threads,
             "TILE_ROWS": 8 * self.lane_rows,
             "UNITS": self.units,
             "WARPS": self.warps,
@@ -283,19 +288,23 @@ class Schedule:
         columns = next(tile for tile in COLUMN_TILES if tile >= n)
         activations = Activations(columns, int8, sums=int8 and block_format.has_minimum)
         x_nbytes = activations.nbytes(scale_blocks_of(block_format, k))
-        warps = 16 if columns <= 2 and (int8 or block_format.plain) else 8
+        roomy = machine.shared_nbytes > RING_NBYTES
+        warps = 16 if columns <= 2 and (int8 or block_format.plain) and roomy else 8
         lane_rows = 4 if columns > 2 and int8 and _fills(m, 32, machine) and _frugal(block_format) else 2
         ring = machine.shared_nbytes - x_nbytes
         made = _tiling(block_format, m, k, alignment, columns, ring, warps, lane_rows, mapped, machine)
         fits = made.shared_nbytes(columns) + x_nbytes <= machine.shared_nbytes
-        if not fits or made.stages < (
-            2 if mapped else 3
-        ):  # the activations stay in global memory, whose addresses take more registers
+        if not fits or made.stages < (2 if mapped else 3):
+            # The activations stay in global memory, whose addresses take more registers: where 8 warps would have too
+            # few, there are 4.
             x_nbytes = 0
-            made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine)
-            while made.shared_nbytes(columns) > machine.shared_nbytes and warps > 1:  # F32 where a block has 99 KiB
+            warps = 4 if columns > 2 and not (int8 and roomy) and not block_format.short else warps
+            made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine, 1)
+            while made.shared_nbytes(columns) > machine.shared_nbytes and warps > 4:  # F32 where a block has 99 KiB
                 warps //= 2
-                made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine)
+                made = _tiling(
+                    block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine, 1
+                )
         short = m <= 2 * made.rows * machine.multiprocessors
         fused = fusible and int8 and x_nbytes > 0 and columns * k <= FUSED_VALUES and (columns <= 2 or short)
         first_stages = min(2, made.stages) if fused or short else made.stages
@@ -324,6 +333,7 @@ def _tiling(
     lane_rows: int,
     mapped: bool,
     machine: Machine,
+    most: int = 2,
 ) -> Tiling:
     """The tiling with as many stages as there is room for, and two units a warp where they are small; from host memory,
     where only the link counts, whole rows if they fit."""
@@ -334,7 +344,7 @@ def _tiling(
     )
     least = cut(0)
     ring = least.ring_within(shared_nbytes, columns)
-    twice = cut(ring, units=2 * least.units)
+    twice = cut(ring, units=most * least.units)
     limit = ring // 2 if mapped else NARROW_NBYTES if columns > 2 else WIDE_NBYTES
     small = twice.stage_nbytes <= min(limit, ring // 2)
     return twice if small and twice.chunk_blocks <= block_format.blocks(k) else cut(max(0, ring))
