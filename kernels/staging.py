@@ -290,9 +290,12 @@ class Schedule:
         x_nbytes = activations.nbytes(scale_blocks_of(block_format, k))
         roomy = machine.shared_nbytes > RING_NBYTES
         warps = 16 if columns <= 2 and (int8 or block_format.plain) and roomy else 8
+        crowded = block_format.runs > 2 and columns == COLUMN_TILES[-1]  # Q2_K and Q3_K: ptxas spills
         lane_rows = 4 if columns > 2 and int8 and _fills(m, 32, machine) and _frugal(block_format) else 2
+        lane_rows = 2 if crowded else lane_rows
         ring = machine.shared_nbytes - x_nbytes
-        made = _tiling(block_format, m, k, alignment, columns, ring, warps, lane_rows, mapped, machine)
+        most = 1 if crowded else 2
+        made = _tiling(block_format, m, k, alignment, columns, ring, warps, lane_rows, mapped, machine, most)
         fits = made.shared_nbytes(columns) + x_nbytes <= machine.shared_nbytes
         if not fits or made.stages < (2 if mapped else 3):
             # The activations stay in global memory, whose addresses take more registers: where 8 warps would have too
