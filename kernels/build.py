@@ -51,29 +51,26 @@ def signature(arguments: int) -> Any:
     return types.void(*[types.int64] * arguments)
 
 
-def assembly_of(
-    function: Callable[..., Any], arguments: int, threads: int, alone: bool, capability: tuple[int, int]
-) -> str:
+def assembly_of(function: Callable[..., Any], arguments: int, threads: int, capability: tuple[int, int]) -> str:
     """The kernel's PTX for a compute capability. On a machine without a GPU, numba.cuda must be told of one."""
     text, _ = cuda.compile(function, signature(arguments), cc=capability, device=False, abi="numba", output="ptx")
-    return bounded(str(text), threads, alone)
+    return bounded(str(text), threads)
 
 
-def bounded(text: str, threads: int, alone: bool) -> str:
-    """A kernel's PTX that says how many threads a block has: without it a kernel may take more registers than there
-    are for them. With ``alone`` it may take all, though no second block then has room on the multiprocessor.
+def bounded(text: str, threads: int) -> str:
+    """A kernel's PTX that says how many threads a block has, and that one block on a multiprocessor is enough: without
+    the first it may take more registers than there are, without the second ptxas spills to make room for another.
     ``cuda.compile`` has no option for either."""
     head, found, body = text.partition("{")
     assert found and ".entry" in head, "no entry point before the first brace of the PTX"
-    least = ".minnctapersm 1\n" if alone else ""
-    return f"{head}.maxntid {threads}, 1, 1\n{least}{{{body}"
+    return f"{head}.maxntid {threads}, 1, 1\n.minnctapersm 1\n{{{body}"
 
 
 def compiled(
-    function: Callable[..., Any], arguments: int, threads: int, alone: bool, capability: tuple[int, int]
+    function: Callable[..., Any], arguments: int, threads: int, capability: tuple[int, int]
 ) -> tuple[str, bytes]:
     """The name of the kernel's entry point, and machine code for a compute capability."""
-    text = assembly_of(function, arguments, threads, alone, capability)
+    text = assembly_of(function, arguments, threads, capability)
     entry = _ENTRY.search(text)
     assert entry, f"{function.__name__}: no entry point in its PTX"
     return entry[1], link(text, capability)

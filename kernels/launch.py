@@ -50,7 +50,6 @@ class CUDAKernel:
         key: Mapping[str, Any],
         threads: int = THREADS,
         shared: bool = False,
-        alone: bool = False,
     ) -> None:
         """Describe a kernel; nothing is built yet.
 
@@ -61,13 +60,11 @@ class CUDAKernel:
             key: everything that tells the function from others, apart from the source of this package.
             threads: of a block.
             shared: whether launches ask for shared memory, as much as the device has for a block if need be.
-            alone: whether a block may take all registers of its multiprocessor.
         """
         self.name = name
         self.key = key
         self.arguments = arguments
         self.shared = shared
-        self.alone = alone
         self.threads = threads
         self._build = build
         self._argument_types = (ctypes.c_int64,) * arguments
@@ -90,7 +87,7 @@ class CUDAKernel:
         """The kernel for a compute capability. On a machine without a GPU, numba.cuda must be told of one."""
         from qmm.kernels import build
 
-        return build.assembly_of(self.function, self.arguments, self.threads, self.alone, capability)
+        return build.assembly_of(self.function, self.arguments, self.threads, capability)
 
     def launch(self, device: int, blocks: int, stream: int, *arguments: int, shared_nbytes: int = 0) -> None:
         """Put a launch of ``blocks`` blocks on a stream (its handle; 0 is the default stream) of the current device.
@@ -123,7 +120,7 @@ class CUDAKernel:
                 return self._function_of(found, device)
         from qmm.kernels import build
 
-        code = Code(*build.compiled(self.function, self.arguments, self.threads, self.alone, capability))
+        code = Code(*build.compiled(self.function, self.arguments, self.threads, capability))
         function = self._function_of(code, device)
         cached.put(code)
         return function
@@ -227,7 +224,6 @@ def _described(
     alignment: int = 16,
     threads: int = THREADS,
     shared: bool = False,
-    alone: bool = False,
 ) -> CUDAKernel:
     """A kernel by what :func:`qmm.kernels.build.specialized` takes: the same values build it and are its key."""
 
@@ -242,18 +238,8 @@ def _described(
         "alignment": alignment,
         "arguments": arguments,
         "threads": threads,
-        "alone": alone,
     }
-    return CUDAKernel(name, build, arguments, key, threads, shared, alone)
-
-
-def _ringed(
-    name: str, template: str, arguments: int, constants: Mapping[str, Any], tiling: Tiling, bulk: bool
-) -> CUDAKernel:
-    """A kernel that reads weights. Its ring leaves no room for a second block on a multiprocessor, which ptxas does not
-    know: for sm_86 it kept registers for one and spilled, in 24 kernels of 80. From sm_90 on it spills less if it is
-    not told."""
-    return _described(name, template, arguments, constants, tiling.alignment, tiling.threads, True, alone=not bulk)
+    return CUDAKernel(name, build, arguments, key, threads, shared)
 
 
 @functools.cache
@@ -289,7 +275,7 @@ def matvec_kernel(
     }
     mode = "int8" if activations.int8 else "f16"
     name = f"matvec_{block_format.name}_{activations.columns}_{mode}_{tiling.alignment}"
-    return _ringed(name, "matvec.matvec", 12, constants, tiling, bulk)
+    return _described(name, "matvec.matvec", 12, constants, tiling.alignment, tiling.threads, shared=True)
 
 
 @functools.cache
@@ -297,7 +283,7 @@ def dequantize_kernel(block_format: Format, tiling: Tiling, bulk: bool) -> CUDAK
     """Dequantization to float32."""
     constants = tiling.constants(block_format, bulk)
     name = f"dequantize_{block_format.name}_{tiling.alignment}"
-    return _ringed(name, "dequantize.dequantize", 7, constants, tiling, bulk)
+    return _described(name, "dequantize.dequantize", 7, constants, tiling.alignment, tiling.threads, shared=True)
 
 
 @functools.cache

@@ -264,17 +264,15 @@ class Schedule:
     ) -> Schedule:
         """The schedule for up to eight columns, by what was measured on an H200 (figures: us, 14336x4096).
 
-        * Up to two columns, 16 warps with two rows a lane, if the ring may have its full size; beyond, where the loads
-          of activations are the limit, 8 warps with four rows a lane (n = 8: Q4_K 20.8, else 26.6; Q2_K 19.6, else
-          23.6), if m fills the GPU so.
+        * Up to two columns, 16 warps with two rows a lane; beyond, where the loads of activations are the limit, 8
+          warps with four rows a lane (n = 8: Q4_K 20.8, else 26.6; Q2_K 19.6, else 23.6), if m fills the GPU so.
         * Two units a warp and stage where a stage stays small (n = 1: Q4_K 12.5, else 13.9); one where it would get
           large (Q8_0 18.7, else 19.5) or the row is too short for two (Q2_K 10.5, else 15.0).
         * Up to two columns are quantized by each block for itself, four if it has two tiles at most (n = 4 on an H100:
           Q8_0, 4096x4096, 11.6, else 12.8; but 14336x4096 28.2, else 26.8).
         * Two stages are filled before the activations are asked for; all if another kernel makes these, and the block
           has more tiles (n = 8 on an H100: Q8_0 29.1, else 30.6; but 4096x4096 14.7, else 12.8).
-        * Activations in shared memory if three stages have room beside them, be it of two rows a lane and one unit; for
-          mapped weights two.
+        * Activations in shared memory if three stages have room beside them; for mapped weights two.
 
         Args:
             block_format: of the weight.
@@ -290,17 +288,26 @@ class Schedule:
         columns = next(tile for tile in COLUMN_TILES if tile >= n)
         activations = Activations(columns, int8, sums=int8 and block_format.has_minimum)
         x_nbytes = activations.nbytes(scale_blocks_of(block_format, k))
-        wide = columns <= 2 and (int8 or block_format.plain) and machine.shared_nbytes > RING_NBYTES
-        warps = 16 if wide else 8
+        roomy = machine.shared_nbytes > RING_NBYTES
+        warps = 16 if columns <= 2 and (int8 or block_format.plain) and roomy else 8
+        crowded = block_format.runs > 2 and columns == COLUMN_TILES[-1]  # Q2_K and Q3_K: ptxas spills
         lane_rows = 4 if columns > 2 and int8 and _fills(m, 32, machine) and _frugal(block_format) else 2
-        units = 1 if wide and columns > 1 and not _frugal(block_format) else 2
-        # In global memory activations take longer addresses, and with them more registers: first less is taken at once.
-        for rows, most, beside in ((lane_rows, units, x_nbytes), (2, 1, x_nbytes), (2, 1, 0)):
-            room = machine.shared_nbytes - beside
-            made = _tiling(block_format, m, k, alignment, columns, room, warps, rows, most, mapped, machine)
-            if made.shared_nbytes(columns) <= room and made.stages >= (2 if mapped else 3):
-                break
-        x_nbytes = beside
+        lane_rows = 2 if crowded else lane_rows
+        ring = machine.shared_nbytes - x_nbytes
+        most = 1 if crowded else 2
+        made = _tiling(block_format, m, k, alignment, columns, ring, warps, lane_rows, mapped, machine, most)
+        fits = made.shared_nbytes(columns) + x_nbytes <= machine.shared_nbytes
+        if not fits or made.stages < (2 if mapped else 3):
+            # The activations stay in global memory, whose addresses take more registers: where 8 warps would have too
+            # few, there are 4.
+            x_nbytes = 0
+            warps = 4 if columns > 2 and not (int8 and roomy) and not block_format.short else warps
+            made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine, 1)
+            while made.shared_nbytes(columns) > machine.shared_nbytes and warps > 4:  # F32 where a block has 99 KiB
+                warps //= 2
+                made = _tiling(
+                    block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine, 1
+                )
         short = m <= 2 * made.rows * machine.multiprocessors
         fused = fusible and int8 and x_nbytes > 0 and columns * k <= FUSED_VALUES and (columns <= 2 or short)
         first_stages = min(2, made.stages) if fused or short else made.stages
@@ -327,12 +334,12 @@ def _tiling(
     shared_nbytes: int,
     warps: int,
     lane_rows: int,
-    units: int,
     mapped: bool,
     machine: Machine,
+    most: int = 2,
 ) -> Tiling:
-    """The tiling with as many stages as there is room for, and so many units a warp where stages are small; from host
-    memory, where only the link counts, whole rows if they fit."""
+    """The tiling with as many stages as there is room for, and two units a warp where they are small; from host memory,
+    where only the link counts, whole rows if they fit."""
     row_warps = _row_warps(block_format, m, k, warps, 8 * lane_rows, machine.multiprocessors)
     line = LINE_NBYTES if mapped else SECTOR_NBYTES
     cut = functools.partial(
@@ -340,7 +347,7 @@ def _tiling(
     )
     least = cut(0)
     ring = least.ring_within(shared_nbytes, columns)
-    twice = cut(ring, units=units * least.units)
+    twice = cut(ring, units=most * least.units)
     limit = ring // 2 if mapped else NARROW_NBYTES if columns > 2 else WIDE_NBYTES
     small = twice.stage_nbytes <= min(limit, ring // 2)
     return twice if small and twice.chunk_blocks <= block_format.blocks(k) else cut(max(0, ring))

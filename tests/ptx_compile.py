@@ -213,7 +213,6 @@ def compile_kernel(
     signature: Any,
     name: str,
     threads: int,
-    alone: bool = False,
     targets: Iterable[str] = tuple(TARGETS),
 ) -> Compiled:
     """Compiles a kernel whose blocks have so many threads."""
@@ -228,14 +227,14 @@ def compile_kernel(
         chosen = [target for target in family if target in targets]
         if chosen:
             (text,) = library.get_asm_strs(cc=TARGETS[chosen[0]])
-            ptx[family] = build.bounded(text, threads, alone)
+            ptx[family] = build.bounded(text, threads)
             assembled |= {target: assemble(retarget(ptx[family], target), target) for target in chosen}
     return Compiled(name, ptx, assembled)
 
 
 def compile_spec(spec: Spec, targets: Iterable[str]) -> Compiled:
     kernel = spec.kernel()
-    return compile_kernel(kernel.function, kernel.signature, kernel.name, kernel.threads, kernel.alone, targets)
+    return compile_kernel(kernel.function, kernel.signature, kernel.name, kernel.threads, targets)
 
 
 def ptx_of_target(spec: Spec, target: str) -> str:

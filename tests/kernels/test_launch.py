@@ -198,11 +198,10 @@ TEXT = """.version 8.0
 
 def test_the_threads_of_a_block_are_said_between_a_kernels_head_and_its_body() -> None:
     head, body = TEXT.split("{", 1)
-    assert build.bounded(TEXT, 640, alone=False) == f"{head}.maxntid 640, 1, 1\n{{{body}"
-    assert build.bounded(TEXT, 384, alone=True) == f"{head}.maxntid 384, 1, 1\n.minnctapersm 1\n{{{body}"
+    assert build.bounded(TEXT, 640) == f"{head}.maxntid 640, 1, 1\n.minnctapersm 1\n{{{body}"
 
 
 @pytest.mark.parametrize("text", ["", TEXT.replace(".entry", ".func"), TEXT.partition("{")[0]])
 def test_text_without_a_kernel_is_refused(text: str) -> None:
     with pytest.raises(AssertionError, match="entry point"):
-        build.bounded(text, 640, alone=False)
+        build.bounded(text, 640)
