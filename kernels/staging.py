@@ -54,7 +54,7 @@ LINE_NBYTES = 128
 """The same on the way from host memory: a request asks for what lies in one such line of shared memory, and split ones
 fill the link less (H100, modulo 32: Q4_K 95% of what a plain reading gets, Q6_K 72%)."""
 WIDE_NBYTES = 48 << 10
-"""The largest stage in which a warp takes two units at once, for up to two columns."""
+"""The largest stage in which a warp takes two units at once, for one column."""
 NARROW_NBYTES = 40 << 10
 """The same for more, which take more registers."""
 FUSED_VALUES = 16384
@@ -348,7 +348,7 @@ def _tiling(
     least = cut(0)
     ring = least.ring_within(shared_nbytes, columns)
     twice = cut(ring, units=most * least.units)
-    limit = ring // 2 if mapped else NARROW_NBYTES if columns > 2 else WIDE_NBYTES
+    limit = ring // 2 if mapped else NARROW_NBYTES if columns > 1 else WIDE_NBYTES
     small = twice.stage_nbytes <= min(limit, ring // 2)
     return twice if small and twice.chunk_blocks <= block_format.blocks(k) else cut(max(0, ring))
 
