@@ -26,7 +26,7 @@ from qmm.arrays import View
 from qmm.kernels.formats import FORMATS
 
 if TYPE_CHECKING:
-    from qmm.gpu import GPU
+    from qmm.gpu import GPU, Product
 
 __all__ = ["GRAPH_PRODUCTS", "Pattern", "Placed", "Weight", "in_a_mapped_file", "in_device_memory", "links"]
 
@@ -93,18 +93,19 @@ class Placed:
             gpu.copy(x_address, x.ctypes.data, x.nbytes, gpu.stream)
             x_view = View(x.shape, x.strides, "float32", x_address, gpu.device)
 
-            def product(i: int) -> None:
+            def product(i: int) -> tuple[Product, int, int]:
                 address = self.addresses[i % len(self.addresses)]
                 y_view = View((n, weight.m), (4 * weight.m, 4), "float32", y_address + i * y_nbytes, gpu.device)
                 form = FORMATS[weight.type]
-                gpu.matmul(form, address, weight.m, weight.k, x_view, y_view, not form.plain, gpu.stream)
+                prepared = gpu.prepare(form, address, weight.m, weight.k, x_view, y_view, not form.plain)
+                return prepared, x_address, y_view.address
 
-            def products(start: int) -> None:
-                for i in range(start, min(start + GRAPH_PRODUCTS, self.products)):
-                    product(i)
+            def products(start: int) -> None:  # what a plan captures
+                stop = min(start + GRAPH_PRODUCTS, self.products)
+                gpu.sequence([product(i) for i in range(start, stop)], gpu.stream, scratch)
 
-            product(0)  # compiles, and allocates what it needs
-            gpu.synchronize(gpu.stream)
+            nbytes = product(0)[0].scratch_nbytes  # this compiles
+            scratch = allocated(gpu, nbytes, made) if nbytes else 0
             replays = [
                 made.enter_context(gpu.replay(functools.partial(products, start), gpu.stream))
                 for start in range(0, self.products, GRAPH_PRODUCTS)

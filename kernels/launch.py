@@ -275,7 +275,7 @@ def matvec_kernel(
     }
     mode = "int8" if activations.int8 else "f16"
     name = f"matvec_{block_format.name}_{activations.columns}_{mode}_{tiling.alignment}"
-    return _described(name, "matvec.matvec", 12, constants, tiling.alignment, tiling.threads, shared=True)
+    return _described(name, "matvec.matvec", 14, constants, tiling.alignment, tiling.threads, shared=True)
 
 
 @functools.cache

@@ -15,6 +15,10 @@ added up through shared memory, in a fixed order.
 The quantization of the activations is either another kernel (:mod:`qmm.kernels.activations`), or with FUSED the
 beginning of this one. Both this kernel and that one are launched before their predecessors end (from sm_90 on), and
 this one starts its copies at once: weights never change. Only then it waits for what it reads and writes otherwise.
+
+Between the last byte that a product copies and the first that the next one does, memory would idle for some 3 us: the
+rest is multiplied and added up, blocks end and others start. Where it is known what comes next, that is brought into L2
+meanwhile.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ from qmm.kernels.ptx import (
     wait_for_predecessors,
     zero_words,
 )
-from qmm.kernels.ring import prepare, produce
+from qmm.kernels.ring import prefetch_next, prepare, produce
 from qmm.kernels.specialize import registers, unroll
 
 __all__ = ["matvec"]
@@ -54,12 +58,13 @@ __all__ = ["matvec"]
 BIAS = -12582912.0  # takes the 12,582,912 of dot_pair away: exact, since a scale has at most 18 significant bits
 
 
-def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, y_pitch):
+def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, y_pitch, next_weights, next_nbytes):
     """Up to COLUMNS products with every row.
 
     ``x`` holds the activations as :class:`qmm.kernels.staging.Activations` lays them out; or with FUSED, ``n`` rows of
     ``k`` float32, ``x_stride`` bytes apart, each at a multiple of 16 bytes. At ``zeros`` are ZERO_NBYTES of them. ``y``
-    is float32, ``y_pitch`` apart.
+    is float32, ``y_pitch`` apart. Each block has its ``next_nbytes`` from ``next_weights`` on brought into L2, both
+    multiples of 16.
     """
     lane = lane_index()
     thread = thread_index()
@@ -100,6 +105,8 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, 
             *(ring, barriers, weights, row_nbytes, m, chunks, next_row, chunk, row_step, FIRST_STAGES, 1 << 62),
             *(producer, lane),
         )
+        if BULK and producer == 0:
+            prefetch_next(next_weights + block_index() * next_nbytes, next_nbytes, lane)
     else:
         values = x
         nowhere = zeros

@@ -56,6 +56,7 @@ __all__ = [
     "load_past_floats",
     "load_past_l1",
     "power_of_two_below",
+    "prefetch",
     "quad",
     "reciprocal",
     "scaled",
@@ -308,6 +309,19 @@ def bulk_copy(typing_context, target, source, nbytes, barrier):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), lower
+
+
+@intrinsic
+def prefetch(typing_context, source, nbytes):
+    """Asks for global memory to be brought into L2, all at multiples of 16; nobody is told when it is there (sm_90)."""
+
+    def lower(context, builder, signature, arguments):
+        source, nbytes = arguments
+        text = "cp.async.bulk.prefetch.L2.global [$0], $1;"
+        assembly(builder, VOID, text, "l,r", [source, builder.trunc(nbytes, I32)], volatile=True)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), lower
 
 
 @intrinsic

@@ -19,10 +19,13 @@ from qmm.kernels.ptx import (
     copy16,
     expect,
     initialize_barrier,
+    prefetch,
 )
 from qmm.kernels.specialize import unroll
 
-__all__ = ["following", "prepare", "produce"]
+__all__ = ["following", "prefetch_next", "prepare", "produce"]
+
+PIECE_NBYTES = 4096  # of a prefetch: one for each lane of a warp is more than what a block asks for
 
 
 def prepare(barriers, thread):
@@ -54,6 +57,14 @@ def produce(ring, barriers, weights, row_nbytes, m, chunks, row, chunk, row_step
             stage = 0
             parity ^= 1
     return row, chunk
+
+
+def prefetch_next(begin, nbytes, lane):
+    """Has a block's part of what the next product begins with brought into L2."""
+    at = lane * PIECE_NBYTES
+    while at < nbytes:
+        prefetch(begin + at, min(PIECE_NBYTES, nbytes - at))
+        at += 32 * PIECE_NBYTES
 
 
 def following(row, chunk, chunks, row_step):

@@ -7,9 +7,10 @@ that they are given and return without waiting.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -38,14 +39,29 @@ BLOCKS = 4
 """Blocks of WARPS warps that fill the 64 warps of a multiprocessor."""
 PREPARED = 4096
 """The most products that are kept prepared."""
+NEXT_WEIGHTS, NEXT_NBYTES = 12, 13
+"""Arguments of :func:`qmm.kernels.matvec.matvec`."""
+NEXT_OF_L2 = 4
+"""What part of L2 may hold the beginning of the next product's weights."""
 
 
 class Product:
-    """One product, prepared: its launches with all their arguments but the addresses of x, out and scratch memory."""
+    """One product, prepared: its launches with all their arguments but the addresses of x, out and scratch memory.
+
+    Attributes:
+        scratch_nbytes: the scratch memory that it needs.
+        reaches: from where to where x and out reach, from their addresses, if these must not overlap.
+        beginning: the address and the number of the weight's first bytes that another product may bring into L2.
+        announced: the arguments of the launch that does so for the next product.
+        grid: the blocks of that launch.
+    """
 
     def __init__(self, scratch_nbytes: int) -> None:
         self.scratch_nbytes = scratch_nbytes
         self.reaches: tuple[tuple[int, int], tuple[int, int]] | None = None
+        self.beginning = (0, 0)
+        self.announced: ctypes.Array[ctypes.c_int64] | None = None
+        self.grid = 1
         self._launches: list[tuple[launch.Launch, ctypes.Array[ctypes.c_int64], tuple[tuple[int, int, int], ...]]] = []
 
     def add(self, made: launch.Launch, *moving: tuple[int, int, int]) -> None:
@@ -57,6 +73,12 @@ class Product:
                 offset from there.
         """
         self._launches.append((made, made.arguments, moving))
+
+    def announce(self, address: int, nbytes: int) -> None:
+        """Have the launches from now on bring these bytes into L2, but for a few at the end."""
+        if self.announced is not None:
+            self.announced[NEXT_WEIGHTS] = address
+            self.announced[NEXT_NBYTES] = nbytes // self.grid & -16
 
     def meet(self, x: int, out: int) -> bool:
         """Whether arrays at these addresses share memory that the product reads and writes in no order."""
@@ -114,6 +136,7 @@ class GPU:
             bulk = attribute("ComputeCapabilityMajor", device) >= 9
             self.machine = Machine(self.multiprocessors, shared_nbytes, bulk)
             self.stream = int(call("cudaStreamCreateWithFlags", 1))  # cudaStreamNonBlocking
+            self._next_nbytes = attribute("L2CacheSize", device) // NEXT_OF_L2
             self._alone = call("cudaGetDeviceCount") == 1
             self._integrated = bool(attribute("Integrated", device))
         self._thread = threading.local()
@@ -271,6 +294,17 @@ class GPU:
                 scratch = self._scratch_for(stream, product.scratch_nbytes)
             product.queue(x, out, scratch, stream)
 
+    def sequence(self, products: Sequence[tuple[Product, int, int]], stream: int, scratch: int) -> None:
+        """Put products with their arrays' addresses on a stream, as :meth:`queue` does. While one ends, the beginning
+        of the next one's weights is brought into L2."""
+        with self._lock:
+            for (product, x, out), following in itertools.zip_longest(products, products[1:]):
+                product.announce(*(following[0].beginning if following else (0, 0)))
+                try:
+                    self.queue(product, x, out, stream, scratch)
+                finally:
+                    product.announce(0, 0)
+
     def prepare(
         self,
         block_format: Format,
@@ -328,6 +362,10 @@ class GPU:
         if schedule.fused and direct:  # one block may store results before another has read all of x
             product.reaches = x.reach, out.reach
         early = self.machine.bulk
+        if early and not mapped:  # what is read from host memory passes by L2
+            first_multiple = -(-weights // 16) * 16
+            nbytes = weights + m * row_nbytes - first_multiple
+            product.beginning = first_multiple, max(0, min(nbytes, self._next_nbytes))
         if not schedule.fused:
             kernel = launch.quantize_kernel(x.dtype, int8, early)
             spread = max(1, block_format.block_weights // BLOCK)
@@ -350,10 +388,11 @@ class GPU:
         of_weights = (weights, row_nbytes, m, blocks, -(-blocks // schedule.tiling.chunk_blocks), k)
         grid = min(self.multiprocessors, -(-m // schedule.tiling.rows))
         for first in range(0, n, columns):
-            arguments = (*of_weights, 0, row_stride, self._zeros, min(columns, n - first), 0, m)
+            arguments = (*of_weights, 0, row_stride, self._zeros, min(columns, n - first), 0, m, 0, 0)
             made = launch.Launch(kernel, self.device, grid, arguments, schedule.shared_nbytes, early)
             source = (6, 0, first * row_stride) if schedule.fused else (6, 2, first // columns * area_nbytes)
             product.add(made, source, (10, 1, first * m * 4) if direct else (10, 2, areas_nbytes + first * m * 4))
+            product.announced, product.grid = made.arguments, grid  # the last one's, if there are several
         if not direct:
             self._add_stores(product, areas_nbytes, n, m, out)
         return product

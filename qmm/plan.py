@@ -36,7 +36,9 @@ class Plan(Closing):
     """Products in a fixed order, captured into one CUDA graph. Made by :meth:`qmm.Engine.plan`; a context manager.
 
     Calling it queues them all: the arrays are read and written in place, in the state that they are in then. A product
-    may read what one before it wrote. The plan keeps the arrays alive, and the engine ends it when it is closed.
+    may read what one before it wrote. While one ends, the beginning of the next one's weights is already brought into
+    the GPU's L2 cache (from sm_90 on, and not from mapped memory). The plan keeps the arrays alive, and the engine ends
+    it when it is closed.
     """
 
     def __init__(self, engine: Engine, gpu: GPU, steps: Sequence[Step], kind: ArrayKind, first: Any) -> None:
@@ -51,10 +53,10 @@ class Plan(Closing):
         self._scratch = gpu.allocate(nbytes, "a plan's scratch memory") if nbytes else 0
         self._closed = False
 
+        products = [(step.product, step.x, step.y) for step in steps if step.product is not None]
+
         def work() -> None:
-            for step in steps:
-                if step.product is not None:
-                    gpu.queue(step.product, step.x, step.y, gpu.stream, self._scratch)
+            gpu.sequence(products, gpu.stream, self._scratch)
 
         try:
             self._graph = gpu.capture(work, gpu.stream)
