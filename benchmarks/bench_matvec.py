@@ -27,6 +27,7 @@ from gguf_files import FORMATS as FILE_FORMATS
 
 from benchmarks import ggml_gpu, peaks
 from benchmarks import gpu as machine
+from benchmarks.compiled import compile_all
 from benchmarks.placed import Placed, Weight, in_a_mapped_file, in_device_memory, links
 from benchmarks.rounds import Quantiles, Side, take_turns
 
@@ -70,6 +71,13 @@ def weights() -> list[Weight]:
 CASES = [
     pytest.param(weight, n, id=weight.identity(n)) for weight in weights() for n in COLUMNS[weight.part]
 ]  # for n of one weight after the other: the fixture of the weight lives that long
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(request: pytest.FixtureRequest) -> None:
+    """The kernels of all cases that were selected."""
+    calls = [item.callspec.params for item in request.session.items if item.path == request.path]  # type: ignore[attr-defined]
+    compile_all([(params["placed"], params["n"]) for params in calls])
 
 
 @pytest.fixture(scope="module")
