@@ -3,7 +3,8 @@
     pytest benchmarks/bench_launch.py [--save-results]
 
 ``call`` and ``plan`` queue products that the GPU does in a few microseconds and do not wait for them; a round is few
-enough calls for the queue not to fill up, and the wait is between rounds. ``start`` is a new process, from before
+enough calls for the queue not to fill up, and the wait is between rounds. ``node`` is what the device spends on a node of
+a plan's graph: on one that returns at once, and on the smallest product there is. ``start`` is a new process, from before
 ``import qmm`` to the end of the first product with a NumPy array: with an empty kernel cache, and with the one that the
 run before filled (environment variable ``QMM_CACHE_DIR``). The file is in the page cache, as is Python's own code.
 """
@@ -24,16 +25,22 @@ from gguf_files import random_blocks, write_gguf
 import qmm
 from benchmarks import gpu as machine
 from benchmarks.rounds import Quantiles
+from qmm.arrays import View
+from qmm.kernels.formats import FORMATS
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
+
+    from qmm.gpu import GPU
 
 pytestmark = pytest.mark.skipif(machine.missing() is not None, reason=f"no GPU: {machine.missing()}")
 
 M, K = 640, 1024
 TENSORS = 16
 CALLS = 64
-ROUNDS = 30
+ROUNDS = 100
+WARM_UP = 50  # 30 ms: the first calls of a process take several times as long
+NODES = 256
 STARTS = 5
 START = """
 import sys, time
@@ -74,7 +81,7 @@ def timed(benchmark: BenchmarkFixture, engine: qmm.Engine, record: Callable[...,
         gpu = engine.gpu
         assert gpu is not None
         benchmark.group = "host"
-        benchmark.pedantic(calls, setup=gpu.drain, rounds=ROUNDS, warmup_rounds=3)
+        benchmark.pedantic(calls, setup=gpu.drain, rounds=ROUNDS, warmup_rounds=WARM_UP)
         gpu.drain()
         if benchmark.stats is None:  # --benchmark-disable
             return
@@ -123,6 +130,48 @@ def test_plan(engine: qmm.Engine, timed: Callable[..., None], products: int) -> 
             plan()
 
     timed(f"plan() of {products} product{'s' * (products > 1)}", calls, count)
+
+
+def nodes_of_nothing(gpu: GPU) -> Callable[[], None]:
+    """NODES kernels, launched as products are, whose blocks have nothing to do."""
+    from qmm.kernels import launch
+
+    arguments = (0, 0, 4, 0, 1, 1, 0, 0, 1, 0, 0, 0)
+    kernel = launch.quantize_kernel("float32", True, gpu.machine.bulk)
+    node = launch.Launch(kernel, gpu.device, gpu.multiprocessors, arguments, 0, gpu.machine.bulk)
+
+    def queue() -> None:
+        for _ in range(NODES):
+            node.queue(gpu.stream)
+
+    return queue
+
+
+def nodes_of_products(gpu: GPU) -> Callable[[], None]:
+    """NODES products of 8 rows of 32 weights, as a plan has them."""
+    area = gpu.area(1024, "the smallest product")
+    x, y = (View((1, n), (4 * n, 4), "float32", area + at, gpu.device) for n, at in ((32, 0), (8, 256)))
+    product = gpu.prepare(FORMATS["Q8_0"], area + 512, 8, 32, x, y, True)
+    return lambda: gpu.sequence([(product, x.address, y.address)] * NODES, gpu.stream, 0)
+
+
+@pytest.mark.parametrize(
+    ("what", "nodes"), [("a node that returns at once", nodes_of_nothing), ("the smallest product", nodes_of_products)]
+)
+def test_node(
+    benchmark: BenchmarkFixture,
+    engine: qmm.Engine,
+    what: str,
+    nodes: Callable[[GPU], Callable[[], None]],
+    record: Callable[..., None],
+) -> None:
+    gpu = engine.gpu
+    assert gpu is not None
+    work = nodes(gpu)
+    work()  # compiles
+    benchmark.group = "device"
+    milliseconds = benchmark.pedantic(gpu.time, (work, gpu.stream, ROUNDS, 1), rounds=1)
+    record(row_of(f"device, {what}", [time / NODES / 1e3 for time in milliseconds]), **machine.about())
 
 
 def seconds_to_first_product(path: Path, placement: str, cache: Path) -> float:

@@ -57,6 +57,7 @@ class Engine(Closing):
         placement: ``"mapped"``, ``"device"`` or ``"host"``.
         gpu: the engine's GPU, which can also time work on itself; None on the CPU.
         gpu_info: what that GPU is.
+        forked: whether this is a forked child of the process that made the engine; what CUDA holds is the parent's.
 
     Raises:
         DeviceError: the device cannot be used, or contradicts the placement.
@@ -85,6 +86,8 @@ class Engine(Closing):
         self.device = "cpu" if choice.gpu is None else f"cuda:{choice.gpu.number}"
         self.explanation = choice.why
         self._process = os.getpid()
+        self.forked = False
+        _engines.add(self)
         self._calls: dict[Hashable, _Call | None] = {}
         self._checks: dict[Path, Callable[[], None]] = {}
         self._plans: weakref.WeakSet[Plan] = weakref.WeakSet()
@@ -107,11 +110,6 @@ class Engine(Closing):
     def closed(self) -> bool:
         """Whether it was closed."""
         return self._closed
-
-    @property
-    def forked(self) -> bool:
-        """Whether this is a forked child of the process that made the engine: what CUDA holds is the parent's."""
-        return os.getpid() != self._process
 
     @property
     def weights_nbytes(self) -> int:
@@ -325,8 +323,11 @@ class Engine(Closing):
             The call, None if ``x`` is in host memory; and the addresses of ``x`` and ``out``.
         """
         x_address, of_x = _signature(kind, x)
-        y_address, of_y = (0, None) if out is None else _signature(kind_of(out), out)
-        key: Hashable = (tensor, mode, kind, x_address & 15, of_x, out is None or kind_of(out), of_y)
+        y_kind, y_address, of_y = None, 0, None
+        if out is not None:
+            y_kind = kind_of(out)
+            y_address, of_y = _signature(y_kind, out)
+        key: Hashable = (tensor, mode, kind, x_address & 15, of_x, y_kind, of_y)
         call = self._calls.get(key)
         if call is None and key not in self._calls:
             call = self._keep(key, self._new_call(tensor, mode, kind, x, out))
@@ -393,6 +394,18 @@ class Engine(Closing):
         if not view.writable or view.overlaps_itself:
             raise ArrayError(f"{what}: out is read-only, or a broadcast array whose elements share memory")
         return view.rows(len(x.shape) - 1)
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _note_fork() -> None:
+    for engine in list(_engines):
+        engine.forked = True
+
+
+if hasattr(os, "register_at_fork"):  # asking for the process number at each product would take a system call
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def _signature(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:
