@@ -3,10 +3,11 @@
     pytest benchmarks/bench_launch.py [--save-results]
 
 ``call`` and ``plan`` queue products that the GPU does in a few microseconds and do not wait for them; a round is few
-enough calls for the queue not to fill up, and the wait is between rounds. ``node`` is what the device spends on a node of
-a plan's graph: on one that returns at once, and on the smallest product there is. ``start`` is a new process, from before
-``import qmm`` to the end of the first product with a NumPy array: with an empty kernel cache, and with the one that the
-run before filled (environment variable ``QMM_CACHE_DIR``). The file is in the page cache, as is Python's own code.
+enough calls for the queue not to fill up, and the wait is between rounds. ``node`` is what the device spends on a node
+of a plan's graph: on one that returns at once, and on the smallest product there is. ``start`` is a new process, from
+before ``import qmm`` to the end of the first product with a NumPy array: with an empty kernel cache, and with the one
+that the run before filled (environment variable ``QMM_CACHE_DIR``). The file is in the page cache, as is Python's own
+code.
 """
 
 from __future__ import annotations
