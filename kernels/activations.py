@@ -53,17 +53,24 @@ OF_127 = 1.0 / 127.0
 SMALLEST_F16 = 2.0**-126
 
 
-def quantize(x, row_stride, column_stride, k, blocks, spread, n, first, columns, sums_too, area, area_nbytes):
+def quantize(
+    x, row_stride, column_stride, k, blocks, spread, n, first, columns, sums_too, area, area_nbytes, cut, results, count
+):
     """Quantizes ``n`` rows, which become the columns from ``first`` on of the products.
 
     ``load_value`` reads a float32, float16 or bfloat16; strides are in bytes. Each ``columns`` columns have an area of
     their own, with sums if ``sums_too`` is not 0, for ``blocks`` scale blocks, ``spread`` of them to a weight block,
-    laid out as :class:`qmm.kernels.staging.Activations` says.
+    laid out as :class:`qmm.kernels.staging.Activations` says: the first ``cut`` of them, then the others. ``count``
+    float32 at ``results`` become zero.
     """
     if PROGRAMMATIC:
         launch_dependents()
         wait_for_predecessors()
     lane = lane_index()
+    place = block_index() * (WARPS * 32) + thread_index()
+    while place < count:
+        store_float(results + place * 4, 0.0)
+        place += block_count() * (WARPS * 32)
     item = block_index() * WARPS + (thread_index() >> 5)
     step = block_count() * WARPS
     while item < n * blocks:
@@ -74,20 +81,25 @@ def quantize(x, row_stride, column_stride, k, blocks, spread, n, first, columns,
         block = place_of(source, spread)
         half = lane >> 4
         values = area + group * area_nbytes
-        scales = values + blocks * columns * (32 if INT8 else 64)
-        sums = scales + blocks * columns * 4
+        own = cut
+        if block >= cut:
+            values += cut * columns * ((32 if INT8 else 64) + (12 if sums_too else 4))
+            own = blocks - cut
+            block -= cut
+        scales = values + own * columns * (32 if INT8 else 64)
+        sums = scales + own * columns * 4
         value = 0.0
         if source * 32 + lane < k:
             value = load_value(x + row * row_stride + (source * 32 + lane) * column_stride)
         largest = largest_of_warp(value)
-        place = ((block * 2 + half) * columns + c) * 16 + (lane & 15)
+        at = ((block * 2 + half) * columns + c) * 16 + (lane & 15)
         if INT8:
             scale, inverse = int8_scale(largest)
             rounded = scaled_byte(value, inverse)
-            store_byte(values + place, rounded)
+            store_byte(values + at, rounded)
             total = sum_of_half_warp(rounded)
             if sums_too and lane & 15 == 0:
-                store_float(sums + ((half * blocks + block) * columns + c) * 4, scale * np.float32(total))
+                store_float(sums + ((half * own + block) * columns + c) * 4, scale * np.float32(total))
         else:
             scale = largest
             inverse = 0.0
@@ -96,7 +108,7 @@ def quantize(x, row_stride, column_stride, k, blocks, spread, n, first, columns,
             elif largest < INFINITY:
                 scale = power_of_two_below(largest)
                 inverse = reciprocal(scale)
-            store_half(values + place * 2, value * inverse)
+            store_half(values + at * 2, value * inverse)
         if lane == 0:
             store_float(scales + (block * columns + c) * 4, scale)
         item += step

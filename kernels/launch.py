@@ -249,6 +249,7 @@ def matvec_kernel(
     activations: Activations,
     x_shared: bool,
     fused: bool,
+    split: bool,
     first_stages: int,
     bulk: bool,
 ) -> CUDAKernel:
@@ -265,6 +266,9 @@ def matvec_kernel(
         "RUN_NBYTES": activations.run_nbytes,
         "RUN_STEP": activations.run_step(block_format),
         "SCALE_ARRAYS": 3 if activations.sums else 1,
+        "SPLIT": split,
+        "X_BULK": x_shared and bulk and not fused,
+        "X_NBYTES": activations.nbytes(1),
         "X_SHARED": x_shared,
         "loads_are_under_way": ("barrier_arrive", 1, 32 * (tiling.warps + PRODUCERS)),
         "synchronize_multipliers": ("barrier_wait", 2, 32 * tiling.warps),
@@ -272,6 +276,7 @@ def matvec_kernel(
         "load_columns": ("shared_floats" if x_shared else "cached_floats", activations.columns),
         "load_one": ("shared_floats" if x_shared else "cached_floats", 1),
         "load_values": "load_shared16" if x_shared else "load_cached16",
+        "store_result": "add_float" if split else "store_float",
     }
     mode = "int8" if activations.int8 else "f16"
     name = f"matvec_{block_format.name}_{activations.columns}_{mode}_{tiling.alignment}"
@@ -290,7 +295,7 @@ def dequantize_kernel(block_format: Format, tiling: Tiling, bulk: bool) -> CUDAK
 def quantize_kernel(dtype: str, int8: bool, programmatic: bool = True) -> CUDAKernel:
     """Activations of ``dtype`` to blocks of 32 int8 or float16 values."""
     constants = {"INT8": int8, "PROGRAMMATIC": programmatic, "WARPS": WARPS, "load_value": LOADS[dtype]}
-    return _described(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", "activations.quantize", 12, constants)
+    return _described(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", "activations.quantize", 15, constants)
 
 
 @functools.cache

@@ -13,7 +13,9 @@ take the units of a row in turn, so each has sums of its own for all rows of the
 added up through shared memory, in a fixed order.
 
 The quantization of the activations is either another kernel (:mod:`qmm.kernels.activations`), or with FUSED the
-beginning of this one. Both this kernel and that one are launched before their predecessors end (from sm_90 on), and
+beginning of this one. With SPLIT two blocks share a tile, each with half of every row: where the activations of a whole
+one do not fit in shared memory, or rows are few. Each adds its sums to results that were zero, which gives the same
+whoever comes first. Both this kernel and that one are launched before their predecessors end (from sm_90 on), and
 this one starts its copies at once: weights never change. Only then it waits for what it reads and writes otherwise.
 
 Between the last byte that a product copies and the first that the next one does, memory would idle for some 3 us: the
@@ -29,9 +31,11 @@ from qmm.kernels.ptx import (
     arrive,
     block_count,
     block_index,
+    bulk_copy,
     dot_floats,
     dot_pair,
     dot_short,
+    expect,
     fused,
     initialize_barrier,
     lane_index,
@@ -41,7 +45,6 @@ from qmm.kernels.ptx import (
     scaled,
     share,
     shared_memory,
-    store_float,
     store_shared16,
     store_shared_float,
     synchronize_block,
@@ -55,6 +58,7 @@ from qmm.kernels.specialize import registers, unroll
 
 __all__ = ["matvec"]
 
+OF_X = 160  # where the barrier for the activations lies, from the first barrier on
 BIAS = -12582912.0  # takes the 12,582,912 of dot_pair away: exact, since a scale has at most 18 significant bits
 
 
@@ -75,9 +79,27 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, 
     ring = partials + 2 * K_WARPS * ROWS * COLUMNS * 4
     row = block_index() * ROWS
     row_step = block_count() * ROWS
+    first = 0
+    skipped = 0
+    scale_blocks = ((blocks + 3) >> 2) * QUAD_SCALE_BLOCKS
+    if SPLIT:
+        row = (block_index() >> 1) * ROWS
+        row_step = (block_count() >> 1) * ROWS
+        middle = (chunks + 1) >> 1
+        before = middle * (CHUNK_BLOCKS // 4 * QUAD_SCALE_BLOCKS)
+        if block_index() & 1:
+            first = middle
+            skipped = before
+            scale_blocks -= before
+        else:
+            chunks = middle
+            scale_blocks = before
+    x_nbytes = (scale_blocks * X_NBYTES + 15) & -16
     if PROGRAMMATIC:
         launch_dependents()
     prepare(barriers, thread)
+    if thread == 0:
+        initialize_barrier(barriers + OF_X, 1)
     if thread < 2:
         initialize_barrier(barriers + 128 + 8 * thread, WARPS)
         initialize_barrier(barriers + 144 + 8 * thread, 1)
@@ -87,11 +109,12 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, 
     synchronize_block()
 
     next_row = row
-    chunk = 0
+    chunk = first
     producer = warp - WARPS
     if producer >= 0 and producer < PRODUCERS:
         next_row, chunk = produce(
-            ring, barriers, weights, row_nbytes, m, chunks, row, 0, row_step, 0, FIRST_STAGES, producer, lane
+            *(ring, barriers, weights, row_nbytes, m, first, chunks, row, first, row_step, 0, FIRST_STAGES),
+            *(producer, lane),
         )
     if PROGRAMMATIC:
         wait_for_predecessors()
@@ -99,39 +122,49 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, 
     if producer >= PRODUCERS:
         add_up(partials, barriers, row, row_step, m, n, y, y_pitch, lane)
     elif producer >= 0:
-        if X_SHARED:
-            wait_for_loads()  # of activations, or they would queue up behind the weights
+        # Activations come first, or they would queue up behind the weights.
+        if X_BULK:
+            if producer == 0 and lane == 0:
+                expect(barriers + OF_X, x_nbytes)
+                bulk_copy(ring + STAGES * STAGE_NBYTES, x + skipped * X_NBYTES, x_nbytes, barriers + OF_X)
+                arrive(barriers + OF_X)
+        elif X_SHARED:
+            wait_for_loads()
         produce(
-            *(ring, barriers, weights, row_nbytes, m, chunks, next_row, chunk, row_step, FIRST_STAGES, 1 << 62),
+            *(ring, barriers, weights, row_nbytes, m, first, chunks, next_row, chunk, row_step, FIRST_STAGES, 1 << 62),
             *(producer, lane),
         )
         if BULK and producer == 0:
             prefetch_next(next_weights + block_index() * next_nbytes, next_nbytes, lane)
     else:
-        values = x
+        values = x + skipped * X_NBYTES
         nowhere = zeros
-        scale_blocks = ((blocks + 3) >> 2) * QUAD_SCALE_BLOCKS
         if X_SHARED:
             values = ring + STAGES * STAGE_NBYTES
             nowhere = nothing + 64  # other memory banks than what the others read
-            if FUSED:
-                quantize_block(x, x_stride, n, k, scale_blocks, values, thread)
-            else:
-                copy_activations(values, x, scale_blocks * (2 * RUN_NBYTES + 4 * COLUMNS * SCALE_ARRAYS), thread)
+        if FUSED:
+            quantize_block(x, x_stride, n, k, scale_blocks, values, thread)
+            synchronize_multipliers()
+        elif X_BULK:
+            wait_for(barriers + OF_X, 0)
+        elif X_SHARED:
+            copy_activations(values, x + skipped * X_NBYTES, x_nbytes, thread)
             synchronize_multipliers()
         multiply(
-            *(ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, chunks, k),
-            *(values, scale_blocks, nowhere, row, row_step, warp, lane),
+            *(ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, first, chunks, k),
+            *(values, scale_blocks, skipped, nowhere, row, row_step, warp, lane),
         )
 
 
 def multiply(
-    ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, chunks, k,
-    values, scale_blocks, nowhere, row, row_step, warp, lane,
+    ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, first, chunks, k,
+    values, scale_blocks, skipped, nowhere, row, row_step, warp, lane,
 ):  # fmt: skip
-    """One warp's share of every tile of the block."""
-    x_scales = values + scale_blocks * (2 * RUN_NBYTES)
+    """One warp's share of every tile of the block, whose activations lie at ``values``: ``scale_blocks`` of them, the
+    first ``skipped`` of a row left out. Addresses are as if they were there too."""
+    x_scales = values + scale_blocks * (2 * RUN_NBYTES) - skipped * (4 * COLUMNS)
     x_sums = x_scales + scale_blocks * (4 * COLUMNS)
+    values -= skipped * (2 * RUN_NBYTES)
     last_group = (blocks - 1) >> 2
     group = lane >> 2
     quad = lane & 3
@@ -152,7 +185,7 @@ def multiply(
     parity = 0
     tile = 0
     while row < m:
-        chunk = 0
+        chunk = first
         while chunk < chunks:
             wait_for(full, parity)
             for u in unroll(UNITS):
@@ -306,7 +339,7 @@ def add_up(partials, barriers, row, row_step, m, n, y, y_pitch, lane):
             r = row + item // COLUMNS
             c = item & (COLUMNS - 1)
             if r < m and c < n:
-                store_float(y + (c * y_pitch + r) * 4, total)
+                store_result(y + (c * y_pitch + r) * 4, total)
             item += 32
         synchronize_warp()
         if lane == 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -170,6 +170,12 @@ class Tiling:
         """Warps that share a tile."""
         return self.warps // self.row_warps
 
+    def scale_blocks_before(self, block_format: Format, k: int) -> int:
+        """Scale blocks of the first half of a row, cut between two chunks; all if it has one chunk only."""
+        chunks = -(-block_format.blocks(k) // self.chunk_blocks)
+        before = (chunks + 1) // 2 * self.chunk_blocks // 4 * block_format.block_weights // 8
+        return before if chunks > 1 else scale_blocks_of(block_format, k)
+
     @property
     def threads(self) -> int:
         """Threads of a block: the warps that multiply, those that copy, one that adds up."""
@@ -232,6 +238,7 @@ class Schedule:
         activations: how they are stored.
         x_nbytes: how large they are in shared memory; 0 where they do not fit, and are read from global memory.
         fused: whether each block quantizes them for itself, in its shared memory.
+        split: whether two blocks share each tile, a half of every row each, and add to results that were zero.
         first_stages: how many are filled before the activations are asked for, which queue up behind them.
         bulk: as :class:`Machine` has it.
     """
@@ -240,6 +247,7 @@ class Schedule:
     activations: Activations
     x_nbytes: int
     fused: bool
+    split: bool
     first_stages: int
     bulk: bool
 
@@ -273,6 +281,8 @@ class Schedule:
         * Two stages are filled before the activations are asked for; all if another kernel makes these, and the block
           has more tiles (n = 8 on an H100: Q8_0 29.1, else 30.6; but 4096x4096 14.7, else 12.8).
         * Activations in shared memory if three stages have room beside them; for mapped weights two.
+        * Two blocks to a row, for more than two columns, if only half of the activations has room, or if more than half
+          of the multiprocessors would have no row.
 
         Args:
             block_format: of the weight.
@@ -287,70 +297,92 @@ class Schedule:
         """
         columns = next(tile for tile in COLUMN_TILES if tile >= n)
         activations = Activations(columns, int8, sums=int8 and block_format.has_minimum)
-        x_nbytes = activations.nbytes(scale_blocks_of(block_format, k))
+        case = _Case(block_format, m, k, columns, alignment, mapped, machine)
         roomy = machine.shared_nbytes > RING_NBYTES
         warps = 16 if columns <= 2 and (int8 or block_format.plain) and roomy else 8
         crowded = block_format.runs > 2 and columns == COLUMN_TILES[-1]  # Q2_K and Q3_K: ptxas spills
-        lane_rows = 4 if columns > 2 and int8 and _fills(m, 32, machine) and _frugal(block_format) else 2
-        lane_rows = 2 if crowded else lane_rows
-        ring = machine.shared_nbytes - x_nbytes
+        lane_rows = 4 if columns > 2 and int8 and case.fills(32) and _frugal(block_format) and not crowded else 2
         most = 1 if crowded else 2
-        made = _tiling(block_format, m, k, alignment, columns, ring, warps, lane_rows, mapped, machine, most)
-        fits = made.shared_nbytes(columns) + x_nbytes <= machine.shared_nbytes
-        if not fits or made.stages < (2 if mapped else 3):
+
+        x_nbytes = activations.nbytes(scale_blocks_of(block_format, k))
+        made = case.tiling(x_nbytes, warps, lane_rows, most)
+        fits = case.fits(made, x_nbytes)
+        few = columns <= 2 or case.short(made)
+        fused = fits and fusible and int8 and columns * k <= FUSED_VALUES and few
+        halved = None
+        if columns > 2 and not fused and not mapped and not (fits and case.fills(made.rows, 0.5)):
+            halved = case.halved(activations, warps, lane_rows, most)
+        if halved is not None:
+            made = halved
+            x_nbytes = activations.nbytes(made.scale_blocks_before(block_format, k))
+        elif not fits:
             # The activations stay in global memory, whose addresses take more registers: where 8 warps would have too
             # few, there are 4.
             x_nbytes = 0
             warps = 4 if columns > 2 and not (int8 and roomy) and not block_format.short else warps
-            made = _tiling(block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine, 1)
+            made = case.tiling(0, warps, 2, 1)
             while made.shared_nbytes(columns) > machine.shared_nbytes and warps > 4:  # F32 where a block has 99 KiB
                 warps //= 2
-                made = _tiling(
-                    block_format, m, k, alignment, columns, machine.shared_nbytes, warps, 2, mapped, machine, 1
-                )
-        short = m <= 2 * made.rows * machine.multiprocessors
-        fused = fusible and int8 and x_nbytes > 0 and columns * k <= FUSED_VALUES and (columns <= 2 or short)
-        first_stages = min(2, made.stages) if fused or short else made.stages
-        return cls(made, activations, x_nbytes, fused, first_stages, machine.bulk)
+                made = case.tiling(0, warps, 2, 1)
+        first_stages = min(2, made.stages) if fused or case.short(made) else made.stages
+        return cls(made, activations, x_nbytes, fused, halved is not None, first_stages, machine.bulk)
 
 
-def _fills(m: int, rows: int, machine: Machine) -> bool:
-    """Whether tiles of so many rows keep three quarters of the multiprocessors busy."""
-    return 4 * -(-m // rows) >= 3 * machine.multiprocessors
+class _Case(NamedTuple):
+    """A product and a machine, for which tilings are tried."""
+
+    block_format: Format
+    m: int
+    k: int
+    columns: int
+    alignment: int
+    mapped: bool
+    machine: Machine
+
+    def tiling(self, beside: int, warps: int, lane_rows: int, most: int) -> Tiling:
+        """The tiling with as many stages as there is room for beside so many bytes, and up to ``most`` units a warp
+        where stages are small; from host memory, where only the link counts, whole rows if they fit."""
+        tiles = _row_warps(self.block_format, self.m, self.k, warps, 8 * lane_rows, self.machine.multiprocessors)
+        line = LINE_NBYTES if self.mapped else SECTOR_NBYTES
+        of_format = functools.partial(Tiling.of, self.block_format, self.alignment)
+        cut = functools.partial(of_format, line=line, warps=warps, lane_rows=lane_rows, row_warps=tiles)
+        least = cut(0)
+        ring = least.ring_within(self.machine.shared_nbytes - beside, self.columns)
+        twice = cut(ring, units=most * least.units)
+        limit = ring // 2 if self.mapped else NARROW_NBYTES if self.columns > 1 else WIDE_NBYTES
+        small = twice.stage_nbytes <= min(limit, ring // 2)
+        return twice if small and twice.chunk_blocks <= self.block_format.blocks(self.k) else cut(max(0, ring))
+
+    def halved(self, activations: Activations, warps: int, lane_rows: int, most: int) -> Tiling | None:
+        """The tiling where two blocks share a row, if there is one."""
+        scale_blocks = scale_blocks_of(self.block_format, self.k)
+        for units in range(most, 0, -1):
+            supposed = self.tiling(activations.nbytes(scale_blocks // 2), warps, lane_rows, units)
+            before = supposed.scale_blocks_before(self.block_format, self.k)
+            made = self.tiling(activations.nbytes(before), warps, lane_rows, units)
+            same = made.chunk_blocks == supposed.chunk_blocks
+            if same and before < scale_blocks and self.fits(made, activations.nbytes(before)):
+                return made
+        return None
+
+    def fits(self, made: Tiling, beside: int) -> bool:
+        """Whether a tiling has room beside so many bytes, and stages enough."""
+        room = self.machine.shared_nbytes - beside
+        return made.stages >= (2 if self.mapped else 3) and made.shared_nbytes(self.columns) <= room
+
+    def fills(self, rows: int, share: float = 0.75) -> bool:
+        """Whether tiles of so many rows keep that share of the multiprocessors busy."""
+        return -(-self.m // rows) >= share * self.machine.multiprocessors
+
+    def short(self, made: Tiling) -> bool:
+        """Whether no block gets more than two tiles."""
+        return self.m <= 2 * made.rows * self.machine.multiprocessors
 
 
 def _frugal(block_format: Format) -> bool:
     """Whether four rows of a unit fit in registers: with 12 words to a row (Q3_K, Q5_K) ptxas spills."""
     loaded = block_format.load(bytes(block_format.block_nbytes), 0)
     return sum(np.size(value) for value in loaded) < 12
-
-
-def _tiling(
-    block_format: Format,
-    m: int,
-    k: int,
-    alignment: int,
-    columns: int,
-    shared_nbytes: int,
-    warps: int,
-    lane_rows: int,
-    mapped: bool,
-    machine: Machine,
-    most: int = 2,
-) -> Tiling:
-    """The tiling with as many stages as there is room for, and two units a warp where they are small; from host memory,
-    where only the link counts, whole rows if they fit."""
-    row_warps = _row_warps(block_format, m, k, warps, 8 * lane_rows, machine.multiprocessors)
-    line = LINE_NBYTES if mapped else SECTOR_NBYTES
-    cut = functools.partial(
-        Tiling.of, block_format, alignment, line=line, warps=warps, lane_rows=lane_rows, row_warps=row_warps
-    )
-    least = cut(0)
-    ring = least.ring_within(shared_nbytes, columns)
-    twice = cut(ring, units=most * least.units)
-    limit = ring // 2 if mapped else NARROW_NBYTES if columns > 1 else WIDE_NBYTES
-    small = twice.stage_nbytes <= min(limit, ring // 2)
-    return twice if small and twice.chunk_blocks <= block_format.blocks(k) else cut(max(0, ring))
 
 
 def _row_warps(block_format: Format, m: int, k: int, warps: int, tile_rows: int, multiprocessors: int) -> int:

@@ -340,8 +340,7 @@ class GPU:
         slabs = list(x.slabs())
         row_stride = slabs[0].row_stride
         fusible = (
-            apart
-            and len(slabs) == 1
+            len(slabs) == 1
             and x.dtype == "float32"
             and slabs[0].column_stride == 4
             and x.address % 16 == 0
@@ -357,9 +356,9 @@ class GPU:
         scale_blocks = scale_blocks_of(block_format, k)
         area_nbytes = _rounded(activations.nbytes(scale_blocks))
         areas_nbytes = 0 if schedule.fused else -(-n // columns) * area_nbytes
-        direct = out.dtype == "float32" and out.contiguous
+        direct = apart and out.dtype == "float32" and out.contiguous
         product = Product(areas_nbytes + (0 if direct else n * m * 4))
-        if schedule.fused and direct:  # one block may store results before another has read all of x
+        if (schedule.fused or schedule.split) and direct:  # results may be stored before all of x was read
             product.reaches = x.reach, out.reach
         early = self.machine.bulk
         if early and not mapped:  # what is read from host memory passes by L2
@@ -369,24 +368,30 @@ class GPU:
         if not schedule.fused:
             kernel = launch.quantize_kernel(x.dtype, int8, early)
             spread = max(1, block_format.block_weights // BLOCK)
+            cut = schedule.tiling.scale_blocks_before(block_format, k) if schedule.split else scale_blocks
             for slab in slabs:
                 blocks = self._grid(-(-slab.rows * scale_blocks // WARPS))
                 of_x = (0, slab.row_stride, slab.column_stride, k, scale_blocks, spread, slab.rows, slab.first)
-                of_areas = (columns, int(activations.sums), 0, area_nbytes)
-                made = launch.Launch(kernel, self.device, blocks, (*of_x, *of_areas), 0, early)
-                product.add(made, (0, 0, slab.address - x.address), (10, 2, 0))
+                of_areas = (columns, int(activations.sums), 0, area_nbytes, cut)
+                zeros = n * m if schedule.split and slab is slabs[0] else 0
+                made = launch.Launch(kernel, self.device, blocks, (*of_x, *of_areas, 0, zeros), 0, early)
+                results = (13, 1, 0) if direct else (13, 2, areas_nbytes)
+                product.add(made, (0, 0, slab.address - x.address), (10, 2, 0), results)
         kernel = launch.matvec_kernel(
             block_format,
             schedule.tiling,
             activations,
             schedule.x_nbytes > 0,
             schedule.fused,
+            schedule.split,
             schedule.first_stages,
             early,
         )
         blocks = block_format.blocks(k)
         of_weights = (weights, row_nbytes, m, blocks, -(-blocks // schedule.tiling.chunk_blocks), k)
         grid = min(self.multiprocessors, -(-m // schedule.tiling.rows))
+        if schedule.split:
+            grid = 2 * min(self.multiprocessors // 2, -(-m // schedule.tiling.rows))
         for first in range(0, n, columns):
             arguments = (*of_weights, 0, row_stride, self._zeros, min(columns, n - first), 0, m, 0, 0)
             made = launch.Launch(kernel, self.device, grid, arguments, schedule.shared_nbytes, early)

@@ -129,7 +129,7 @@ def of_product(
 ) -> Spec:
     """The kernel of a product on a machine."""
     schedule = Schedule.of(FORMATS[name], m, whole_blocks(name, k), n, int8, alignment, fusible, mapped, machine)
-    of_activations = (schedule.activations, schedule.x_nbytes > 0, schedule.fused)
+    of_activations = (schedule.activations, schedule.x_nbytes > 0, schedule.fused, schedule.split)
     return Spec("matvec_kernel", (name, schedule.tiling, *of_activations, schedule.first_stages, schedule.bulk))
 
 
