@@ -79,7 +79,7 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, 
     ring = partials + 2 * K_WARPS * ROWS * COLUMNS * 4
     row = block_index() * ROWS
     row_step = block_count() * ROWS
-    first = 0
+    first_chunk = 0
     skipped = 0
     scale_blocks = ((blocks + 3) >> 2) * QUAD_SCALE_BLOCKS
     if SPLIT:
@@ -88,7 +88,7 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, 
         middle = (chunks + 1) >> 1
         before = middle * (CHUNK_BLOCKS // 4 * QUAD_SCALE_BLOCKS)
         if block_index() & 1:
-            first = middle
+            first_chunk = middle
             skipped = before
             scale_blocks -= before
         else:
@@ -109,11 +109,11 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, 
     synchronize_block()
 
     next_row = row
-    chunk = first
+    chunk = first_chunk
     producer = warp - WARPS
     if producer >= 0 and producer < PRODUCERS:
         next_row, chunk = produce(
-            *(ring, barriers, weights, row_nbytes, m, first, chunks, row, first, row_step, 0, FIRST_STAGES),
+            *(ring, barriers, weights, row_nbytes, m, first_chunk, chunks, row, first_chunk, row_step, 0, FIRST_STAGES),
             *(producer, lane),
         )
     if PROGRAMMATIC:
@@ -131,7 +131,20 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, 
         elif X_SHARED:
             wait_for_loads()
         produce(
-            *(ring, barriers, weights, row_nbytes, m, first, chunks, next_row, chunk, row_step, FIRST_STAGES, 1 << 62),
+            *(
+                ring,
+                barriers,
+                weights,
+                row_nbytes,
+                m,
+                first_chunk,
+                chunks,
+                next_row,
+                chunk,
+                row_step,
+                FIRST_STAGES,
+                1 << 62,
+            ),
             *(producer, lane),
         )
         if BULK and producer == 0:
@@ -151,13 +164,13 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, 
             copy_activations(values, x + skipped * X_NBYTES, x_nbytes, thread)
             synchronize_multipliers()
         multiply(
-            *(ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, first, chunks, k),
+            *(ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, first_chunk, chunks, k),
             *(values, scale_blocks, skipped, nowhere, row, row_step, warp, lane),
         )
 
 
 def multiply(
-    ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, first, chunks, k,
+    ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, first_chunk, chunks, k,
     values, scale_blocks, skipped, nowhere, row, row_step, warp, lane,
 ):  # fmt: skip
     """One warp's share of every tile of the block, whose activations lie at ``values``: ``scale_blocks`` of them, the
@@ -185,7 +198,7 @@ def multiply(
     parity = 0
     tile = 0
     while row < m:
-        chunk = first
+        chunk = first_chunk
         while chunk < chunks:
             wait_for(full, parity)
             for u in unroll(UNITS):

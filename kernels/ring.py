@@ -35,10 +35,12 @@ def prepare(barriers, thread):
         initialize_barrier(barriers + 64 + 8 * thread, WARPS)
 
 
-def produce(ring, barriers, weights, row_nbytes, m, first, chunks, row, chunk, row_step, item, count, producer, lane):
+def produce(
+    ring, barriers, weights, row_nbytes, m, first_chunk, chunks, row, chunk, row_step, item, count, producer, lane
+):
     """Copies up to ``count`` chunks of the block's rows, beginning with its ``item``-th; what comes after them.
 
-    Of each row the block takes those from ``first`` to ``chunks``.
+    Of each row the block takes those from ``first_chunk`` to ``chunks``.
 
     Each producer copies its share of every chunk.
     """
@@ -52,7 +54,7 @@ def produce(ring, barriers, weights, row_nbytes, m, first, chunks, row, chunk, r
             fetch_bulk(ring + stage * STAGE_NBYTES, full, weights, end, row_nbytes, row, m, chunk, producer, lane)
         else:
             fetch(ring + stage * STAGE_NBYTES, full, weights, end, row_nbytes, row, m, chunk, producer, lane)
-        row, chunk = following(row, chunk, first, chunks, row_step)
+        row, chunk = following(row, chunk, first_chunk, chunks, row_step)
         count -= 1
         stage += 1
         if stage == STAGES:
@@ -69,11 +71,11 @@ def prefetch_next(begin, nbytes, lane):
         at += 32 * PIECE_NBYTES
 
 
-def following(row, chunk, first, chunks, row_step):
+def following(row, chunk, first_chunk, chunks, row_step):
     """The chunk that a block takes after this one: the rows' next, or the first of its next rows."""
     chunk += 1
     if chunk == chunks:
-        return row + row_step, first
+        return row + row_step, first_chunk
     return row, chunk
 
 

@@ -61,6 +61,10 @@ FUSED_VALUES = 16384
 """The most activations that each block quantizes for itself: a load or so a thread for each column."""
 
 
+WHOLE_NBYTES = 64 << 10
+"""The most activations that a block copies to shared memory where it could do with half of them."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """What a schedule depends on of a GPU.
@@ -280,9 +284,10 @@ class Schedule:
           Q8_0, 4096x4096, 11.6, else 12.8; but 14336x4096 28.2, else 26.8).
         * Two stages are filled before the activations are asked for; all if another kernel makes these, and the block
           has more tiles (n = 8 on an H100: Q8_0 29.1, else 30.6; but 4096x4096 14.7, else 12.8).
-        * Activations in shared memory if three stages have room beside them; for mapped weights two.
-        * Two blocks to a row, for more than two columns, if only half of the activations has room, or if more than half
-          of the multiprocessors would have no row.
+        * Activations in shared memory if three stages have room beside them, be it of two rows a lane and one unit; for
+          mapped weights two.
+        * Two blocks to a row, for more than two columns, if the activations are large and rows few, or if more than half
+          of the multiprocessors would have no row (not measured yet).
 
         Args:
             block_format: of the weight.
@@ -304,28 +309,34 @@ class Schedule:
         lane_rows = 4 if columns > 2 and int8 and case.fills(32) and _frugal(block_format) and not crowded else 2
         most = 1 if crowded else 2
 
-        x_nbytes = activations.nbytes(scale_blocks_of(block_format, k))
-        made = case.tiling(x_nbytes, warps, lane_rows, most)
-        fits = case.fits(made, x_nbytes)
-        few = columns <= 2 or case.short(made)
-        fused = fits and fusible and int8 and columns * k <= FUSED_VALUES and few
-        halved = None
-        if columns > 2 and not fused and not mapped and not (fits and case.fills(made.rows, 0.5)):
-            halved = case.halved(activations, warps, lane_rows, most)
-        if halved is not None:
-            made = halved
-            x_nbytes = activations.nbytes(made.scale_blocks_before(block_format, k))
-        elif not fits:
+        made, split, x_nbytes = None, False, 0
+        for rows, units in ((lane_rows, most), (2, 1)):
+            whole = case.whole(activations, warps, rows, units)
+            large = activations.nbytes(scale_blocks_of(block_format, k)) > WHOLE_NBYTES
+            worth = whole is None or (large and case.short(whole))
+            halved = case.halved(activations, warps, rows, units) if worth else None
+            made, split = halved or whole, halved is not None
+            if made is not None:
+                break
+        if made is None:
             # The activations stay in global memory, whose addresses take more registers: where 8 warps would have too
             # few, there are 4.
-            x_nbytes = 0
             warps = 4 if columns > 2 and not (int8 and roomy) and not block_format.short else warps
             made = case.tiling(0, warps, 2, 1)
             while made.shared_nbytes(columns) > machine.shared_nbytes and warps > 4:  # F32 where a block has 99 KiB
                 warps //= 2
                 made = case.tiling(0, warps, 2, 1)
+            fused = False
+        else:
+            few = columns <= 2 or case.short(made)
+            fused = fusible and int8 and columns * k <= FUSED_VALUES and few and not split
+            if not split and not fused and not case.fills(made.rows, 0.5):
+                halved = case.halved(activations, warps, made.lane_rows, most)
+                made, split = halved or made, halved is not None
+            blocks = made.scale_blocks_before(block_format, k) if split else scale_blocks_of(block_format, k)
+            x_nbytes = activations.nbytes(blocks)
         first_stages = min(2, made.stages) if fused or case.short(made) else made.stages
-        return cls(made, activations, x_nbytes, fused, halved is not None, first_stages, machine.bulk)
+        return cls(made, activations, x_nbytes, fused, split, first_stages, machine.bulk)
 
 
 class _Case(NamedTuple):
@@ -353,8 +364,17 @@ class _Case(NamedTuple):
         small = twice.stage_nbytes <= min(limit, ring // 2)
         return twice if small and twice.chunk_blocks <= self.block_format.blocks(self.k) else cut(max(0, ring))
 
+    def whole(self, activations: Activations, warps: int, lane_rows: int, most: int) -> Tiling | None:
+        """The tiling beside all activations of a row, if there is one."""
+        x_nbytes = activations.nbytes(scale_blocks_of(self.block_format, self.k))
+        made = self.tiling(x_nbytes, warps, lane_rows, most)
+        return made if self.fits(made, x_nbytes) else None
+
     def halved(self, activations: Activations, warps: int, lane_rows: int, most: int) -> Tiling | None:
-        """The tiling where two blocks share a row, if there is one."""
+        """The tiling where two blocks share a row, if there is one. It is for more than two columns: others are
+        quantized in the kernel, and nobody is there before it to make the results zero."""
+        if self.columns <= 2 or self.mapped:
+            return None
         scale_blocks = scale_blocks_of(self.block_format, self.k)
         for units in range(most, 0, -1):
             supposed = self.tiling(activations.nbytes(scale_blocks // 2), warps, lane_rows, units)
