@@ -8,12 +8,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -35,19 +37,20 @@ __all__ = ["HOPPER", "LaneError", "LaneGPU", "Outcome", "Settings", "flat", "run
 
 HOPPER = Machine(2, 232448, True)
 """A small GPU of compute capability 9.0."""
+USUAL = Settings()
 TOLERANCE = {True: 5e-4, False: 1e-6}
 """NMSE of one product, by whether activations are int8: see tests/gpu/test_kernels.py."""
-WEIGHTS, OTHERS = 0x7F0000000000, 0x7E0000000000
-"""Where weights lie, and where everything else."""
+WEIGHTS, OTHERS = 3 << 52, 1 << 52
+"""Where weights lie, and where everything else: addresses that no process has."""
 
 
 @functools.lru_cache(maxsize=256)
-def flat(kernel: CUDAKernel, settings: Settings = Settings()) -> Callable[..., None]:
-    """The kernel's flat source, made of the twins."""
+def flat(kernel: CUDAKernel, whole_edges: bool = False) -> Callable[..., None]:
+    """The kernel's flat source, made of the twins; with the fault "edges" or without."""
     module, _, function = kernel.key["template"].rpartition(".")
-    source = getattr(__import__(f"qmm.kernels.{module}", fromlist=[function]), function)
+    source = getattr(import_module(f"qmm.kernels.{module}"), function)
     constants = {name: LaneTarget.operation(value) for name, value in kernel.key["constants"].items()}
-    return specialize(source, constants, LaneTarget(kernel.key["alignment"], settings))
+    return specialize(source, constants, LaneTarget(kernel.key["alignment"], whole_edges))
 
 
 class Launch:
@@ -76,7 +79,7 @@ class Launch:
     def queue(self, stream: int) -> None:
         """Run it."""
         settings = self.gpu.settings
-        function = flat(self.kernel, Settings(faults=settings.faults & {"edges"}))
+        function = flat(self.kernel, "edges" in settings.faults)
         for index in range(self.blocks):
             block = Block(
                 self.gpu.memory, index, self.blocks, self.kernel.threads, self.shared_nbytes, not self.early, settings
@@ -90,7 +93,7 @@ class LaneGPU(GPU):
     Addresses of what it allocates are multiples of 256, as cudaMalloc's, with nothing in between.
     """
 
-    def __init__(self, machine: Machine, settings: Settings = Settings(), mapped: bool = False) -> None:
+    def __init__(self, machine: Machine, settings: Settings = USUAL, mapped: bool = False) -> None:
         self.memory = Memory()
         self.settings = settings
         self.mapped = mapped
@@ -129,6 +132,29 @@ class LaneGPU(GPU):
     def allocate(self, nbytes: int, what: str) -> int:
         return self.add(what, nbytes).start
 
+    def free(self, address: int) -> None:
+        self.memory.regions = [region for region in self.memory.regions if region.start != address]
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        if self._ours(source):
+            region = self.memory.find(source, nbytes)
+            content = bytes(region.data[source - region.start :][:nbytes])
+        else:
+            content = ctypes.string_at(source, nbytes)
+        if self._ours(target):
+            region = self.memory.find(target, nbytes)
+            at = target - region.start
+            region.data[at : at + nbytes] = content
+            region.state[at : at + nbytes] = b"\1" * nbytes
+        else:
+            ctypes.memmove(target, content, nbytes)
+
+    def synchronize(self, stream: int) -> None:
+        """Whatever was queued is done."""
+
+    def _ours(self, address: int) -> bool:
+        return any(region.start <= address < region.end for region in self.memory.regions)
+
     def _in_host_memory(self, address: int) -> bool:
         return self.mapped
 
@@ -154,7 +180,9 @@ class Outcome:
     seconds: float
 
     def __str__(self) -> str:
-        return f"NMSE {self.error:.2g}, weights read up to {self.reads.max()} times, {self.seconds:.2f} s: {self.schedule}"
+        return (
+            f"NMSE {self.error:.2g}, weights read up to {self.reads.max()} times, {self.seconds:.2f} s: {self.schedule}"
+        )
 
 
 def random_weights(block_format: Format, m: int, k: int, rng: np.random.Generator, extreme: bool = False) -> bytes:
@@ -195,7 +223,7 @@ def run_product(
     x_shift: int = 0,
     dtype: str = "float32",
     mapped: bool = False,
-    settings: Settings = Settings(),
+    settings: Settings = USUAL,
     seed: int = 0,
 ) -> Outcome:
     """Multiply random blocks by random activations, and check what can be checked.
@@ -227,8 +255,9 @@ def run_product(
     started = time.perf_counter()
     schedules: list[Schedule] = []
     made = Schedule.of
-    with LaneGPU(machine, settings, mapped) as gpu, mock.patch.object(
-        Schedule, "of", lambda *arguments: schedules.append(made(*arguments)) or schedules[-1]
+    with (
+        LaneGPU(machine, settings, mapped) as gpu,
+        mock.patch.object(Schedule, "of", lambda *arguments: schedules.append(made(*arguments)) or schedules[-1]),
     ):
         weights = gpu.memory.add("weights", WEIGHTS + shift, data, constant=True)
         source = gpu.add("x", _bytes_of(x, dtype), shift=x_shift)
@@ -259,7 +288,7 @@ def run_dequantization(
     *,
     machine: Machine = HOPPER,
     shift: int = 0,
-    settings: Settings = Settings(),
+    settings: Settings = USUAL,
     seed: int = 0,
 ) -> Outcome:
     """Dequantize random blocks with extreme scales, and check each bit; arguments and errors as above."""

@@ -280,7 +280,14 @@ class Block:
     """
 
     def __init__(
-        self, memory: Memory, index: int, count: int, threads: int, shared_nbytes: int, settled: bool, settings: Settings
+        self,
+        memory: Memory,
+        index: int,
+        count: int,
+        threads: int,
+        shared_nbytes: int,
+        settled: bool,
+        settings: Settings,
     ) -> None:
         self.memory = memory
         self.index = index
@@ -390,7 +397,9 @@ class Block:
         self.state[at : at + nbytes] = b"\1" * nbytes
 
     def _forbid(self, what: str, at: int, nbytes: int) -> None:
-        of_barrier = any(at < barrier - SHARED_WINDOW + 8 and barrier - SHARED_WINDOW < at + nbytes for barrier in self.barriers)
+        of_barrier = any(
+            at < barrier - SHARED_WINDOW + 8 and barrier - SHARED_WINDOW < at + nbytes for barrier in self.barriers
+        )
         why = "a barrier" if of_barrier else "the target of a copy under way"
         raise LaneError(f"{who()} {what} {nbytes} bytes at shared {at}: {why}")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from greenlet import getcurrent
-from lanes_machine import SHARED_WINDOW, Copy, Delivery, LaneError, Settings, meet, together
+from lanes_machine import SHARED_WINDOW, Copy, Delivery, LaneError, meet, together
 
 from qmm.kernels import primitives, ptx, ring
 
@@ -28,7 +28,11 @@ MAKERS: dict[str, Callable[..., Callable[..., Any]]] = {}
 """Those of its functions that make an operation of numbers."""
 
 float32, uint32, from_buffer = np.float32, np.uint32, np.frombuffer
-unpack_float, pack_float, pack_word = struct.Struct("<f").unpack_from, struct.Struct("<f").pack, struct.Struct("<I").pack
+unpack_float, pack_float, pack_word = (
+    struct.Struct("<f").unpack_from,
+    struct.Struct("<f").pack,
+    struct.Struct("<I").pack,
+)
 
 
 def twin(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -547,20 +551,20 @@ def _largest_of_eight(arguments):
 
 
 class LaneTarget:
-    """Specializes kernels for :mod:`lanes_machine`, with block fields that keep to ``alignment`` bytes."""
+    """Specializes kernels for :mod:`lanes_machine`, with block fields that keep to ``alignment`` bytes; with
+    ``whole_edges``, the fault "edges"."""
 
     name = "lanes"
 
-    def __init__(self, alignment: int, settings: Settings) -> None:
+    def __init__(self, alignment: int, whole_edges: bool = False) -> None:
         self._twins: dict[Any, Any] = {
             getattr(primitives, name): getattr(primitives, name) for name in primitives.__all__
         }
         self._twins |= field_loads(alignment)
         self._twins |= {getattr(ptx, name): function for name, function in TWINS.items()}
-        if "edges" in settings.faults:
+        if whole_edges:
             edge = TWINS[f"copy_edge{min(4, alignment)}"]
             self._twins[ring.copy_edges] = _whole_edges(edge, min(4, alignment))
-        self._own = set(TWINS.values()) | set(self._twins.values())
 
     def intrinsic(self, primitive: object) -> object | None:
         """The twin of an operation, or None for what is none.
@@ -602,7 +606,7 @@ class LaneTarget:
 
 
 def _whole_edges(copy_edge, nbytes):
-    """The fault "edges": all 16 bytes, whether they belong to the tensor or not."""
+    """``copy_edges`` of ring.py, but for all 16 bytes, whether they belong to the tensor or not."""
 
     def copy_edges(target, source, weights, end):
         for i in range(0, 16, nbytes):
