@@ -138,7 +138,8 @@ class LaneGPU(GPU):
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         if self._ours(source):
             region = self.memory.find(source, nbytes)
-            content = bytes(region.data[source - region.start :][:nbytes])
+            at = source - region.start
+            content = bytes(region.data[at : at + nbytes])
         else:
             content = ctypes.string_at(source, nbytes)
         if self._ours(target):

@@ -132,6 +132,13 @@ def test_aligned_rows_are_read_exactly_once() -> None:
         assert set(outcome.reads) == {1}
 
 
+@pytest.mark.parametrize("machine", [HOPPER, AMPERE], ids=["bulk", "by 16"])
+@pytest.mark.parametrize(("name", "k", "shift"), [("F16", 3, 4), ("BF16", 5, 10), ("F32", 1, 12), ("Q4_0", 32, 15)])
+def test_tensors_of_a_few_bytes(name: str, k: int, shift: int, machine: Machine) -> None:
+    run_product(name, 1, k, 1, machine=machine, shift=shift)
+    run_dequantization(name, 1, k, machine=machine, shift=shift)
+
+
 def test_expected_reads_by_hand() -> None:
     # Rows of 34 bytes from byte 2 of 16 on: 2..36, 36..70. The 16 bytes from 32 on are read for both.
     tiling = Tiling.of(FORMATS["Q8_0"], 2, 1 << 17)
