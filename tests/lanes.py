@@ -40,6 +40,9 @@ HOPPER = Machine(2, 232448, True)
 USUAL = Settings()
 TOLERANCE = {True: 5e-4, False: 1e-6}
 """NMSE of one product, by whether activations are int8: see tests/gpu/test_kernels.py."""
+OF_SUMS = 1e-12
+"""NMSE of one product with the activations as they are once quantized: what float32 sums may lose, and far less than
+one wrong weight makes."""
 WEIGHTS, OTHERS = 3 << 52, 1 << 52
 """Where weights lie, and where everything else: addresses that no process has."""
 
@@ -168,6 +171,7 @@ class Outcome:
         result: of the kernel.
         expected: what float64 gives of gguf's weights.
         error: the squared error over the energy (NMSE).
+        of_sums: the same with the activations as they are once quantized.
         reads: how often each byte of the weights was read.
         schedule: as it was cut.
         seconds: how long the run took.
@@ -176,13 +180,15 @@ class Outcome:
     result: np.ndarray
     expected: np.ndarray
     error: float
+    of_sums: float
     reads: np.ndarray
     schedule: Any
     seconds: float
 
     def __str__(self) -> str:
         return (
-            f"NMSE {self.error:.2g}, weights read up to {self.reads.max()} times, {self.seconds:.2f} s: {self.schedule}"
+            f"NMSE {self.error:.2g} ({self.of_sums:.2g} without the quantization), weights read up to "
+            f"{self.reads.max()} times, {self.seconds:.2f} s: {self.schedule}"
         )
 
 
@@ -224,6 +230,7 @@ def run_product(
     x_shift: int = 0,
     dtype: str = "float32",
     mapped: bool = False,
+    change: Callable[[Schedule], Schedule] | None = None,
     settings: Settings = USUAL,
     seed: int = 0,
 ) -> Outcome:
@@ -240,6 +247,7 @@ def run_product(
         x_shift: where the activations start, likewise; past a multiple of 16 no block quantizes them for itself.
         dtype: of activations and results.
         mapped: whether the weights lie in host memory.
+        change: makes another schedule of the one that the host would take.
         settings: how kernels are run.
         seed: of weights and activations.
 
@@ -253,13 +261,16 @@ def run_product(
     data = random_weights(block_format, m, k, rng)
     x = _rounded(rng.standard_normal((n, k)).astype(np.float32), dtype)
     item = 4 if dtype == "float32" else 2
-    started = time.perf_counter()
     schedules: list[Schedule] = []
-    made = Schedule.of
-    with (
-        LaneGPU(machine, settings, mapped) as gpu,
-        mock.patch.object(Schedule, "of", lambda *arguments: schedules.append(made(*arguments)) or schedules[-1]),
-    ):
+    usual = Schedule.of
+
+    def schedule_of(*arguments: Any) -> Schedule:
+        schedule = usual(*arguments)
+        schedules.append(change(schedule) if change else schedule)
+        return schedules[-1]
+
+    started = time.perf_counter()
+    with LaneGPU(machine, settings, mapped) as gpu, mock.patch.object(Schedule, "of", schedule_of):
         weights = gpu.memory.add("weights", WEIGHTS + shift, data, constant=True)
         source = gpu.add("x", _bytes_of(x, dtype), shift=x_shift)
         target = gpu.add("y", n * m * item)
@@ -268,14 +279,14 @@ def run_product(
         gpu.matmul(block_format, weights.start, m, k, x_view, y_view, int8, 0)
     seconds = time.perf_counter() - started
     y = _floats_of(target.data, dtype).reshape(n, m)
-    expected = x.astype(np.float64) @ dequantized(block_format, data, m, k).astype(np.float64).T
-    energy = ((x.astype(np.float64) ** 2) @ (dequantized(block_format, data, m, k).astype(np.float64).T ** 2)).sum()
-    error = float(((y - expected) ** 2).sum() / max((expected**2).sum(), energy))
+    matrix = dequantized(block_format, data, m, k).astype(np.float64)
+    error, of_sums = (_nmse(y, values, matrix) for values in (x, quantized(x, int8)))
     (schedule,) = schedules
-    outcome = Outcome(y, expected, error, weights.reads, schedule, seconds)
+    outcome = Outcome(y, x.astype(np.float64) @ matrix.T, error, of_sums, weights.reads, schedule, seconds)
     assert target.unwritten() == 0, f"{target.unwritten()} bytes of the results were not written"
     rounding = {"float32": 0.0, "float16": 2.0**-22, "bfloat16": 2.0**-16}[dtype]
     assert error <= TOLERANCE[int8] + rounding, f"NMSE {error}"
+    assert of_sums <= OF_SUMS + rounding, f"NMSE {of_sums} beside the quantization of activations"
     launches = -(-n // schedule.activations.columns)
     reads = launches * expected_reads(block_format, schedule.tiling, weights.start, m, k)
     np.testing.assert_array_equal(weights.reads, reads, "how often each byte of the weights was read")
@@ -306,12 +317,36 @@ def run_dequantization(
     )
     got = np.frombuffer(target.data, np.float32).reshape(m, k)
     expected = dequantized(block_format, data, m, k)
-    outcome = Outcome(got, expected, 0.0, weights.reads, tiling, seconds)
+    outcome = Outcome(got, expected, 0.0, 0.0, weights.reads, tiling, seconds)
     assert target.unwritten() == 0, f"{target.unwritten()} bytes of the results were not written"
     np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
     reads = expected_reads(block_format, tiling, weights.start, m, k)
     np.testing.assert_array_equal(weights.reads, reads, "how often each byte of the weights was read")
     return outcome
+
+
+def quantized(x: np.ndarray, int8: bool) -> np.ndarray:
+    """Activations as kernels/activations.py rounds them, as float64; no row may have a block of zeros."""
+    n, k = x.shape
+    blocks = np.zeros((n, -(-k // 32) * 32), np.float32)
+    blocks[:, :k] = x
+    blocks = blocks.reshape(n, -1, 32)
+    largest = np.abs(blocks).max(-1, keepdims=True)
+    if int8:
+        scale = largest * np.float32(1 / 127)
+        values = np.rint(blocks.astype(np.float64) * (np.float32(1) / scale))
+    else:
+        scale = 2.0 ** np.floor(np.log2(largest))
+        values = (blocks / scale).astype(np.float16)
+    return (values.astype(np.float64) * scale).reshape(n, -1)[:, :k]
+
+
+def _nmse(y: np.ndarray, x: np.ndarray, matrix: np.ndarray) -> float:
+    """The squared error of a product over what its terms, or their sums, amount to."""
+    x = x.astype(np.float64)
+    expected = x @ matrix.T
+    energy = max((expected**2).sum(), ((x**2) @ (matrix.T**2)).sum())
+    return float(((y - expected) ** 2).sum() / energy)
 
 
 def _bytes_of(values: np.ndarray, dtype: str) -> bytes:

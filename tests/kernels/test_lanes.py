@@ -56,8 +56,8 @@ CASES: dict[str, tuple[Machine, int, str, int, dict[str, Any]]] = {
     "many rows": (replace(HOPPER, multiprocessors=1), 130, "one", 1, {"shift": 6, "settings": Settings(slow=3)}),
     "copied by 16": (replace(AMPERE, multiprocessors=1), 50, "deep", 1, {"mapped": True, "shift": 13}),
     "one block": (AMPERE, 5, "one", 3, {"int8": False, "settings": AT_ONCE}),
-    "four, small": (ADA, 37, "short", 4, {"shift": 8, "settings": Settings(slow=8)}),
-    "eight, small": (ADA, 20, "deep", 8, {"shift": 4, "settings": Settings(late=False, slow=2)}),
+    "three, small": (ADA, 37, "short", 3, {"shift": 8, "settings": Settings(slow=8)}),
+    "eight, small": (ADA, 13, "deep", 8, {"shift": 4, "settings": Settings(late=False, slow=2)}),
 }
 
 
@@ -137,6 +137,13 @@ def test_aligned_rows_are_read_exactly_once() -> None:
 def test_tensors_of_a_few_bytes(name: str, k: int, shift: int, machine: Machine) -> None:
     run_product(name, 1, k, 1, machine=machine, shift=shift)
     run_dequantization(name, 1, k, machine=machine, shift=shift)
+
+
+@pytest.mark.parametrize("machine", [HOPPER, AMPERE], ids=["bulk", "by 16"])
+def test_tensors_that_start_and_end_anywhere(machine: Machine) -> None:
+    for shift in range(16):
+        run_dequantization("Q4_0", 1, 32, machine=machine, shift=shift)
+        run_dequantization("Q8_0", 3, 32, machine=machine, shift=shift)
 
 
 def test_expected_reads_by_hand() -> None:
