@@ -49,7 +49,7 @@ def depth(block_format: Format, which: str) -> int:
 # Machine, m, k, n, and what run_product is told besides. Where there is one multiprocessor only, a block takes more
 # chunks than the ring has stages.
 CASES: dict[str, tuple[Machine, int, str, int, dict[str, Any]]] = {
-    "fused": (replace(HOPPER, multiprocessors=1), 70, "deep", 1, {}),
+    "fused": (replace(HOPPER, multiprocessors=1), 50, "deep", 1, {}),
     "mapped": (HOPPER, 20, "short", 2, {"int8": False, "mapped": True, "shift": 13, "settings": Settings(slow=0)}),
     "not fused": (HOPPER, 70, "short", 3, {"x_shift": 4, "shift": 2, "settings": Settings(late=False, slow=5)}),
     "eight": (HOPPER, 37, "short", 8, {"settings": Settings(seed=1)}),
