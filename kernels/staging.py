@@ -286,8 +286,8 @@ class Schedule:
           has more tiles (n = 8 on an H100: Q8_0 29.1, else 30.6; but 4096x4096 14.7, else 12.8).
         * Activations in shared memory if three stages have room beside them, be it of two rows a lane and one unit; for
           mapped weights two.
-        * Two blocks to a row, for more than two columns, if the activations are large and rows few, or if more than half
-          of the multiprocessors would have no row (not measured yet).
+        * Two blocks to a row, for more than two columns, if the activations are large and rows few, or if more than
+          half of the multiprocessors would have no row (not measured yet).
 
         Args:
             block_format: of the weight.
@@ -307,7 +307,8 @@ class Schedule:
         warps = 16 if columns <= 2 and (int8 or block_format.plain) and roomy else 8
         crowded = block_format.runs > 2 and columns == COLUMN_TILES[-1]  # Q2_K and Q3_K: ptxas spills
         lane_rows = 4 if columns > 2 and int8 and case.fills(32) and _frugal(block_format) and not crowded else 2
-        most = 1 if crowded else 2
+        # Q4_0 too with two units, where a block's fields are put together from words around them.
+        most = 1 if crowded or (columns == COLUMN_TILES[-1] and block_format.alignment < 4) else 2
 
         made, split, x_nbytes = None, False, 0
         for rows, units in ((lane_rows, most), (2, 1)):

@@ -106,6 +106,7 @@ class LaneGPU(GPU):
         self.multiprocessors = machine.multiprocessors
         self.stream = 0
         self._alone = True
+        self._next_nbytes = 1 << 20
         self._integrated = False
         self._thread = threading.local()
         self._thread.ready = True

@@ -65,6 +65,7 @@ class Region:
     Attributes:
         constant: whether no kernel writes it: it may be read before the kernels before have ended.
         reads: how often each byte was read.
+        brought: 1 for each byte that was brought into L2.
     """
 
     def __init__(self, name: str, address: int, content: bytes | int, constant: bool) -> None:
@@ -76,6 +77,7 @@ class Region:
         self.data = bytearray([POISON]) * nbytes if isinstance(content, int) else bytearray(content)
         self.state = bytearray([UNWRITTEN if isinstance(content, int) else WRITTEN]) * nbytes
         self.reads = np.zeros(nbytes, np.int32)
+        self.brought = bytearray(nbytes)
 
     def __repr__(self) -> str:
         return f"{self.name} [{self.start:#x}, {self.end:#x})"

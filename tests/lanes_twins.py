@@ -113,6 +113,17 @@ def bulk_copy(target, source, nbytes, barrier):
 
 
 @twin
+def prefetch(source, nbytes):
+    """Whether it is brought into a cache makes no difference here; where it lies does."""
+    if nbytes <= 0 or nbytes & 15 or source & 15:
+        raise LaneError(f"{nbytes} bytes at {source:#x} are to be brought into L2: both must be multiples of 16")
+    block = here()
+    region = block.memory.find(source, nbytes)
+    start = source - region.start
+    region.brought[start : start + nbytes] = b"\1" * nbytes
+
+
+@twin
 def arrive_after_copies(barrier):
     lane = getcurrent()
     copies: list[Copy] = lane.loose
@@ -341,6 +352,13 @@ def load_byte(address):
 @twin
 def store_float(address, value):
     here().memory.write(address, pack_float(value), 4)
+
+
+@twin
+def add_float(address, value):
+    memory = here().memory
+    data, at = memory.read(address, 4, 4)
+    memory.write(address, pack_float(float32(unpack_float(data, at)[0]) + value), 4)
 
 
 @twin

@@ -46,6 +46,11 @@ def depth(block_format: Format, which: str) -> int:
     return block_format.block_weights * (blocks if block_format.block_weights == 256 else 4 * blocks - 3)
 
 
+def in_halves(schedule: Schedule) -> Schedule:
+    """The schedule of two blocks to a row, with more room for activations than they need."""
+    return replace(schedule, fused=False, split=True)
+
+
 # Machine, m, k, n, and what run_product is told besides. Where there is one multiprocessor only, a block takes more
 # chunks than the ring has stages.
 CASES: dict[str, tuple[Machine, int, str, int, dict[str, Any]]] = {
@@ -58,6 +63,9 @@ CASES: dict[str, tuple[Machine, int, str, int, dict[str, Any]]] = {
     "one block": (AMPERE, 5, "one", 3, {"int8": False, "settings": AT_ONCE}),
     "three, small": (ADA, 37, "short", 3, {"shift": 8, "settings": Settings(slow=8)}),
     "eight, small": (ADA, 13, "deep", 8, {"shift": 4, "settings": Settings(late=False, slow=2)}),
+    "halves": (replace(HOPPER, multiprocessors=8), 40, "deep", 8, {"shift": 2}),
+    "halves in turn": (HOPPER, 50, "deep", 3, {"change": in_halves, "settings": Settings(slow=4)}),
+    "halves by 16": (AMPERE, 37, "deep", 8, {"change": in_halves, "shift": 13}),
 }
 
 
@@ -88,7 +96,7 @@ def test_the_products_differ_in_what_schedules_differ_in(
     if len(schedules) < len(FORMATS) * len(CASES):
         pytest.skip("not all products were run")
     found = {
-        "fused": {schedule.fused for schedule in schedules.values()},
+        "fused or split": {(schedule.fused, schedule.split) for schedule in schedules.values()},
         "x shared": {(schedule.x_nbytes > 0, schedule.bulk) for schedule in schedules.values()},
         "warps": {schedule.tiling.warps for schedule in schedules.values()},
         "rows": {(schedule.tiling.lane_rows, schedule.tiling.row_warps) for schedule in schedules.values()},
@@ -99,7 +107,7 @@ def test_the_products_differ_in_what_schedules_differ_in(
         "filled first": {schedule.first_stages < schedule.tiling.stages for schedule in schedules.values()},
     }
     assert found == {
-        "fused": {False, True},
+        "fused or split": {(False, False), (True, False), (False, True)},
         "x shared": {(False, False), (True, False), (False, True), (True, True)},
         "warps": {4, 8, 16},
         "rows": {(2, 1), (4, 1), (2, 2), (2, 4)},
@@ -163,6 +171,33 @@ def test_more_columns_than_a_product_takes() -> None:
     for machine in (HOPPER, AMPERE):
         run_product("Q6_K", 5, 256, 9, machine=machine)
         run_product("Q4_0", 5, 64, 9, machine=machine, x_shift=8)
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["device", "mapped"])
+def test_what_comes_next_is_brought_in_and_nothing_else(mapped: bool, rng: np.random.Generator) -> None:
+    sizes = [("Q8_0", 37, 96, 1), ("Q4_K", 20, 512, 8), ("Q6_K", 3, 256, 12), ("Q5_0", 50, 32, 2)]
+    with LaneGPU(HOPPER, mapped=mapped) as gpu:
+        weights, products, expected = [], [], []
+        for i, (name, m, k, n) in enumerate(sizes):
+            weight = gpu.add(name, random_blocks(name, (m, k), rng), constant=True, shift=(0, 2, 6, 16)[i])
+            x = rng.standard_normal((n, k)).astype(np.float32)
+            source, target = gpu.add("x", x.tobytes()), gpu.add("y", 4 * n * m)
+            expected.append(gpu.matmul_host(FORMATS[name], weight.start, m, k, x, True, 0))
+            x_view = View((n, k), (4 * k, 4), "float32", source.start, 0)
+            y_view = View((n, m), (4 * m, 4), "float32", target.start, 0)
+            weights.append(weight)
+            products.append((gpu.prepare(FORMATS[name], weight.start, m, k, x_view, y_view, True), x_view, y_view))
+        scratch = gpu.allocate(max(product.scratch_nbytes for product, _, _ in products), "scratch")
+        gpu.sequence([(product, x.address, y.address) for product, x, y in products], 0, scratch)
+        for (_, _, y), values in zip(products, expected, strict=True):
+            got = np.frombuffer(gpu.memory.find(y.address, 4).data, np.float32)
+            np.testing.assert_array_equal(got, values.ravel())
+    assert not any(weights[0].brought)
+    for weight, (before, _, _) in zip(weights[1:], products, strict=False):
+        first = -weight.start % 16
+        count = 0 if mapped else (len(weight.data) - first) // before.grid // 16 * 16 * before.grid
+        assert count or mapped
+        assert weight.brought == bytes(first) + b"\1" * count + bytes(len(weight.data) - first - count)
 
 
 def weights_of(gpu: LaneGPU, name: str, m: int, k: int, rng: np.random.Generator) -> int:
