@@ -534,10 +534,9 @@ def test_every_operation_that_a_launch_names_has_a_twin() -> None:
     named: set[str] = set()
     for block_format, int8, bulk in itertools.product(FORMATS.values(), (True, False), (True, False)):
         schedule = Schedule.of(block_format, 64, 512, 8, int8, 4, True, False, Machine(2, 101376, bulk))
-        for x_shared in (True, False):
-            kernel = launch.matvec_kernel(
-                *(block_format, schedule.tiling, schedule.activations, x_shared, schedule.fused, 2, bulk)
-            )
+        for x_shared, split in itertools.product((True, False), (True, False)):
+            of_schedule = (schedule.tiling, schedule.activations, x_shared, schedule.fused, split, 2, bulk)
+            kernel = launch.matvec_kernel(block_format, *of_schedule)
             named |= names_in(kernel.key["constants"])
         named |= names_in(launch.dequantize_kernel(block_format, schedule.tiling, bulk).key["constants"])
     for dtype in launch.LOADS:
