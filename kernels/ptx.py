@@ -1,6 +1,6 @@
 """The machine operations of the CUDA schedules, as inline PTX: where a thread is, memory, arithmetic, the warp.
 
-Only :func:`copy16` and the edge copies ever read a tensor.
+Only :func:`bulk_copy`, :func:`copy16` and the edge copies ever read a tensor.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ class Tiling:
     def shared_nbytes(self, columns: int) -> int:
         """Shared memory up to the end of the ring: barriers, zeros, twice the sums of the warps, stages.
 
-        Unaligned loads look up to 3 bytes past a field, hence the last 16.
+        The last 16: unaligned loads look up to 4 bytes past a field, copies of activations end at a multiple of 16.
         """
         sums = 2 * self.k_warps * self.rows * columns * 4
         return BARRIERS_NBYTES + ZERO_NBYTES + sums + self.stages * self.stage_nbytes + 16
