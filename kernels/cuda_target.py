@@ -12,8 +12,8 @@ alignment  ``load16``                                          formats
 1, 2       five aligned 4-byte loads and four funnel shifts    Q8_0, Q3_K, Q6_K, Q4_0, Q5_0, F16
 =========  ==================================================  ==================================
 
-The five loads of the last line may touch up to three bytes before the field and four after it: bytes of the stage, never
-of the tensor.
+The five loads of the last line may touch up to three bytes before the field and four after it: bytes of the stage,
+never of the tensor.
 """
 
 from __future__ import annotations
