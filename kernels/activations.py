@@ -54,9 +54,10 @@ SMALLEST_F16 = 2.0**-126
 
 
 def quantize(
-    x, row_stride, column_stride, k, blocks, spread, n, first, columns, sums_too, area, area_nbytes, cut, results, count
-):
-    """Quantizes ``n`` rows, which become the columns from ``first`` on of the products.
+    x, row_stride, column_stride, k, blocks, spread, n, padded, first, columns, sums_too,
+    area, area_nbytes, cut, results, count,
+):  # fmt: skip
+    """Quantizes ``n`` rows, which become the columns from ``first`` on of the products; zeros fill up to ``padded``.
 
     ``load_value`` reads a float32, float16 or bfloat16; strides are in bytes. Each ``columns`` columns have an area of
     their own, with sums if ``sums_too`` is not 0, for ``blocks`` scale blocks, ``spread`` of them to a weight block,
@@ -73,7 +74,7 @@ def quantize(
         place += block_count() * (WARPS * 32)
     item = block_index() * WARPS + (thread_index() >> 5)
     step = block_count() * WARPS
-    while item < n * blocks:
+    while item < padded * blocks:
         row = item // blocks
         source = item - row * blocks
         group = (first + row) // columns
@@ -89,7 +90,7 @@ def quantize(
         scales = values + own * columns * (32 if INT8 else 64)
         sums = scales + own * columns * 4
         value = 0.0
-        if source * 32 + lane < k:
+        if row < n and source * 32 + lane < k:
             value = load_value(x + row * row_stride + (source * 32 + lane) * column_stride)
         largest = largest_of_warp(value)
         at = ((block * 2 + half) * columns + c) * 16 + (lane & 15)

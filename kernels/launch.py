@@ -280,7 +280,7 @@ def matvec_kernel(
     }
     mode = "int8" if activations.int8 else "f16"
     name = f"matvec_{block_format.name}_{activations.columns}_{mode}_{tiling.alignment}"
-    return _described(name, "matvec.matvec", 14, constants, tiling.alignment, tiling.threads, shared=True)
+    return _described(name, "matvec.matvec", 15, constants, tiling.alignment, tiling.threads, shared=True)
 
 
 @functools.cache
@@ -295,7 +295,7 @@ def dequantize_kernel(block_format: Format, tiling: Tiling, bulk: bool) -> CUDAK
 def quantize_kernel(dtype: str, int8: bool, programmatic: bool = True) -> CUDAKernel:
     """Activations of ``dtype`` to blocks of 32 int8 or float16 values."""
     constants = {"INT8": int8, "PROGRAMMATIC": programmatic, "WARPS": WARPS, "load_value": LOADS[dtype]}
-    return _described(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", "activations.quantize", 15, constants)
+    return _described(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", "activations.quantize", 16, constants)
 
 
 @functools.cache

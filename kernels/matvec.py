@@ -62,13 +62,29 @@ OF_X = 160  # where the barrier for the activations lies, from the first barrier
 BIAS = -12582912.0  # takes the 12,582,912 of dot_pair away: exact, since a scale has at most 18 significant bits
 
 
-def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, y_pitch, next_weights, next_nbytes):
+def matvec(
+    weights,
+    row_nbytes,
+    m,
+    blocks,
+    chunks,
+    k,
+    scale_blocks,
+    x,
+    x_stride,
+    zeros,
+    n,
+    y,
+    y_pitch,
+    next_weights,
+    next_nbytes,
+):
     """Up to COLUMNS products with every row.
 
-    ``x`` holds the activations as :class:`qmm.kernels.staging.Activations` lays them out; or with FUSED, ``n`` rows of
-    ``k`` float32, ``x_stride`` bytes apart, each at a multiple of 16 bytes. At ``zeros`` are ZERO_NBYTES of them. ``y``
-    is float32, ``y_pitch`` apart. Each block has its ``next_nbytes`` from ``next_weights`` on brought into L2, both
-    multiples of 16.
+    ``x`` holds ``scale_blocks`` of activations as :class:`qmm.kernels.staging.Activations` lays them out; or with
+    FUSED, ``n`` rows of ``k`` float32, ``x_stride`` bytes apart, each at a multiple of 16 bytes. At ``zeros`` are
+    ZERO_NBYTES of them. ``y`` is float32, ``y_pitch`` apart. Each block has its ``next_nbytes`` from ``next_weights``
+    on brought into L2, both multiples of 16.
     """
     lane = lane_index()
     thread = thread_index()
@@ -81,7 +97,6 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, 
     row_step = block_count() * ROWS
     first_chunk = 0
     skipped = 0
-    scale_blocks = ((blocks + 3) >> 2) * QUAD_SCALE_BLOCKS
     if SPLIT:
         row = (block_index() >> 1) * ROWS
         row_step = (block_count() >> 1) * ROWS
@@ -94,7 +109,7 @@ def matvec(weights, row_nbytes, m, blocks, chunks, k, x, x_stride, zeros, n, y, 
         else:
             chunks = middle
             scale_blocks = before
-    x_nbytes = (scale_blocks * X_NBYTES + 15) & -16
+    x_nbytes = scale_blocks * X_NBYTES
     if PROGRAMMATIC:
         launch_dependents()
     prepare(barriers, thread)

@@ -110,8 +110,10 @@ class Activations:
 
 
 def scale_blocks_of(block_format: Format, k: int) -> int:
-    """Scale blocks of a row of ``k`` activations, filled up to four weight blocks."""
-    return -(-block_format.blocks(k) // 4) * block_format.block_weights // 8
+    """Scale blocks of a row of ``k`` activations, filled up to four weight blocks, and to four: then all that belongs
+    to them is a multiple of 16 bytes."""
+    weights = -(-block_format.blocks(k) // 4) * 4 * block_format.block_weights
+    return -(-weights // (4 * BLOCK)) * 4
 
 
 @dataclass(frozen=True)

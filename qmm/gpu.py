@@ -39,7 +39,7 @@ BLOCKS = 4
 """Blocks of WARPS warps that fill the 64 warps of a multiprocessor."""
 PREPARED = 4096
 """The most products that are kept prepared."""
-NEXT_WEIGHTS, NEXT_NBYTES = 12, 13
+NEXT_WEIGHTS, NEXT_NBYTES = 13, 14
 """Arguments of :func:`qmm.kernels.matvec.matvec`."""
 NEXT_OF_L2 = 4
 """What part of L2 may hold the beginning of the next product's weights."""
@@ -370,13 +370,14 @@ class GPU:
             spread = max(1, block_format.block_weights // BLOCK)
             cut = schedule.tiling.scale_blocks_before(block_format, k) if schedule.split else scale_blocks
             for slab in slabs:
-                blocks = self._grid(-(-slab.rows * scale_blocks // WARPS))
-                of_x = (0, slab.row_stride, slab.column_stride, k, scale_blocks, spread, slab.rows, slab.first)
+                padded = slab.rows + (-n % columns if slab is slabs[-1] else 0)
+                blocks = self._grid(-(-padded * scale_blocks // WARPS))
+                of_x = (0, slab.row_stride, slab.column_stride, k, scale_blocks, spread, slab.rows, padded, slab.first)
                 of_areas = (columns, int(activations.sums), 0, area_nbytes, cut)
                 zeros = n * m if schedule.split and slab is slabs[0] else 0
                 made = launch.Launch(kernel, self.device, blocks, (*of_x, *of_areas, 0, zeros), 0, early)
-                results = (13, 1, 0) if direct else (13, 2, areas_nbytes)
-                product.add(made, (0, 0, slab.address - x.address), (10, 2, 0), results)
+                results = (14, 1, 0) if direct else (14, 2, areas_nbytes)
+                product.add(made, (0, 0, slab.address - x.address), (11, 2, 0), results)
         kernel = launch.matvec_kernel(
             block_format,
             schedule.tiling,
@@ -388,15 +389,15 @@ class GPU:
             early,
         )
         blocks = block_format.blocks(k)
-        of_weights = (weights, row_nbytes, m, blocks, -(-blocks // schedule.tiling.chunk_blocks), k)
+        of_weights = (weights, row_nbytes, m, blocks, -(-blocks // schedule.tiling.chunk_blocks), k, scale_blocks)
         grid = min(self.multiprocessors, -(-m // schedule.tiling.rows))
         if schedule.split:
-            grid = 2 * min(self.multiprocessors // 2, -(-m // schedule.tiling.rows))
+            grid = 2 * max(1, min(self.multiprocessors // 2, -(-m // schedule.tiling.rows)))
         for first in range(0, n, columns):
             arguments = (*of_weights, 0, row_stride, self._zeros, min(columns, n - first), 0, m, 0, 0)
             made = launch.Launch(kernel, self.device, grid, arguments, schedule.shared_nbytes, early)
-            source = (6, 0, first * row_stride) if schedule.fused else (6, 2, first // columns * area_nbytes)
-            product.add(made, source, (10, 1, first * m * 4) if direct else (10, 2, areas_nbytes + first * m * 4))
+            source = (7, 0, first * row_stride) if schedule.fused else (7, 2, first // columns * area_nbytes)
+            product.add(made, source, (11, 1, first * m * 4) if direct else (11, 2, areas_nbytes + first * m * 4))
             product.announced, product.grid = made.arguments, grid  # the last one's, if there are several
         if not direct:
             self._add_stores(product, areas_nbytes, n, m, out)

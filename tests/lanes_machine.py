@@ -10,9 +10,9 @@ one is chosen by lot. Whatever hardware would let pass unnoticed is a :class:`La
 
 Copies land as late as possible: one at a time, when no lane can go on, and only if somebody waits for it.
 
-What was never written is poison (0xFF, a NaN as a number), which kernels may read as long as no result depends on it:
-they do multiply with the columns that pad 3 to 4, and with rows past the last. A lane that reads a number of shared
-memory on its own account, such as a scale or a sum, must find one.
+What was never written is poison (0xFF, a NaN as a number). Global memory of that kind may not be read at all; in shared
+memory kernels may read blocks of it as long as no result depends on it, and do for rows past the last. A lane that
+reads a number of shared memory on its own account, such as a scale or a sum, must find one.
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ class Memory:
         _require_aligned(address, alignment, region.name)
         _require_settled(region)
         at = address - region.start
+        if region.state.find(UNWRITTEN, at, at + nbytes) >= 0:
+            raise LaneError(f"{who()} reads {nbytes} bytes at {address:#x} of {region}, which nobody has written")
         region.reads[at : at + nbytes] += 1
         return region.data, at
 
@@ -464,11 +466,13 @@ class Block:
         region = self.memory.find(source, nbytes)
         _require_aligned(source, 16, region.name)
         _require_settled(region)
+        offset = source - region.start
+        if region.state.find(UNWRITTEN, offset, offset + nbytes) >= 0:
+            raise LaneError(f"{who()} copies {nbytes} bytes at {source:#x} of {region}, which nobody has written")
         at = self.place(target, nbytes, 16)
         if self.state.find(FORBIDDEN, at, at + nbytes) >= 0:
             self._forbid("copies to", at, nbytes)
         self.state[at : at + nbytes] = bytes([FORBIDDEN]) * nbytes
-        offset = source - region.start
         region.reads[offset : offset + nbytes] += 1
         return Copy(at, region, offset, nbytes)
 

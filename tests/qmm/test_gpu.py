@@ -10,7 +10,7 @@ from qmm.kernels import launch
 from qmm.kernels.cache import CachedKernel, Code
 from qmm.kernels.launch import CUDAKernel, Launch
 
-ARGUMENTS = 14
+ARGUMENTS = 15
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def product_of(*grids: int) -> Product:
     product = Product(0)
     for grid in grids:
         made = launch_of(grid)
-        product.add(made, (6, 0, 0), (10, 1, 0))
+        product.add(made, (7, 0, 0), (11, 1, 0))
         product.announced, product.grid = made.arguments, grid
     return product
 
@@ -48,7 +48,7 @@ def test_blocks_share_what_comes_next_and_leave_out_less_than_16_bytes_each(
     product.announce(1 << 40, nbytes)
     product.queue(1, 2, 3, 0)
     (launched,) = fake.launches
-    address, share = launched.arguments[12:]
+    address, share = launched.arguments[13:]
     assert address == 1 << 40
     assert share % 16 == 0
     assert grid * share <= nbytes < grid * (share + 16)
@@ -58,7 +58,7 @@ def test_only_the_last_reading_of_the_weights_brings_in_what_comes_next(fake: Dr
     product = product_of(4, 4)
     product.announce(4096, 1024)
     product.queue(1, 2, 3, 0)
-    assert [launched.arguments[12:] for launched in fake.launches] == [(0, 0), (4096, 256)]
+    assert [launched.arguments[13:] for launched in fake.launches] == [(0, 0), (4096, 256)]
 
 
 def test_without_an_announcement_nothing_is_brought_in(fake: Driver) -> None:
@@ -67,7 +67,7 @@ def test_without_an_announcement_nothing_is_brought_in(fake: Driver) -> None:
     product.announce(0, 0)
     product.queue(1, 2, 3, 0)
     (launched,) = fake.launches
-    assert launched.arguments[12:] == (0, 0)
+    assert launched.arguments[13:] == (0, 0)
 
 
 def test_a_product_that_launches_nothing_takes_announcements() -> None:
