@@ -65,7 +65,7 @@ CASES: dict[str, tuple[Machine, int, str, int, dict[str, Any]]] = {
     "eight, small": (ADA, 13, "deep", 8, {"shift": 4, "settings": Settings(late=False, slow=2)}),
     "halves": (replace(HOPPER, multiprocessors=8), 40, "deep", 8, {"shift": 2}),
     "halves in turn": (HOPPER, 50, "deep", 3, {"change": in_halves, "settings": Settings(slow=4)}),
-    "halves by 16": (replace(AMPERE, multiprocessors=1), 50, "deep", 8, {"change": in_halves, "shift": 13}),
+    "halves by 16": (replace(AMPERE, multiprocessors=1), 70, "deep", 8, {"change": in_halves, "shift": 13}),
 }
 
 
