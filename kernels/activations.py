@@ -4,8 +4,8 @@
 a lane a value. Two kinds:
 
 ``int8``
-    ``d = max|x| * (1 / 127)`` and ``q = round(x * (1 / d))``, plus ``d * sum(q)`` for each run of 16, which a format
-    with minima needs. The error of a value is at most ``d / 2``, so that of a block is at most
+    ``d = max|x| * (1 / 127)`` and ``q = round(x * (1 / d))``, plus ``d * sum(q)`` for each run of 16 or for the
+    block, which a format with minima needs. The error of a value is at most ``d / 2``, so that of a block is at most
     ``32 / (4 * 127**2) = 4.96e-4`` of its energy.
 ``f16``
     ``d`` is the largest power of two up to ``max|x|`` and ``q = float16(x / d)``: the rounding of float16 (2**-11),
@@ -38,8 +38,10 @@ from qmm.kernels.ptx import (
     store_half,
     store_shared_float,
     store_shared_word,
+    sum_of_eight_words,
+    sum_of_four_words,
     sum_of_half_warp,
-    sum_of_packed,
+    sum_of_warp,
     thread_index,
     wait_for_predecessors,
 )
@@ -60,7 +62,7 @@ def quantize(
     """Quantizes ``n`` rows, which become the columns from ``first`` on of the products; zeros fill up to ``padded``.
 
     ``load_value`` reads a float32, float16 or bfloat16; strides are in bytes. Each ``columns`` columns have an area of
-    their own, with sums if ``sums_too`` is not 0, for ``blocks`` scale blocks, ``spread`` of them to a weight block,
+    their own, with ``sums_too`` sums for each of ``blocks`` scale blocks, ``spread`` of them to a weight block,
     laid out as :class:`qmm.kernels.staging.Activations` says: the first ``cut`` of them, then the others. ``count``
     float32 at ``results`` become zero.
     """
@@ -84,7 +86,7 @@ def quantize(
         values = area + group * area_nbytes
         own = cut
         if block >= cut:
-            values += cut * columns * ((32 if INT8 else 64) + (12 if sums_too else 4))
+            values += cut * columns * ((32 if INT8 else 64) + 4 + 4 * sums_too)
             own = blocks - cut
             block -= cut
         scales = values + own * columns * (32 if INT8 else 64)
@@ -98,9 +100,14 @@ def quantize(
             scale, inverse = int8_scale(largest)
             rounded = scaled_byte(value, inverse)
             store_byte(values + at, rounded)
-            total = sum_of_half_warp(rounded)
-            if sums_too and lane & 15 == 0:
-                store_float(sums + ((half * own + block) * columns + c) * 4, scale * np.float32(total))
+            if sums_too == 1:
+                total = sum_of_warp(rounded)
+                if lane == 0:
+                    store_float(sums + (block * columns + c) * 4, scale * np.float32(total))
+            elif sums_too == 2:
+                total = sum_of_half_warp(rounded)
+                if lane & 15 == 0:
+                    store_float(sums + ((half * own + block) * columns + c) * 4, scale * np.float32(total))
         else:
             scale = largest
             inverse = 0.0
@@ -164,8 +171,12 @@ def quantize_block(x, x_stride, n, k, blocks, values, thread):
                         store_shared_word(values + ((block * 2 + half) * COLUMNS + c) * 16 + (here & 15), packed)
                         if here & 31 == 0:
                             store_shared_float(scales + (block * COLUMNS + c) * 4, scale)
-                    if SCALE_ARRAYS > 1:
-                        total = scale * sum_of_packed(packed)
+                    if SUMS == 1:
+                        total = scale * sum_of_eight_words(packed)
+                        if here & 31 == 0 and here < blocks * 32:
+                            store_shared_float(sums + (block * COLUMNS + c) * 4, total)
+                    if SUMS == 2:
+                        total = scale * sum_of_four_words(packed)
                         if here & 15 == 0 and here < blocks * 32:
                             store_shared_float(sums + ((half * blocks + block) * COLUMNS + c) * 4, total)
         at += ROUNDS * 4 * 32 * WARPS

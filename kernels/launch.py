@@ -257,6 +257,7 @@ def matvec_kernel(
     whose ``x_nbytes`` is 0 where ``x_shared`` is not set."""
     constants = {
         **tiling.constants(block_format, bulk),
+        "AT_ONCE": activations.at_once(block_format),
         "COLUMNS": activations.columns,
         "FIRST_STAGES": first_stages,
         "FUSED": fused,
@@ -265,8 +266,8 @@ def matvec_kernel(
         "ROUNDS": max(1, 8 // activations.columns),
         "RUN_NBYTES": activations.run_nbytes,
         "RUN_STEP": activations.run_step(block_format),
-        "SCALE_ARRAYS": 3 if activations.sums else 1,
         "SPLIT": split,
+        "SUMS": activations.sums,
         "X_BULK": x_shared and bulk and not fused,
         "X_NBYTES": activations.nbytes(1),
         "X_SHARED": x_shared,

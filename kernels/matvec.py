@@ -34,6 +34,7 @@ from qmm.kernels.ptx import (
     bulk_copy,
     dot_floats,
     dot_pair,
+    dot_pair_more,
     dot_short,
     expect,
     fused,
@@ -233,9 +234,9 @@ def multiply(
                         arrive(full + 64)
                 here = min(chunk * (CHUNK_BLOCKS // 4) + block_group, last_group) * QUAD_SCALE_BLOCKS
                 first = position(part, 0)
-                for i in unroll(RUNS):
+                for i in unroll(range(0, RUNS, AT_ONCE)):
                     if RUN_STEP:  # the runs of a unit are that far apart, an even number: constants from the first on
-                        scale_block = here + 4 * (first >> 1) + quad + 2 * RUN_STEP * i
+                        scale_block = here + 4 * (first >> 1) + quad + 2 * RUN_STEP * (i // AT_ONCE)
                         half = first & 1
                     elif BLOCK_RUNS > 1:
                         scale_block = here + 4 * (position(part, i) >> 1) + quad
@@ -272,22 +273,34 @@ def multiply(
                             for e in unroll(4):
                                 square[2 * above + e] = sums[e]
                     elif INT8:
-                        if HAS_MINIMUM:
-                            sums_x = load_columns(x_sums + (half * scale_blocks + scale_block) * (4 * COLUMNS))
+                        if SUMS == 1:
+                            sums_x = load_columns(x_sums + scale_block * (4 * COLUMNS))
+                        if SUMS == 2:
+                            sums_x = load_columns(
+                                x_sums + half * scale_blocks * (4 * COLUMNS) + scale_block * (4 * COLUMNS)
+                            )
                         scale = registers(LANE_ROWS, 0.0)
                         minimum = registers(LANE_ROWS, 0.0)
                         q = registers(LANE_ROWS, 0)
+                        other = registers(LANE_ROWS, 0)
                         for r in unroll(LANE_ROWS):
                             q[r], scale[r], minimum[r] = runs[r][i]
+                            if AT_ONCE == 2:
+                                other[r], _, _ = runs[r][i + 1]
                         if RUN_STEP:
-                            mine = diagonal + (((scale_block - 2 * RUN_STEP * i) * 2 + half) * RUN_NBYTES & inside)
-                            mine += 4 * RUN_STEP * i * RUN_NBYTES
+                            of_first = scale_block - 2 * RUN_STEP * (i // AT_ONCE)
+                            mine = diagonal + ((of_first * 2 + half) * RUN_NBYTES & inside)
+                            mine += 4 * RUN_STEP * (i // AT_ONCE) * RUN_NBYTES
                         else:
                             mine = diagonal + ((scale_block * 2 + half) * RUN_NBYTES & inside)
                         for pair in unroll((COLUMNS + 1) // 2):
                             x_words = load_values(mine + 32 * pair)
+                            if AT_ONCE == 2:
+                                x_other = load_values(mine + RUN_NBYTES + 32 * pair)
                             for above in unroll(range(0, LANE_ROWS, 2)):
                                 dots = dot_pair(q[above], q[above + 1], x_words)
+                                if AT_ONCE == 2:
+                                    dots = dot_pair_more(other[above], other[above + 1], x_other, dots)
                                 for below in unroll(2):
                                     for e in unroll(min(2, COLUMNS)):
                                         dot = fused(

@@ -85,28 +85,40 @@ class Activations:
     """Where the activations of up to ``columns`` columns lie, once quantized, in one piece of memory.
 
     First the values, ``(scale blocks, 2, columns, 16)`` int8 or float16, then float32 scales ``(scale blocks,
-    columns)``, then with ``sums`` the scaled sum of each run, ``(2, scale blocks, columns)`` float32. A scale block is
+    columns)``, then the scaled sums of each block or run, ``(sums, scale blocks, columns)`` float32. A scale block is
     32 values. Those of four weight blocks, which a quad of lanes takes at once, alternate: weight block ``4 g + t`` of
     ``s`` scale blocks has the j-th of them at ``(g * s + j) * 4 + t``. So a quad reads neighbouring words.
     """
 
     columns: int
     int8: bool
-    sums: bool
+    sums: int
+
+    @classmethod
+    def of(cls, block_format: Format, columns: int, int8: bool) -> Activations:
+        """Those of a format: sums if it has minima, one of each block where its runs share them in pairs."""
+        sums = 1 if block_format.pairs else 2
+        return cls(columns, int8, sums if int8 and block_format.has_minimum else 0)
 
     @property
     def run_nbytes(self) -> int:
         """Bytes of the values of a run, all columns."""
         return self.columns * (16 if self.int8 else 32)
 
+    def at_once(self, block_format: Format) -> int:
+        """Runs whose products are added up before they are scaled."""
+        return 2 if self.int8 and block_format.pairs else 1
+
     def run_step(self, block_format: Format) -> int:
         """The format's, unless lanes that read zeros instead of activations would reach past the zeros with it."""
-        reach = 4 * block_format.run_step * (block_format.runs - 1) * self.run_nbytes
-        return block_format.run_step if 64 + reach + 2 * self.run_nbytes <= ZERO_NBYTES else 0
+        at_once = self.at_once(block_format)
+        step = block_format.run_step(at_once)
+        reach = 4 * step * (block_format.runs // at_once - 1) * self.run_nbytes
+        return step if 64 + reach + 2 * self.run_nbytes <= ZERO_NBYTES else 0
 
     def nbytes(self, scale_blocks: int) -> int:
         """All of it, for rows of so many scale blocks."""
-        return scale_blocks * (2 * self.run_nbytes + 4 * self.columns * (3 if self.sums else 1))
+        return scale_blocks * (2 * self.run_nbytes + 4 * self.columns * (1 + self.sums))
 
 
 def scale_blocks_of(block_format: Format, k: int) -> int:
@@ -303,14 +315,17 @@ class Schedule:
             machine: the GPU.
         """
         columns = next(tile for tile in COLUMN_TILES if tile >= n)
-        activations = Activations(columns, int8, sums=int8 and block_format.has_minimum)
+        activations = Activations.of(block_format, columns, int8)
         case = _Case(block_format, m, k, columns, alignment, mapped, machine)
         roomy = machine.shared_nbytes > RING_NBYTES
-        warps = 16 if columns <= 2 and (int8 or block_format.plain) and roomy else 8
-        crowded = block_format.runs > 2 and columns == COLUMN_TILES[-1]  # Q2_K and Q3_K: ptxas spills
+        # With four runs of each row at once (Q2_K, Q3_K, Q4_K) ptxas spills sooner: they take less in several ways.
+        many = block_format.runs > 2
+        crowded = many and columns == COLUMN_TILES[-1]
+        warps = 16 if columns <= 2 and (int8 or block_format.plain) and roomy else 4 if crowded and not int8 else 8
         lane_rows = 4 if columns > 2 and int8 and case.fills(32) and _frugal(block_format) and not crowded else 2
-        # Q4_0 too with two units, where a block's fields are put together from words around them.
-        most = 1 if crowded or (columns == COLUMN_TILES[-1] and block_format.alignment < 4) else 2
+        # So it does with eight columns of Q4_0, where a block's fields are put together from words around them.
+        pieced = columns == COLUMN_TILES[-1] and block_format.alignment < 4
+        most = 1 if crowded or pieced or (many and columns > 1 and not int8) else 2
 
         made, split, x_nbytes = None, False, 0
         for rows, units in ((lane_rows, most), (2, 1)):
@@ -324,7 +339,7 @@ class Schedule:
         if made is None:
             # The activations stay in global memory, whose addresses take more registers: where 8 warps would have too
             # few, there are 4.
-            warps = 4 if columns > 2 and not (int8 and roomy) and not block_format.short else warps
+            warps = 4 if columns > 2 and not (int8 and roomy and not many) and not block_format.short else warps
             made = case.tiling(0, warps, 2, 1)
             while made.shared_nbytes(columns) > machine.shared_nbytes and warps > 4:  # F32 where a block has 99 KiB
                 warps //= 2

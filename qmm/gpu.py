@@ -373,7 +373,7 @@ class GPU:
                 padded = slab.rows + (-n % columns if slab is slabs[-1] else 0)
                 blocks = self._grid(-(-padded * scale_blocks // WARPS))
                 of_x = (0, slab.row_stride, slab.column_stride, k, scale_blocks, spread, slab.rows, padded, slab.first)
-                of_areas = (columns, int(activations.sums), 0, area_nbytes, cut)
+                of_areas = (columns, activations.sums, 0, area_nbytes, cut)
                 zeros = n * m if schedule.split and slab is slabs[0] else 0
                 made = launch.Launch(kernel, self.device, blocks, (*of_x, *of_areas, 0, zeros), 0, early)
                 results = (14, 1, 0) if direct else (14, 2, areas_nbytes)

@@ -478,6 +478,19 @@ def _by_lane(upper, lower):
     return [tuple(row) for row in squares]
 
 
+@twin
+def dot_pair_more(a, b, x, dots):
+    return together(_dot_pair_more, a, b, x, dots)
+
+
+def _dot_pair_more(arguments):
+    dots = np.array([lane[3] for lane in arguments], float32).view(np.int32)
+    a, b, x = (_bytes_by_row(arguments, index) for index in range(3))
+    upper, lower = (dots[:, half].reshape(8, 8) for half in (slice(0, 2), slice(2, 4)))
+    upper, lower = ((side @ x.T + dots).astype(np.int32).view(float32) for side, dots in ((a, upper), (b, lower)))
+    return _by_lane(upper, lower)
+
+
 def _dot_pair(arguments):
     a, b, x = (_bytes_by_row(arguments, index) for index in range(3))
     upper, lower = ((side @ x.T + ptx.MAGIC).astype(np.int32).view(float32) for side in (a, b))
@@ -531,13 +544,35 @@ def _sum_of_half_warp(arguments):
 
 
 @twin
-def sum_of_packed(word):
-    return together(_sum_of_packed, word)
+def sum_of_warp(value):
+    return together(_sum_of_warp, value)
 
 
-def _sum_of_packed(arguments):
-    sums = np.array(arguments, uint32).view(np.int8).reshape(8, 16).sum(axis=1, dtype=np.int32)
-    return sums.astype(float32).repeat(4)
+def _sum_of_warp(arguments):
+    return [sum(value for (value,) in arguments)] * 32
+
+
+@twin
+def sum_of_four_words(word):
+    return together(_sum_of_four_words, word)
+
+
+def _sum_of_words(arguments, lanes):
+    sums = np.array(arguments, uint32).view(np.int8).reshape(-1, 4 * lanes).sum(axis=1, dtype=np.int32)
+    return sums.astype(float32).repeat(lanes)
+
+
+def _sum_of_four_words(arguments):
+    return _sum_of_words(arguments, 4)
+
+
+@twin
+def sum_of_eight_words(word):
+    return together(_sum_of_eight_words, word)
+
+
+def _sum_of_eight_words(arguments):
+    return _sum_of_words(arguments, 8)
 
 
 @twin

@@ -41,6 +41,9 @@ class Format:
     """What the offsets of wider loads divide by, in a tensor that is aligned to 16 bytes: an ``n``-byte load of
     ``load`` is at a multiple of ``min(n, alignment)``."""
     plain: bool = False
+    pairs: bool = False
+    """Whether the runs ``2 j`` and ``2 j + 1`` of a lane are neighbours, at an even position, and share their scale and
+    their minimum."""
     short: bool = False
     """Of a plain format: whether its numbers have at most 11 significant bits, which tensor cores multiply exactly."""
 
@@ -62,20 +65,19 @@ class Format:
             "LANES": self.lanes,
             "PLAIN": self.plain,
             "RUNS": self.runs,
-            "RUN_STEP": self.run_step,
             "SHORT": self.short,
             "load": self.load,
             "position": self.position,
             "unpack": self.unpack,
         }
 
-    @property
-    def run_step(self) -> int:
-        """How far apart the runs of a lane are, where that is one even number for the whole block; else 0."""
+    def run_step(self, at_once: int = 1) -> int:
+        """How far apart the runs of a lane are, of which every ``at_once``-th counts, where that is one even number for
+        the whole block; else 0."""
         steps = {
-            self.position(lane, i + 1) - self.position(lane, i)
+            self.position(lane, i + at_once) - self.position(lane, i)
             for lane in range(self.lanes)
-            for i in range(self.runs - 1)
+            for i in range(0, self.runs - at_once, at_once)
         }
         step = steps.pop() if len(steps) == 1 else 1
         return 0 if step % 2 else step

@@ -39,4 +39,5 @@ FORMAT = Format(
     unpack=unpack,
     position=position,
     alignment=4,
+    pairs=True,
 )

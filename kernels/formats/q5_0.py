@@ -41,4 +41,5 @@ FORMAT = Format(
     unpack=unpack,
     position=position,
     alignment=2,
+    pairs=True,
 )

@@ -42,4 +42,5 @@ FORMAT = Format(
     unpack=unpack,
     position=position,
     alignment=8,
+    pairs=True,
 )

@@ -6,13 +6,14 @@
            | d  f16 | dmin  f16 | scales[12]   | qh[32]   | qs[128]                       |
 
 ``qs`` and ``scales`` are laid out as in Q4_K; bit ``i`` of byte ``l`` of ``qh`` is the fifth bit of weight ``32 i +
-l``. A lane takes 16 bytes of ``qs``, which are two runs. Layout: ``block_q5_K`` in ggml-common.h.
+l``. A lane takes 16 bytes of ``qs``, which are two runs of different scales; twice that, as in Q4_K, would be more than
+ptxas has registers for. Layout: ``block_q5_K`` in ggml-common.h.
 """
 
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.formats.q4_k import position, scales_and_minima
+from qmm.kernels.formats.q4_k import scales_and_minima
 from qmm.kernels.primitives import half, load16, unsigned_byte, word
 
 
@@ -21,7 +22,7 @@ def load(block, lane):
 
 
 def unpack(lane, header, qh, qs):
-    scales, minima = scales_and_minima(lane, header)
+    scales, minima = scales_and_minima(header, lane >> 2, 8 * (lane & 2))
     d = half(word(header, 0))
     dmin = half(word(header, 0) >> 16)
     fifth = qh >> (lane & 6)
@@ -31,6 +32,10 @@ def unpack(lane, header, qh, qs):
         (low, d * unsigned_byte(scales & 63), dmin * unsigned_byte(minima & 63)),
         (high, d * unsigned_byte((scales >> 8) & 63), dmin * unsigned_byte((minima >> 8) & 63)),
     )
+
+
+def position(lane, i):
+    return 4 * (lane >> 1) + (lane & 1) + 2 * i
 
 
 FORMAT = Format(

@@ -38,4 +38,5 @@ FORMAT = Format(
     unpack=unpack,
     position=position,
     alignment=2,
+    pairs=True,
 )

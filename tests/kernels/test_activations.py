@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -50,11 +52,14 @@ def test_the_product_looks_where_the_quantization_put_it(block_format: Format) -
         here = group * quad_scale_blocks
         for part in range(block_format.lanes):
             first = block_format.position(part, 0)
-            for i in range(block_format.runs):
+            for at_once, i in itertools.product((1, 2), range(block_format.runs)):
+                if at_once == 2 and (i % 2 or not block_format.pairs):
+                    continue
+                step = block_format.run_step(at_once)
                 run = block * (block_format.block_weights // 16) + block_format.position(part, i)
                 # As multiply() reckons it, in its three ways: by a step from run to run, for each run, two in one.
-                if block_format.run_step:
-                    found = here + 4 * (first >> 1) + quad + 2 * block_format.run_step * i, first & 1
+                if step:
+                    found = here + 4 * (first >> 1) + quad + 2 * step * (i // at_once), first & 1
                 elif block_format.block_weights > 16:
                     position = block_format.position(part, i)
                     found = here + 4 * (position >> 1) + quad, position & 1

@@ -156,16 +156,38 @@ def spaced(*places: tuple[int, ...]) -> Format:
     ],
 )
 def test_a_run_step_is_one_even_number_for_the_whole_block(places: list[tuple[int, ...]], step: int) -> None:
-    assert spaced(*places).run_step == step
+    assert spaced(*places).run_step() == step
+
+
+def test_a_step_of_pairs() -> None:
+    assert spaced((0, 1, 2, 3), (4, 5, 6, 7)).run_step(2) == 2
+    assert spaced((0, 1, 4, 5), (2, 3, 6, 7)).run_step(2) == 4
+    assert spaced((0, 1), (2, 3)).run_step(2) == 0  # one pair has no step
 
 
 @each_format
 def test_runs_are_where_the_run_step_says(block_format: Format) -> None:
-    step = block_format.run_step
-    assert step % 2 == 0
-    for lane in range(block_format.lanes if step else 0):
-        first, *others = (block_format.position(lane, i) for i in range(block_format.runs))
-        assert others == [first + step * i for i in range(1, block_format.runs)]
+    for at_once in (1, 2) if block_format.pairs else (1,):
+        step = block_format.run_step(at_once)
+        assert step % 2 == 0
+        for lane in range(block_format.lanes if step else 0):
+            first, *others = (block_format.position(lane, i) for i in range(0, block_format.runs, at_once))
+            assert others == [first + step * i for i in range(1, block_format.runs // at_once)]
+
+
+@each_format
+def test_pairs_of_runs_are_neighbours_of_one_scale(block_format: Format, rng: np.random.Generator) -> None:
+    data = random_blocks(block_format.name, (20, block_format.block_weights), rng)
+    shared = []
+    for start in range(0, len(data), block_format.block_nbytes):
+        block = data[start : start + block_format.block_nbytes]
+        for lane in range(block_format.lanes):
+            runs = block_format.unpack(lane, *block_format.load(block, lane))
+            for i in range(0, block_format.runs - 1, 2):
+                (_, *scale), (_, *of_next) = runs[i], runs[i + 1]
+                places = [block_format.position(lane, j) for j in (i, i + 1)]
+                shared.append(scale == of_next and places[0] % 2 == 0 and places[1] == places[0] + 1)
+    assert block_format.pairs == (len(shared) > 0 and all(shared))
 
 
 @each_format

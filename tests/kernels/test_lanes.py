@@ -617,7 +617,7 @@ def test_exchanges_between_lanes() -> None:
         (lane & -2) * 2 + 1 if lane % 2 == 0 else 100 * ((lane & -2) * 2 + 1) for lane in range(32)
     ]
     assert by_lane(lambda lane: T.sum_of_half_warp(lane - 7)) == [8] * 16 + [264] * 16
-    packed = by_lane(lambda lane: T.sum_of_packed(np.uint32(0xFF0201FF)))  # -1, 1, 2 and -1, four times
+    packed = by_lane(lambda lane: T.sum_of_four_words(np.uint32(0xFF0201FF)))  # -1, 1, 2 and -1, four times
     assert packed == [4.0] * 32
     assert by_lane(lambda lane: T.largest_of_warp(number(-lane))) == [31.0] * 32
     assert by_lane(lambda lane: T.largest_of_eight(number(-lane))) == [lane | 7 for lane in range(32)]

@@ -193,13 +193,13 @@ def test_the_pitch_is_the_best_of_those_near(name: str) -> None:
 
 
 @pytest.mark.parametrize("columns", COLUMN_TILES)
-@pytest.mark.parametrize(("int8", "sums"), [(True, True), (True, False), (False, False)])
-def test_activations_take_what_their_parts_take(columns: int, int8: bool, sums: bool) -> None:
+@pytest.mark.parametrize(("int8", "sums"), [(True, 2), (True, 1), (True, 0), (False, 0)])
+def test_activations_take_what_their_parts_take(columns: int, int8: bool, sums: int) -> None:
     activations = Activations(columns, int8, sums)
     for scale_blocks in (4, 32, 128, 896):
         values = np.empty((scale_blocks, 2, columns, 16), np.int8 if int8 else np.float16)
         scales = np.empty((scale_blocks, columns), np.float32)
-        of_runs = np.empty((2, scale_blocks, columns), np.float32) if sums else np.empty(0)
+        of_runs = np.empty((sums, scale_blocks, columns), np.float32)
         assert activations.nbytes(scale_blocks) == values.nbytes + scales.nbytes + of_runs.nbytes
         assert activations.run_nbytes == values.strides[1]
         # Each part starts where its loads may be as wide as they are: 16 bytes for values, columns floats for scales.
@@ -220,11 +220,14 @@ def test_scale_blocks_fill_up_four_weight_blocks(block_format: Format) -> None:
 @pytest.mark.parametrize("columns", COLUMN_TILES)
 def test_lanes_that_leave_activations_out_read_zeros(block_format: Format, columns: int) -> None:
     for int8 in modes(block_format):
-        activations = Activations(columns, int8, sums=int8 and block_format.has_minimum)
+        activations = Activations.of(block_format, columns, int8)
         # multiply(): such a lane looks from `nowhere` on, which is 64 bytes into the zeros; its address does not depend
-        # on its place, but what is added to it for the i-th run of a unit does: 4 * RUN_STEP * i * RUN_NBYTES; then
-        # 32 bytes for each pair of columns, of which it loads 16. Plain weights look at the first 32 bytes.
-        steps = 4 * activations.run_step(block_format) * (block_format.runs - 1) * activations.run_nbytes
+        # on its place, but what is added to it for the i-th run or pair of a unit does: 4 * RUN_STEP * i * RUN_NBYTES,
+        # and RUN_NBYTES for the other run; then 32 bytes for each pair of columns, of which it loads 16. Plain weights
+        # look at the first 32 bytes.
+        at_once = activations.at_once(block_format)
+        steps = 4 * activations.run_step(block_format) * (block_format.runs // at_once - 1) * activations.run_nbytes
+        steps += (at_once - 1) * activations.run_nbytes
         assert 64 + steps + 32 * ((columns + 1) // 2 - 1) + 16 <= ZERO_NBYTES
         # A block past the row's end is read from the zeros' beginning; unaligned loads look 3 bytes further.
         assert block_format.block_nbytes + 3 <= ZERO_NBYTES
@@ -312,7 +315,7 @@ def test_only_activations_that_may_be_fused_are() -> None:
 
 
 def test_few_rows_take_fewer_at_once() -> None:
-    many, few = (Schedule.of(FORMATS["Q4_K"], m, 4096, 8, True, 16, True, False, HOPPER).tiling for m in (14336, 512))
+    many, few = (Schedule.of(FORMATS["Q8_0"], m, 4096, 8, True, 2, True, False, HOPPER).tiling for m in (14336, 512))
     assert (many.rows, few.rows) == (32, 16)
 
 
