@@ -112,13 +112,12 @@ def test_call(engine: qmm.Engine, timed: Callable[..., None], n: int) -> None:
     timed(f"engine.matmul(tensor, x, out, stream), n = {n}", calls, CALLS)
 
 
-@pytest.mark.skipif(not hasattr(qmm.Engine, "plan"), reason="this qmm has no Engine.plan")
 @pytest.mark.parametrize("products", [1, TENSORS])
 def test_plan(engine: qmm.Engine, timed: Callable[..., None], products: int) -> None:
     tensors = list(engine.model.values())[:products]
     x, _ = arrays()
     results = [arrays()[1] for _ in tensors]
-    plan = engine.plan([(tensor, x, y) for tensor, y in zip(tensors, results, strict=True)])  # type: ignore[attr-defined]
+    plan = engine.plan([(tensor, x, y) for tensor, y in zip(tensors, results, strict=True)])
     plan()
     assert engine.gpu is not None
     engine.gpu.drain()

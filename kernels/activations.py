@@ -56,13 +56,13 @@ SMALLEST_F16 = 2.0**-126
 
 
 def quantize(
-    x, row_stride, column_stride, k, blocks, spread, n, padded, first, columns, sums_too,
+    x, row_stride, column_stride, k, blocks, spread, n, padded, first, columns, sum_count,
     area, area_nbytes, cut, results, count,
 ):  # fmt: skip
     """Quantizes ``n`` rows, which become the columns from ``first`` on of the products; zeros fill up to ``padded``.
 
     ``load_value`` reads a float32, float16 or bfloat16; strides are in bytes. Each ``columns`` columns have an area of
-    their own, with ``sums_too`` sums for each of ``blocks`` scale blocks, ``spread`` of them to a weight block,
+    their own, with ``sum_count`` sums for each of ``blocks`` scale blocks, ``spread`` of them to a weight block,
     laid out as :class:`qmm.kernels.staging.Activations` says: the first ``cut`` of them, then the others. ``count``
     float32 at ``results`` become zero.
     """
@@ -86,7 +86,7 @@ def quantize(
         values = area + group * area_nbytes
         own = cut
         if block >= cut:
-            values += cut * columns * ((32 if INT8 else 64) + 4 + 4 * sums_too)
+            values += cut * columns * ((32 if INT8 else 64) + 4 + 4 * sum_count)
             own = blocks - cut
             block -= cut
         scales = values + own * columns * (32 if INT8 else 64)
@@ -100,11 +100,11 @@ def quantize(
             scale, inverse = int8_scale(largest)
             rounded = scaled_byte(value, inverse)
             store_byte(values + at, rounded)
-            if sums_too == 1:
+            if sum_count == 1:
                 total = sum_of_warp(rounded)
                 if lane == 0:
                     store_float(sums + (block * columns + c) * 4, scale * np.float32(total))
-            elif sums_too == 2:
+            elif sum_count == 2:
                 total = sum_of_half_warp(rounded)
                 if lane & 15 == 0:
                     store_float(sums + ((half * own + block) * columns + c) * 4, scale * np.float32(total))

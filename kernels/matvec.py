@@ -1,7 +1,7 @@
 """The product of a quantized weight with a few columns, on the GPU: ``y[n, m] = x[n, k] @ W[m, k]^T`` for ``n <= 8``.
 
-It is bound by reading W, so everything serves that. One block stays on each multiprocessor and takes tiles of 16
-neighbouring rows, one after the other. One of its warps streams their bytes through a ring in shared memory
+It is bound by reading W, so everything serves that. One block stays on each multiprocessor and takes tiles of 16 or 32
+neighbouring rows, one after the other. Some of its warps stream their bytes through a ring in shared memory
 (:mod:`qmm.kernels.ring`); each byte is copied once, whatever the columns: mapped host memory passes no cache, so a
 second reading would cost a second transfer. Other warps multiply, and one adds up and stores.
 
@@ -64,22 +64,9 @@ BIAS = -12582912.0  # takes the 12,582,912 of dot_pair away: exact, since a scal
 
 
 def matvec(
-    weights,
-    row_nbytes,
-    m,
-    blocks,
-    chunks,
-    k,
-    scale_blocks,
-    x,
-    x_stride,
-    zeros,
-    n,
-    y,
-    y_pitch,
-    next_weights,
-    next_nbytes,
-):
+    weights, row_nbytes, m, blocks, chunks, k, scale_blocks, x, x_stride, zeros, n, y, y_pitch,
+    next_weights, next_nbytes,
+):  # fmt: skip
     """Up to COLUMNS products with every row.
 
     ``x`` holds ``scale_blocks`` of activations as :class:`qmm.kernels.staging.Activations` lays them out; or with
@@ -98,7 +85,7 @@ def matvec(
     row_step = block_count() * ROWS
     first_chunk = 0
     skipped = 0
-    if SPLIT:
+    if SPLIT:  # as Tiling.scale_blocks_before has it
         row = (block_index() >> 1) * ROWS
         row_step = (block_count() >> 1) * ROWS
         middle = (chunks + 1) >> 1
@@ -147,21 +134,8 @@ def matvec(
         elif X_SHARED:
             wait_for_loads()
         produce(
-            *(
-                ring,
-                barriers,
-                weights,
-                row_nbytes,
-                m,
-                first_chunk,
-                chunks,
-                next_row,
-                chunk,
-                row_step,
-                FIRST_STAGES,
-                1 << 62,
-            ),
-            *(producer, lane),
+            *(ring, barriers, weights, row_nbytes, m, first_chunk, chunks),
+            *(next_row, chunk, row_step, FIRST_STAGES, 1 << 62, producer, lane),
         )
         if BULK and producer == 0:
             prefetch_next(next_weights + block_index() * next_nbytes, next_nbytes, lane)
@@ -275,7 +249,7 @@ def multiply(
                     elif INT8:
                         if SUMS == 1:
                             sums_x = load_columns(x_sums + scale_block * (4 * COLUMNS))
-                        if SUMS == 2:
+                        if SUMS == 2:  # factored, this address makes ptxas spill (Q5_K, n = 1, sm_90)
                             sums_x = load_columns(
                                 x_sums + half * scale_blocks * (4 * COLUMNS) + scale_block * (4 * COLUMNS)
                             )

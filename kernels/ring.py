@@ -1,6 +1,6 @@
-"""The ring of stages through which a weight's bytes pass on the GPU, and the warp that fills it.
+"""The ring of stages through which a weight's bytes pass on the GPU, and the warps that fill it.
 
-A stage holds one chunk of each row of a tile. One warp of a block, the producer, does nothing but start copies, as far
+A stage holds one chunk of each row of a tile. Some warps of a block, the producers, do nothing but start copies, as far
 ahead as there are stages; the others wait for a stage to be full, read it, and give it back. Both directions are
 barriers in shared memory (``mbarrier``), so warps need not keep step with each other.
 
@@ -40,9 +40,7 @@ def produce(
 ):
     """Copies up to ``count`` chunks of the block's rows, beginning with its ``item``-th; what comes after them.
 
-    Of each row the block takes those from ``first_chunk`` to ``chunks``.
-
-    Each producer copies its share of every chunk.
+    Of each row the block takes those from ``first_chunk`` to ``chunks``. Each producer copies its share of every chunk.
     """
     end = weights + m * row_nbytes
     stage = item % STAGES

@@ -59,8 +59,6 @@ NARROW_NBYTES = 40 << 10
 """The same for more, which take more registers."""
 FUSED_VALUES = 16384
 """The most activations that each block quantizes for itself: a load or so a thread for each column."""
-
-
 WHOLE_NBYTES = 64 << 10
 """The most activations that a block copies to shared memory where it could do with half of them."""
 
@@ -188,9 +186,14 @@ class Tiling:
         """Warps that share a tile."""
         return self.warps // self.row_warps
 
+    def chunks(self, block_format: Format, k: int) -> int:
+        """Chunks of a row of ``k`` weights."""
+        return -(-block_format.blocks(k) // self.chunk_blocks)
+
     def scale_blocks_before(self, block_format: Format, k: int) -> int:
-        """Scale blocks of the first half of a row, cut between two chunks; all if it has one chunk only."""
-        chunks = -(-block_format.blocks(k) // self.chunk_blocks)
+        """Scale blocks of the first half of a row, cut between two chunks as ``matvec`` cuts it; all if it has one
+        chunk only."""
+        chunks = self.chunks(block_format, k)
         before = (chunks + 1) // 2 * self.chunk_blocks // 4 * block_format.block_weights // 8
         return before if chunks > 1 else scale_blocks_of(block_format, k)
 
@@ -291,9 +294,10 @@ class Schedule:
         """The schedule for up to eight columns, by what was measured on an H200 (figures: us, 14336x4096).
 
         * Up to two columns, 16 warps with two rows a lane; beyond, where the loads of activations are the limit, 8
-          warps with four rows a lane (n = 8: Q4_K 20.8, else 26.6; Q2_K 19.6, else 23.6), if m fills the GPU so.
-        * Two units a warp and stage where a stage stays small (n = 1: Q4_K 12.5, else 13.9); one where it would get
-          large (Q8_0 18.7, else 19.5) or the row is too short for two (Q2_K 10.5, else 15.0).
+          warps with four rows a lane, if m fills the GPU so and there are registers for it (n = 8: Q4_K 20.8, else
+          26.6, when its units were of 32 weights; of 64 they are too large for four rows).
+        * Two units a warp and stage where a stage stays small (n = 1: Q4_K, of 32 weights, 12.5, else 13.9); one where
+          it would get large (Q8_0 18.7, else 19.5) or the row is too short for two (Q2_K 10.5, else 15.0).
         * Up to two columns are quantized by each block for itself, four if it has two tiles at most (n = 4 on an H100:
           Q8_0, 4096x4096, 11.6, else 12.8; but 14336x4096 28.2, else 26.8).
         * Two stages are filled before the activations are asked for; all if another kernel makes these, and the block
@@ -316,7 +320,7 @@ class Schedule:
         """
         columns = next(tile for tile in COLUMN_TILES if tile >= n)
         activations = Activations.of(block_format, columns, int8)
-        case = _Case(block_format, m, k, columns, alignment, mapped, machine)
+        case = _Case(block_format, m, k, activations, alignment, mapped, machine)
         roomy = machine.shared_nbytes > RING_NBYTES
         # With four runs of each row at once (Q2_K, Q3_K, Q4_K) ptxas spills sooner: they take less in several ways.
         many = block_format.runs > 2
@@ -329,10 +333,9 @@ class Schedule:
 
         made, split, x_nbytes = None, False, 0
         for rows, units in ((lane_rows, most), (2, 1)):
-            whole = case.whole(activations, warps, rows, units)
-            large = activations.nbytes(scale_blocks_of(block_format, k)) > WHOLE_NBYTES
-            worth = whole is None or (large and case.short(whole))
-            halved = case.halved(activations, warps, rows, units) if worth else None
+            whole = case.whole(warps, rows, units)
+            worth = whole is None or (case.x_nbytes > WHOLE_NBYTES and case.short(whole))
+            halved = case.halved(warps, rows, units) if worth else None
             made, split = halved or whole, halved is not None
             if made is not None:
                 break
@@ -349,10 +352,9 @@ class Schedule:
             few = columns <= 2 or case.short(made)
             fused = fusible and int8 and columns * k <= FUSED_VALUES and few and not split
             if not split and not fused and not case.fills(made.rows, 0.5):
-                halved = case.halved(activations, warps, made.lane_rows, most)
+                halved = case.halved(warps, made.lane_rows, most)
                 made, split = halved or made, halved is not None
-            blocks = made.scale_blocks_before(block_format, k) if split else scale_blocks_of(block_format, k)
-            x_nbytes = activations.nbytes(blocks)
+            x_nbytes = case.half_nbytes(made) if split else case.x_nbytes
         first_stages = min(2, made.stages) if fused or case.short(made) else made.stages
         return cls(made, activations, x_nbytes, fused, split, first_stages, machine.bulk)
 
@@ -363,10 +365,24 @@ class _Case(NamedTuple):
     block_format: Format
     m: int
     k: int
-    columns: int
+    activations: Activations
     alignment: int
     mapped: bool
     machine: Machine
+
+    @property
+    def columns(self) -> int:
+        """Columns of the activations."""
+        return self.activations.columns
+
+    @property
+    def x_nbytes(self) -> int:
+        """Bytes of the activations."""
+        return self.activations.nbytes(scale_blocks_of(self.block_format, self.k))
+
+    def half_nbytes(self, made: Tiling) -> int:
+        """The same of the larger half of a row, as a tiling cuts it; of all where it does not."""
+        return self.activations.nbytes(made.scale_blocks_before(self.block_format, self.k))
 
     def tiling(self, beside: int, warps: int, lane_rows: int, most: int) -> Tiling:
         """The tiling with as many stages as there is room for beside so many bytes, and up to ``most`` units a warp
@@ -382,24 +398,23 @@ class _Case(NamedTuple):
         small = twice.stage_nbytes <= min(limit, ring // 2)
         return twice if small and twice.chunk_blocks <= self.block_format.blocks(self.k) else cut(max(0, ring))
 
-    def whole(self, activations: Activations, warps: int, lane_rows: int, most: int) -> Tiling | None:
+    def whole(self, warps: int, lane_rows: int, most: int) -> Tiling | None:
         """The tiling beside all activations of a row, if there is one."""
-        x_nbytes = activations.nbytes(scale_blocks_of(self.block_format, self.k))
-        made = self.tiling(x_nbytes, warps, lane_rows, most)
-        return made if self.fits(made, x_nbytes) else None
+        made = self.tiling(self.x_nbytes, warps, lane_rows, most)
+        return made if self.fits(made, self.x_nbytes) else None
 
-    def halved(self, activations: Activations, warps: int, lane_rows: int, most: int) -> Tiling | None:
+    def halved(self, warps: int, lane_rows: int, most: int) -> Tiling | None:
         """The tiling where two blocks share a row, if there is one. It is for more than two columns: others are
         quantized in the kernel, and nobody is there before it to make the results zero."""
         if self.columns <= 2 or self.mapped:
             return None
-        scale_blocks = scale_blocks_of(self.block_format, self.k)
         for units in range(most, 0, -1):
-            supposed = self.tiling(activations.nbytes(scale_blocks // 2), warps, lane_rows, units)
-            before = supposed.scale_blocks_before(self.block_format, self.k)
-            made = self.tiling(activations.nbytes(before), warps, lane_rows, units)
+            # Where a row is cut depends on the tiling, and the room that a tiling has on where it is cut.
+            supposed = self.tiling(self.x_nbytes // 2, warps, lane_rows, units)
+            half_nbytes = self.half_nbytes(supposed)
+            made = self.tiling(half_nbytes, warps, lane_rows, units)
             same = made.chunk_blocks == supposed.chunk_blocks
-            if same and before < scale_blocks and self.fits(made, activations.nbytes(before)):
+            if same and half_nbytes < self.x_nbytes and self.fits(made, half_nbytes):
                 return made
         return None
 
@@ -418,7 +433,7 @@ class _Case(NamedTuple):
 
 
 def _frugal(block_format: Format) -> bool:
-    """Whether four rows of a unit fit in registers: with 12 words to a row (Q3_K, Q5_K) ptxas spills."""
+    """Whether four rows of a unit fit in registers: with 12 words to a row (Q3_K, Q4_K, Q5_K) ptxas spills."""
     loaded = block_format.load(bytes(block_format.block_nbytes), 0)
     return sum(np.size(value) for value in loaded) < 12
 

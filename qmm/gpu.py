@@ -388,8 +388,8 @@ class GPU:
             schedule.first_stages,
             early,
         )
-        blocks = block_format.blocks(k)
-        of_weights = (weights, row_nbytes, m, blocks, -(-blocks // schedule.tiling.chunk_blocks), k, scale_blocks)
+        chunks = schedule.tiling.chunks(block_format, k)
+        of_weights = (weights, row_nbytes, m, block_format.blocks(k), chunks, k, scale_blocks)
         grid = min(self.multiprocessors, -(-m // schedule.tiling.rows))
         if schedule.split:
             grid = 2 * max(1, min(self.multiprocessors // 2, -(-m // schedule.tiling.rows)))
@@ -423,7 +423,6 @@ class GPU:
         row_nbytes = block_format.row_nbytes(k)
         tiling = Tiling.of_dequantization(block_format, launch.alignment_of(weights | row_nbytes), self.machine)
         kernel = launch.dequantize_kernel(block_format, tiling, self.machine.bulk)
-        blocks = block_format.blocks(k)
         with self._lock, self.ready(f"dequantizing {m} x {k} {block_format.name}"):
             kernel.launch(
                 self.device,
@@ -432,8 +431,8 @@ class GPU:
                 weights,
                 row_nbytes,
                 m,
-                blocks,
-                -(-blocks // tiling.chunk_blocks),
+                block_format.blocks(k),
+                tiling.chunks(block_format, k),
                 k,
                 out,
                 shared_nbytes=tiling.shared_nbytes(0),

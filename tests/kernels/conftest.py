@@ -18,7 +18,7 @@ def workers() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(workers: ProcessPoolExecutor, request: pytest.FixtureRequest) -> dict[Spec, Future[Compiled]]:
-    """The kernels that the selected tests ask for, under way while other tests run (200 s of two CPUs)."""
+    """The kernels that the selected tests ask for, under way while other tests run (seven minutes of two CPUs)."""
     callspecs = [getattr(item, "callspec", None) for item in request.session.items]
     groups = dict.fromkeys(
         callspec.params["group"] for callspec in callspecs if callspec and "group" in callspec.params

@@ -14,8 +14,7 @@ from fake_driver import SHARED_NBYTES, Driver
 from ptx_compile import GROUPS
 
 from qmm.kernels import build, launch
-from qmm.kernels.cache import CachedKernel, Code
-from qmm.kernels.launch import CUDAKernel, Launch, alignment_of
+from qmm.kernels.launch import Launch, alignment_of
 
 
 @pytest.fixture
@@ -25,25 +24,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return made
 
 
-def kernel_of(fake: Driver, arguments: int, threads: int = 96, shared: bool = False) -> CUDAKernel:
-    """A kernel that is found compiled."""
-
-    def build() -> None:
-        raise AssertionError("it is in the cache")
-
-    fake.arguments = arguments
-    kernel = CUDAKernel("example", build, arguments, {"arguments": arguments}, threads, shared)
-    CachedKernel(kernel.name, kernel.key, (9, 0)).put(Code("example", b"\x7fELF example"))
-    return kernel
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_launch_asks_for_what_it_was_made_with(fake: Driver) -> None:
-    made = Launch(kernel_of(fake, 3), 0, 17, (1, -2, 1 << 62), 4096, early=False)
+    made = Launch(fake.kernel(3), 0, 17, (1, -2, 1 << 62), 4096, early=False)
     assert fake.launches == []  # nothing is queued yet
     made.queue(0xABC)
     (launched,) = fake.launches
@@ -57,7 +44,7 @@ def test_a_launch_asks_for_what_it_was_made_with(fake: Driver) -> None:
 
 
 def test_arguments_may_change_from_launch_to_launch(fake: Driver) -> None:
-    made = Launch(kernel_of(fake, 12), 0, 1, range(12), 0, early=False)
+    made = Launch(fake.kernel(12), 0, 1, range(12), 0, early=False)
     made.queue(0)
     made.arguments[0] = 1 << 40
     made.arguments[11] = -1
@@ -66,7 +53,7 @@ def test_arguments_may_change_from_launch_to_launch(fake: Driver) -> None:
 
 
 def test_launches_of_one_kernel_have_arguments_of_their_own(fake: Driver) -> None:
-    kernel = kernel_of(fake, 2)
+    kernel = fake.kernel(2)
     first, second = (Launch(kernel, 0, blocks, (blocks, blocks), 0, early=False) for blocks in (1, 2))
     first.arguments[1] = 7
     second.queue(0)
@@ -75,14 +62,14 @@ def test_launches_of_one_kernel_have_arguments_of_their_own(fake: Driver) -> Non
 
 
 def test_a_launch_may_move_from_stream_to_stream(fake: Driver) -> None:
-    made = Launch(kernel_of(fake, 1), 0, 1, (0,), 0, early=False)
+    made = Launch(fake.kernel(1), 0, 1, (0,), 0, early=False)
     for stream in (5, 5, 0, 6, 0):
         made.queue(stream)
     assert [launched.stream for launched in fake.launches] == [5, 5, 0, 6, 0]
 
 
 def test_only_an_early_launch_may_begin_before_the_kernel_before_it_ends(fake: Driver) -> None:
-    kernel = kernel_of(fake, 1)
+    kernel = fake.kernel(1)
     for early in (True, False):
         Launch(kernel, 0, 1, (0,), 0, early).queue(0)
     assert [launched.early for launched in fake.launches] == [True, False]
@@ -91,18 +78,18 @@ def test_only_an_early_launch_may_begin_before_the_kernel_before_it_ends(fake: D
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_wrong_number_of_arguments_is_refused(fake: Driver, count: int) -> None:
     with pytest.raises(TypeError, match=f"example takes 3 arguments, not {count}"):
-        Launch(kernel_of(fake, 3), 0, 1, range(count), 0, early=False)
+        Launch(fake.kernel(3), 0, 1, range(count), 0, early=False)
 
 
 def test_a_refused_launch_names_the_kernel_and_the_error(fake: Driver) -> None:
-    made = Launch(kernel_of(fake, 1), 0, 1, (0,), 0, early=False)
+    made = Launch(fake.kernel(1), 0, 1, (0,), 0, early=False)
     fake.refuses = driver.CUresult.CUDA_ERROR_INVALID_VALUE
     with pytest.raises(RuntimeError, match="launching example: the driver returned CUDA_ERROR_INVALID_VALUE"):
         made.queue(0)
 
 
 def test_a_kernel_launches_itself_likewise(fake: Driver) -> None:
-    kernel_of(fake, 2).launch(0, 3, 9, 4, 5, shared_nbytes=1024)
+    fake.kernel(2).launch(0, 3, 9, 4, 5, shared_nbytes=1024)
     (launched,) = fake.launches
     assert (launched.blocks[0], launched.stream, launched.arguments) == (3, 9, (4, 5))
     assert launched.shared_nbytes == 1024
@@ -111,13 +98,13 @@ def test_a_kernel_launches_itself_likewise(fake: Driver) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_kernel_asks_for_all_shared_memory_that_a_block_may_have(fake: Driver, shared: bool) -> None:
-    kernel_of(fake, 1, shared=shared).launch(0, 1, 0, 0)
+    fake.kernel(1, shared=shared).launch(0, 1, 0, 0)
     most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     assert fake.functions == ([(most, SHARED_NBYTES)] if shared else [])
 
 
 def test_a_kernel_is_loaded_once(fake: Driver) -> None:
-    kernel = kernel_of(fake, 1)
+    kernel = fake.kernel(1)
     assert kernel.loaded(0) is kernel.loaded(0)
 
 

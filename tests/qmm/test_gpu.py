@@ -7,8 +7,7 @@ from fake_driver import Driver
 
 from qmm.gpu import Product
 from qmm.kernels import launch
-from qmm.kernels.cache import CachedKernel, Code
-from qmm.kernels.launch import CUDAKernel, Launch
+from qmm.kernels.launch import Launch
 
 ARGUMENTS = 15
 
@@ -16,24 +15,15 @@ ARGUMENTS = 15
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
-    made.arguments = ARGUMENTS
     monkeypatch.setattr(launch, "driver", made)
     return made
 
 
-def launch_of(blocks: int) -> Launch:
-    def build() -> None:
-        raise AssertionError("it is in the cache")
-
-    kernel = CUDAKernel("example", build, ARGUMENTS, {}, 96, shared=True)
-    CachedKernel(kernel.name, kernel.key, (9, 0)).put(Code("example", b"\x7fELF example"))
-    return Launch(kernel, 0, blocks, (0,) * ARGUMENTS, 0, early=True)
-
-
-def product_of(*grids: int) -> Product:
+def product_of(fake: Driver, *grids: int) -> Product:
+    """A product of so many launches, each of which reads the weights."""
     product = Product(0)
     for grid in grids:
-        made = launch_of(grid)
+        made = Launch(fake.kernel(ARGUMENTS, shared=True), 0, grid, (0,) * ARGUMENTS, 0, early=True)
         product.add(made, (7, 0, 0), (11, 1, 0))
         product.announced, product.grid = made.arguments, grid
     return product
@@ -44,7 +34,7 @@ def product_of(*grids: int) -> Product:
 def test_blocks_share_what_comes_next_and_leave_out_less_than_16_bytes_each(
     fake: Driver, grid: int, nbytes: int
 ) -> None:
-    product = product_of(grid)
+    product = product_of(fake, grid)
     product.announce(1 << 40, nbytes)
     product.queue(1, 2, 3, 0)
     (launched,) = fake.launches
@@ -55,14 +45,14 @@ def test_blocks_share_what_comes_next_and_leave_out_less_than_16_bytes_each(
 
 
 def test_only_the_last_reading_of_the_weights_brings_in_what_comes_next(fake: Driver) -> None:
-    product = product_of(4, 4)
+    product = product_of(fake, 4, 4)
     product.announce(4096, 1024)
     product.queue(1, 2, 3, 0)
     assert [launched.arguments[13:] for launched in fake.launches] == [(0, 0), (4096, 256)]
 
 
 def test_without_an_announcement_nothing_is_brought_in(fake: Driver) -> None:
-    product = product_of(4)
+    product = product_of(fake, 4)
     product.announce(4096, 1024)
     product.announce(0, 0)
     product.queue(1, 2, 3, 0)
