@@ -186,7 +186,7 @@ def shared_memory(typing_context):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory of the tensor: the asynchronous copy, and the edges it may not touch
+# Memory of the tensor: asynchronous copies, the edges they may not touch, the barriers that tell of their end
 # ---------------------------------------------------------------------------------------------------------------------
 
 
