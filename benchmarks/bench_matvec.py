@@ -8,9 +8,10 @@
 multiplies by them in turn, so that no weight is found in a cache. The products, 8 or more, are captured into CUDA
 graphs of at most GRAPH_PRODUCTS; what is timed is their replay, on both sides and by turns (``benchmarks/rounds.py``),
 so launches cost Python nothing. The quantization of the activations is part of every product, on both sides: ggml's log
-is read for whether it did replay. qmm's products stand in their graph as in a plan's: while one ends, it brings the
-beginning of the next one's weights into L2, at most a quarter of that, so bytes still come from memory once a product.
-ggml has nothing of the kind. Nothing is timed before the results of every product were compared, with each other, with
+is read for whether it did replay. qmm's products stand in their graph as in a plan's: while one ends, it brings some of
+the next one's weights into L2, at most a sixth of what that holds, so bytes still come from memory once a product. ggml
+has nothing of the kind; products that were queued one by one, without it, are timed by turns with the others too ("alone
+us" in the results). Nothing is timed before the results of every product were compared, with each other, with
 ggml's, and with a float64 product of the weights as gguf dequantizes them.
 
 **What it is put in proportion to.** ggml's time, and the rate at which a kernel that only reads gets bytes over the
@@ -162,11 +163,11 @@ def test_product(
     weight = placed.weight
     benchmark.group = f"{weight.placement}, n = {n}"
     x = np.random.default_rng(1).standard_normal((n, weight.k), dtype=np.float32)
-    with placed.qmm_side(x) as (qmm_side, results), placed.ggml_product(x) as product, links(placed) as link_sides:
-        qmm_side.queue()
-        qmm_side.wait()
-        errors = compared(placed, x, results(), product)
-        sides = [qmm_side]
+    with placed.qmm_sides(x) as (sides, results), placed.ggml_product(x) as product, links(placed) as link_sides:
+        for side in reversed(sides):
+            side.queue()
+            side.wait()
+            errors = compared(placed, x, results(), product)
         if product is not None:
             sides.append(Side("ggml", product.queue, product.wait, placed.products))
         times = take_turns(benchmark, [*sides, *link_sides], ROUNDS[weight.placement])
@@ -207,7 +208,7 @@ def row_of(
         "copies": len(placed.addresses),
         "products": placed.products,
     }
-    for name, time in (("qmm", qmm_time), ("ggml", ggml_time)):
+    for name, time in (("qmm", qmm_time), ("alone", times.get("alone")), ("ggml", ggml_time)):
         row[f"{name} us p10"] = None if time is None else time.p10 * 1e6
         row[f"{name} us"] = None if time is None else time.median * 1e6
         row[f"{name} us p90"] = None if time is None else time.p90 * 1e6

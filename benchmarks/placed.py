@@ -83,8 +83,12 @@ class Placed:
         self.region: tuple[int, int] | None = None  # mapped: where all copies lie, and how many bytes that is
 
     @contextlib.contextmanager
-    def qmm_side(self, x: np.ndarray) -> Iterator[tuple[Side, Callable[[], np.ndarray]]]:
-        """qmm's products as replays of graphs, and what reads the results of all of them."""
+    def qmm_sides(self, x: np.ndarray) -> Iterator[tuple[list[Side], Callable[[], np.ndarray]]]:
+        """qmm's products as replays of graphs, and what reads the results of all of them.
+
+        In device memory there are two sides: products as a plan has them, and products that were queued one by one and
+        know nothing of each other.
+        """
         gpu, weight, n = self.gpu, self.weight, len(x)
         with contextlib.ExitStack() as made:
             x_address = allocated(gpu, x.nbytes, made)
@@ -100,20 +104,29 @@ class Placed:
                 prepared = gpu.prepare(form, address, weight.m, weight.k, x_view, y_view, not form.plain)
                 return prepared, x_address, y_view.address
 
-            def products(start: int) -> None:  # what a plan captures
+            def as_in_a_plan(start: int) -> None:
                 stop = min(start + GRAPH_PRODUCTS, self.products)
                 gpu.sequence([product(i) for i in range(start, stop)], gpu.stream, scratch)
 
+            def one_by_one(start: int) -> None:
+                for i in range(start, min(start + GRAPH_PRODUCTS, self.products)):
+                    prepared, x, y = product(i)
+                    gpu.queue(prepared, x, y, gpu.stream, scratch)
+
             nbytes = product(0)[0].scratch_nbytes  # this compiles
             scratch = allocated(gpu, nbytes, made) if nbytes else 0
-            replays = [
-                made.enter_context(gpu.replay(functools.partial(products, start), gpu.stream))
-                for start in range(0, self.products, GRAPH_PRODUCTS)
-            ]
 
-            def queue() -> None:
-                for replay in replays:
-                    replay()
+            def side(name: str, queue_products: Callable[[int], None]) -> Side:
+                replays = [
+                    made.enter_context(gpu.replay(functools.partial(queue_products, start), gpu.stream))
+                    for start in range(0, self.products, GRAPH_PRODUCTS)
+                ]
+
+                def queue() -> None:
+                    for replay in replays:
+                        replay()
+
+                return Side(name, queue, lambda: gpu.synchronize(gpu.stream), self.products)
 
             def results() -> np.ndarray:
                 y = np.empty((self.products, y_nbytes // 4), np.float32)
@@ -121,7 +134,10 @@ class Placed:
                 gpu.synchronize(gpu.stream)
                 return y[:, : n * weight.m].reshape(self.products, n, weight.m)
 
-            yield Side("qmm", queue, lambda: gpu.synchronize(gpu.stream), self.products), results
+            sides = [side("qmm", as_in_a_plan)]
+            if weight.placement == "device":
+                sides.append(side("alone", one_by_one))
+            yield sides, results
 
     @contextlib.contextmanager
     def ggml_product(self, x: np.ndarray) -> Iterator[ggml_gpu.Product | None]:

@@ -56,24 +56,18 @@ SMALLEST_F16 = 2.0**-126
 
 
 def quantize(
-    x, row_stride, column_stride, k, blocks, spread, n, padded, first, columns, sum_count,
-    area, area_nbytes, cut, results, count,
+    x, row_stride, column_stride, k, blocks, spread, n, padded, first, columns, sum_count, area, area_nbytes
 ):  # fmt: skip
     """Quantizes ``n`` rows, which become the columns from ``first`` on of the products; zeros fill up to ``padded``.
 
     ``load_value`` reads a float32, float16 or bfloat16; strides are in bytes. Each ``columns`` columns have an area of
     their own, with ``sum_count`` sums for each of ``blocks`` scale blocks, ``spread`` of them to a weight block,
-    laid out as :class:`qmm.kernels.staging.Activations` says: the first ``cut`` of them, then the others. ``count``
-    float32 at ``results`` become zero.
+    laid out as :class:`qmm.kernels.staging.Activations` says.
     """
     if PROGRAMMATIC:
         launch_dependents()
         wait_for_predecessors()
     lane = lane_index()
-    place = block_index() * (WARPS * 32) + thread_index()
-    while place < count:
-        store_float(results + place * 4, 0.0)
-        place += block_count() * (WARPS * 32)
     item = block_index() * WARPS + (thread_index() >> 5)
     step = block_count() * WARPS
     while item < padded * blocks:
@@ -84,13 +78,8 @@ def quantize(
         block = place_of(source, spread)
         half = lane >> 4
         values = area + group * area_nbytes
-        own = cut
-        if block >= cut:
-            values += cut * columns * ((32 if INT8 else 64) + 4 + 4 * sum_count)
-            own = blocks - cut
-            block -= cut
-        scales = values + own * columns * (32 if INT8 else 64)
-        sums = scales + own * columns * 4
+        scales = values + blocks * columns * (32 if INT8 else 64)
+        sums = scales + blocks * columns * 4
         value = 0.0
         if row < n and source * 32 + lane < k:
             value = load_value(x + row * row_stride + (source * 32 + lane) * column_stride)
@@ -107,7 +96,7 @@ def quantize(
             elif sum_count == 2:
                 total = sum_of_half_warp(rounded)
                 if lane & 15 == 0:
-                    store_float(sums + ((half * own + block) * columns + c) * 4, scale * np.float32(total))
+                    store_float(sums + ((half * blocks + block) * columns + c) * 4, scale * np.float32(total))
         else:
             scale = largest
             inverse = 0.0

@@ -39,7 +39,7 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
     synchronize_block()
     if warp >= WARPS:
         if warp < WARPS + PRODUCERS:
-            produce(ring, barriers, weights, row_nbytes, m, 0, chunks, row, 0, row_step, 0, 1 << 62, warp - WARPS, lane)
+            produce(ring, barriers, weights, row_nbytes, m, chunks, row, 0, row_step, 0, 1 << 62, warp - WARPS, lane)
     else:
         full = barriers
         stage = ring
@@ -67,7 +67,7 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
             synchronize_warp()
             if lane == 0:
                 arrive(full + 64)
-            row, chunk = following(row, chunk, 0, chunks, row_step)
+            row, chunk = following(row, chunk, chunks, row_step)
             stage += STAGE_NBYTES
             full += 8
             if full == barriers + 8 * STAGES:

@@ -16,7 +16,7 @@ from cuda.bindings import driver
 
 from qmm.kernels.cache import CachedKernel, Code
 from qmm.kernels.formats import Format
-from qmm.kernels.staging import PRODUCERS, WARPS, Activations, Tiling
+from qmm.kernels.staging import AHEAD_NBYTES, PRODUCERS, WARPS, Schedule, Tiling
 
 __all__ = [
     "CUDAKernel",
@@ -243,45 +243,35 @@ def _described(
 
 
 @functools.cache
-def matvec_kernel(
-    block_format: Format,
-    tiling: Tiling,
-    activations: Activations,
-    x_shared: bool,
-    fused: bool,
-    split: bool,
-    first_stages: int,
-    bulk: bool,
-) -> CUDAKernel:
-    """The product with up to ``activations.columns`` columns; the rest is as in :class:`qmm.kernels.staging.Schedule`,
-    whose ``x_nbytes`` is 0 where ``x_shared`` is not set."""
+def matvec_kernel(block_format: Format, schedule: Schedule) -> CUDAKernel:
+    """The product with up to ``schedule.activations.columns`` columns."""
+    tiling, activations = schedule.tiling, schedule.activations
     constants = {
-        **tiling.constants(block_format, bulk),
+        **tiling.constants(block_format, schedule.bulk),
+        "AHEAD_NBYTES": AHEAD_NBYTES if schedule.ahead else 0,
         "AT_ONCE": activations.at_once(block_format),
         "COLUMNS": activations.columns,
-        "FIRST_STAGES": first_stages,
-        "FUSED": fused,
+        "FIRST_STAGES": schedule.first_stages,
+        "FUSED": schedule.fused,
         "INT8": activations.int8,
-        "PROGRAMMATIC": bulk,
+        "PROGRAMMATIC": schedule.bulk,
         "ROUNDS": max(1, 8 // activations.columns),
         "RUN_NBYTES": activations.run_nbytes,
         "RUN_STEP": activations.run_step(block_format),
-        "SPLIT": split,
         "SUMS": activations.sums,
-        "X_BULK": x_shared and bulk and not fused,
+        "X_BULK": schedule.x_bulk,
         "X_NBYTES": activations.nbytes(1),
-        "X_SHARED": x_shared,
+        "X_SHARED": schedule.x_shared,
         "loads_are_under_way": ("barrier_arrive", 1, 32 * (tiling.warps + PRODUCERS)),
         "synchronize_multipliers": ("barrier_wait", 2, 32 * tiling.warps),
         "wait_for_loads": ("barrier_wait", 1, 32 * (tiling.warps + PRODUCERS)),
-        "load_columns": ("shared_floats" if x_shared else "cached_floats", activations.columns),
-        "load_one": ("shared_floats" if x_shared else "cached_floats", 1),
-        "load_values": "load_shared16" if x_shared else "load_cached16",
-        "store_result": "add_float" if split else "store_float",
+        "load_columns": ("shared_floats" if schedule.x_shared else "cached_floats", activations.columns),
+        "load_one": ("shared_floats" if schedule.x_shared else "cached_floats", 1),
+        "load_values": "load_shared16" if schedule.x_shared else "load_cached16",
     }
     mode = "int8" if activations.int8 else "f16"
     name = f"matvec_{block_format.name}_{activations.columns}_{mode}_{tiling.alignment}"
-    return _described(name, "matvec.matvec", 15, constants, tiling.alignment, tiling.threads, shared=True)
+    return _described(name, "matvec.matvec", 17, constants, tiling.alignment, tiling.threads, shared=True)
 
 
 @functools.cache
@@ -296,7 +286,7 @@ def dequantize_kernel(block_format: Format, tiling: Tiling, bulk: bool) -> CUDAK
 def quantize_kernel(dtype: str, int8: bool, programmatic: bool = True) -> CUDAKernel:
     """Activations of ``dtype`` to blocks of 32 int8 or float16 values."""
     constants = {"INT8": int8, "PROGRAMMATIC": programmatic, "WARPS": WARPS, "load_value": LOADS[dtype]}
-    return _described(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", "activations.quantize", 16, constants)
+    return _described(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", "activations.quantize", 13, constants)
 
 
 @functools.cache

@@ -13,14 +13,13 @@ take the units of a row in turn, so each has sums of its own for all rows of the
 added up through shared memory, in a fixed order.
 
 The quantization of the activations is either another kernel (:mod:`qmm.kernels.activations`), or with FUSED the
-beginning of this one. With SPLIT two blocks share a tile, each with half of every row: where the activations of a whole
-one do not fit in shared memory, or rows are few. Each adds its sums to results that were zero, which gives the same
-whoever comes first. Both this kernel and that one are launched before their predecessors end (from sm_90 on), and
+beginning of this one. Both this kernel and that one are launched before their predecessors end (from sm_90 on), and
 this one starts its copies at once: weights never change. Only then it waits for what it reads and writes otherwise.
 
-Between the last byte that a product copies and the first that the next one does, memory would idle for some 3 us: the
-rest is multiplied and added up, blocks end and others start. Where it is known what comes next, that is brought into L2
-meanwhile.
+Between the last byte of a product and the first of the next one, memory would idle for some 3 us: the rest is
+multiplied and added up, blocks end and others start. Where it is known what comes next, each block has some of it
+brought into L2 as soon as its own bytes are there (n = 1 on an H100: Q4_K, 14336x4096, 12.5 us, else 13.3; asked for
+with its last own bytes, 14.0). So it does with its own next rows while the ring is full, but activations are to come.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ from qmm.kernels.ptx import (
     scaled,
     share,
     shared_memory,
+    store_float,
     store_shared16,
     store_shared_float,
     synchronize_block,
@@ -54,7 +54,7 @@ from qmm.kernels.ptx import (
     wait_for_predecessors,
     zero_words,
 )
-from qmm.kernels.ring import prefetch_next, prepare, produce
+from qmm.kernels.ring import prefetch_ahead, prefetch_rows, prepare, produce
 from qmm.kernels.specialize import registers, unroll
 
 __all__ = ["matvec"]
@@ -65,14 +65,14 @@ BIAS = -12582912.0  # takes the 12,582,912 of dot_pair away: exact, since a scal
 
 def matvec(
     weights, row_nbytes, m, blocks, chunks, k, scale_blocks, x, x_stride, zeros, n, y, y_pitch,
-    next_weights, next_nbytes,
+    next_weights, next_row_nbytes, next_rows, next_nbytes,
 ):  # fmt: skip
     """Up to COLUMNS products with every row.
 
     ``x`` holds ``scale_blocks`` of activations as :class:`qmm.kernels.staging.Activations` lays them out; or with
     FUSED, ``n`` rows of ``k`` float32, ``x_stride`` bytes apart, each at a multiple of 16 bytes. At ``zeros`` are
-    ZERO_NBYTES of them. ``y`` is float32, ``y_pitch`` apart. Each block has its ``next_nbytes`` from ``next_weights``
-    on brought into L2, both multiples of 16.
+    ZERO_NBYTES of them. ``y`` is float32, ``y_pitch`` apart. Of the ``next_rows`` from ``next_weights`` on the first
+    ``next_nbytes`` are brought into L2.
     """
     lane = lane_index()
     thread = thread_index()
@@ -83,20 +83,6 @@ def matvec(
     ring = partials + 2 * K_WARPS * ROWS * COLUMNS * 4
     row = block_index() * ROWS
     row_step = block_count() * ROWS
-    first_chunk = 0
-    skipped = 0
-    if SPLIT:  # as Tiling.scale_blocks_before has it
-        row = (block_index() >> 1) * ROWS
-        row_step = (block_count() >> 1) * ROWS
-        middle = (chunks + 1) >> 1
-        before = middle * (CHUNK_BLOCKS // 4 * QUAD_SCALE_BLOCKS)
-        if block_index() & 1:
-            first_chunk = middle
-            skipped = before
-            scale_blocks -= before
-        else:
-            chunks = middle
-            scale_blocks = before
     x_nbytes = scale_blocks * X_NBYTES
     if PROGRAMMATIC:
         launch_dependents()
@@ -112,12 +98,12 @@ def matvec(
     synchronize_block()
 
     next_row = row
-    chunk = first_chunk
+    chunk = 0
     producer = warp - WARPS
     if producer >= 0 and producer < PRODUCERS:
         next_row, chunk = produce(
-            *(ring, barriers, weights, row_nbytes, m, first_chunk, chunks, row, first_chunk, row_step, 0, FIRST_STAGES),
-            *(producer, lane),
+            *(ring, barriers, weights, row_nbytes, m, chunks),
+            *(row, 0, row_step, 0, FIRST_STAGES, producer, lane),
         )
     if PROGRAMMATIC:
         wait_for_predecessors()
@@ -129,18 +115,26 @@ def matvec(
         if X_BULK:
             if producer == 0 and lane == 0:
                 expect(barriers + OF_X, x_nbytes)
-                bulk_copy(ring + STAGES * STAGE_NBYTES, x + skipped * X_NBYTES, x_nbytes, barriers + OF_X)
+                bulk_copy(ring + STAGES * STAGE_NBYTES, x, x_nbytes, barriers + OF_X)
                 arrive(barriers + OF_X)
         elif X_SHARED:
             wait_for_loads()
-        produce(
-            *(ring, barriers, weights, row_nbytes, m, first_chunk, chunks),
-            *(next_row, chunk, row_step, FIRST_STAGES, 1 << 62, producer, lane),
+        next_row, chunk = produce(
+            *(ring, barriers, weights, row_nbytes, m, chunks),
+            *(next_row, chunk, row_step, FIRST_STAGES, STAGES - FIRST_STAGES, producer, lane),
         )
-        if BULK and producer == 0:
-            prefetch_next(next_weights + block_index() * next_nbytes, next_nbytes, lane)
+        if AHEAD_NBYTES and producer == 0:
+            prefetch_ahead(weights, row_nbytes, m, next_row, chunk, lane)
+        produce(
+            *(ring, barriers, weights, row_nbytes, m, chunks),
+            *(next_row, chunk, row_step, STAGES, 1 << 62, producer, lane),
+        )
+        if AHEAD_NBYTES and producer == 0 and row < m:
+            last = (m - row + row_step - 1) // row_step * chunks - 1
+            wait_for(barriers + 8 * (last % STAGES), last // STAGES & 1)
+            prefetch_rows(next_weights, next_row_nbytes, next_rows, next_nbytes, lane)
     else:
-        values = x + skipped * X_NBYTES
+        values = x
         nowhere = zeros
         if X_SHARED:
             values = ring + STAGES * STAGE_NBYTES
@@ -151,23 +145,21 @@ def matvec(
         elif X_BULK:
             wait_for(barriers + OF_X, 0)
         elif X_SHARED:
-            copy_activations(values, x + skipped * X_NBYTES, x_nbytes, thread)
+            copy_activations(values, x, x_nbytes, thread)
             synchronize_multipliers()
         multiply(
-            *(ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, first_chunk, chunks, k),
-            *(values, scale_blocks, skipped, nowhere, row, row_step, warp, lane),
+            *(ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, chunks, k),
+            *(values, scale_blocks, nowhere, row, row_step, warp, lane),
         )
 
 
 def multiply(
-    ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, first_chunk, chunks, k,
-    values, scale_blocks, skipped, nowhere, row, row_step, warp, lane,
+    ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, chunks, k,
+    values, scale_blocks, nowhere, row, row_step, warp, lane,
 ):  # fmt: skip
-    """One warp's share of every tile of the block, whose activations lie at ``values``: ``scale_blocks`` of them, the
-    first ``skipped`` of a row left out. Addresses are as if they were there too."""
-    x_scales = values + scale_blocks * (2 * RUN_NBYTES) - skipped * (4 * COLUMNS)
+    """One warp's share of every tile of the block, whose activations lie at ``values``."""
+    x_scales = values + scale_blocks * (2 * RUN_NBYTES)
     x_sums = x_scales + scale_blocks * (4 * COLUMNS)
-    values -= skipped * (2 * RUN_NBYTES)
     last_group = (blocks - 1) >> 2
     group = lane >> 2
     quad = lane & 3
@@ -188,7 +180,7 @@ def multiply(
     parity = 0
     tile = 0
     while row < m:
-        chunk = first_chunk
+        chunk = 0
         while chunk < chunks:
             wait_for(full, parity)
             for u in unroll(UNITS):
@@ -354,7 +346,7 @@ def add_up(partials, barriers, row, row_step, m, n, y, y_pitch, lane):
             r = row + item // COLUMNS
             c = item & (COLUMNS - 1)
             if r < m and c < n:
-                store_result(y + (c * y_pitch + r) * 4, total)
+                store_float(y + (c * y_pitch + r) * 4, total)
             item += 32
         synchronize_warp()
         if lane == 0:

@@ -17,7 +17,6 @@ from numba.cuda.typing.templates import AbstractTemplate, infer_global, signatur
 from qmm.kernels.vector import F32, I8, I16, I32, I64, Toolkit, define, splat, vector
 
 __all__ = [
-    "add_float",
     "arrive",
     "arrive_after_copies",
     "barrier_arrive",
@@ -518,13 +517,13 @@ load_half = _global_loader("b16", types.float32, I16, "h", _from_half)
 load_bfloat = _global_loader("b16", types.float32, I16, "h", _from_bfloat)
 
 
-def _global_storer(suffix: str, value_type: Any, letter: str, convert: Any = None, operation: str = "st.global") -> Any:
+def _global_storer(suffix: str, value_type: Any, letter: str, convert: Any = None) -> Any:
     @intrinsic
     def store(typing_context, address, value):
         def lower(context, builder, signature, arguments):
             address, value = arguments
             value = convert(builder, value) if convert else value
-            assembly(builder, VOID, f"{operation}.{suffix} [$0], $1;", f"l,{letter}", [address, value], True)
+            assembly(builder, VOID, f"st.global.{suffix} [$0], $1;", f"l,{letter}", [address, value], True)
             return context.get_dummy_value()
 
         return types.void(types.int64, value_type), lower
@@ -543,7 +542,6 @@ def _to_bfloat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
 store_float = _global_storer("f32", types.float32, "f")
 store_half = _global_storer("b16", types.float32, "h", _to_half)
 store_bfloat = _global_storer("b16", types.float32, "h", _to_bfloat)
-add_float = _global_storer("f32", types.float32, "f", operation="red.global.add")
 store_byte = _global_storer("b8", types.int64, "h", lambda builder, value: builder.trunc(value, I16))
 
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 from qmm.kernels.ptx import (
     arrive,
     arrive_after_copies,
+    block_count,
+    block_index,
     bulk_copy,
     copy16,
     expect,
@@ -23,9 +25,7 @@ from qmm.kernels.ptx import (
 )
 from qmm.kernels.specialize import unroll
 
-__all__ = ["following", "prefetch_next", "prepare", "produce"]
-
-PIECE_NBYTES = 4096  # of a prefetch: one for each lane of a warp is more than what a block asks for
+__all__ = ["following", "prefetch_ahead", "prefetch_rows", "prepare", "produce"]
 
 
 def prepare(barriers, thread):
@@ -35,13 +35,9 @@ def prepare(barriers, thread):
         initialize_barrier(barriers + 64 + 8 * thread, WARPS)
 
 
-def produce(
-    ring, barriers, weights, row_nbytes, m, first_chunk, chunks, row, chunk, row_step, item, count, producer, lane
-):
-    """Copies up to ``count`` chunks of the block's rows, beginning with its ``item``-th; what comes after them.
-
-    Of each row the block takes those from ``first_chunk`` to ``chunks``. Each producer copies its share of every chunk.
-    """
+def produce(ring, barriers, weights, row_nbytes, m, chunks, row, chunk, row_step, item, count, producer, lane):
+    """Copies up to ``count`` chunks of the block's rows, beginning with its ``item``-th; what comes after them. Each
+    producer copies its share of every chunk."""
     end = weights + m * row_nbytes
     stage = item % STAGES
     parity = (item // STAGES & 1) ^ 1
@@ -52,7 +48,7 @@ def produce(
             fetch_bulk(ring + stage * STAGE_NBYTES, full, weights, end, row_nbytes, row, m, chunk, producer, lane)
         else:
             fetch(ring + stage * STAGE_NBYTES, full, weights, end, row_nbytes, row, m, chunk, producer, lane)
-        row, chunk = following(row, chunk, first_chunk, chunks, row_step)
+        row, chunk = following(row, chunk, chunks, row_step)
         count -= 1
         stage += 1
         if stage == STAGES:
@@ -61,19 +57,37 @@ def produce(
     return row, chunk
 
 
-def prefetch_next(begin, nbytes, lane):
-    """Has a block's part of what the next product begins with brought into L2."""
-    at = lane * PIECE_NBYTES
-    while at < nbytes:
-        prefetch(begin + at, min(PIECE_NBYTES, nbytes - at))
-        at += 32 * PIECE_NBYTES
+def prefetch_rows(weights, row_nbytes, rows, nbytes, lane):
+    """Has the first ``nbytes`` of each of some rows brought into L2, but for what shares 16 bytes with other rows. A
+    warp of each block takes its share of them."""
+    row = lane * block_count() + block_index()
+    while row < rows:
+        prefetch_part(weights + row * row_nbytes, nbytes)
+        row += block_count() * 32
 
 
-def following(row, chunk, first_chunk, chunks, row_step):
+def prefetch_ahead(weights, row_nbytes, m, row, chunk, lane):
+    """The same of what a block will copy from this chunk of its rows on, up to the end of the rows."""
+    line = lane
+    while line < min(ROWS, m - row):
+        begin = chunk * CHUNK_NBYTES
+        prefetch_part(weights + (row + line) * row_nbytes + begin, min(AHEAD_NBYTES // ROWS, row_nbytes - begin))
+        line += 32
+
+
+def prefetch_part(start, nbytes):
+    """Has these bytes brought into L2, but for what shares 16 bytes with others."""
+    first = (start + 15) & -16
+    last = (start + nbytes) & -16
+    if last > first:
+        prefetch(first, last - first)
+
+
+def following(row, chunk, chunks, row_step):
     """The chunk that a block takes after this one: the rows' next, or the first of its next rows."""
     chunk += 1
     if chunk == chunks:
-        return row + row_step, first_chunk
+        return row + row_step, 0
     return row, chunk
 
 

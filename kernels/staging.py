@@ -59,8 +59,11 @@ NARROW_NBYTES = 40 << 10
 """The same for more, which take more registers."""
 FUSED_VALUES = 16384
 """The most activations that each block quantizes for itself: a load or so a thread for each column."""
-WHOLE_NBYTES = 64 << 10
-"""The most activations that a block copies to shared memory where it could do with half of them."""
+BULK_NBYTES = 48 << 10
+"""The most activations that warps copy to shared memory, eight loads of 16 bytes a thread under way; more come by one
+bulk copy (n = 8 on an H100: Q2_K, 14336x4096, 19.3, else 22.1 us; but Q5_K, 4096x14336, 28.0, else 26.1)."""
+AHEAD_NBYTES = 64 << 10
+"""What a block has brought into L2 of its weights when its ring is full and the activations are not there yet."""
 
 
 @dataclass(frozen=True)
@@ -190,13 +193,6 @@ class Tiling:
         """Chunks of a row of ``k`` weights."""
         return -(-block_format.blocks(k) // self.chunk_blocks)
 
-    def scale_blocks_before(self, block_format: Format, k: int) -> int:
-        """Scale blocks of the first half of a row, cut between two chunks as ``matvec`` cuts it; all if it has one
-        chunk only."""
-        chunks = self.chunks(block_format, k)
-        before = (chunks + 1) // 2 * self.chunk_blocks // 4 * block_format.block_weights // 8
-        return before if chunks > 1 else scale_blocks_of(block_format, k)
-
     @property
     def threads(self) -> int:
         """Threads of a block: the warps that multiply, those that copy, one that adds up."""
@@ -257,25 +253,27 @@ class Schedule:
     Attributes:
         tiling: of the weight.
         activations: how they are stored.
-        x_nbytes: how large they are in shared memory; 0 where they do not fit, and are read from global memory.
+        x_shared: whether they are in shared memory; where they do not fit, they are read from global memory.
+        x_bulk: whether they come there by one bulk copy.
         fused: whether each block quantizes them for itself, in its shared memory.
-        split: whether two blocks share each tile, a half of every row each, and add to results that were zero.
         first_stages: how many are filled before the activations are asked for, which queue up behind them.
+        ahead: whether more weights are brought into L2 than there are stages for.
         bulk: as :class:`Machine` has it.
     """
 
     tiling: Tiling
     activations: Activations
-    x_nbytes: int
+    x_shared: bool
+    x_bulk: bool
     fused: bool
-    split: bool
     first_stages: int
+    ahead: bool
     bulk: bool
 
-    @property
-    def shared_nbytes(self) -> int:
-        """Shared memory of a block."""
-        return self.tiling.shared_nbytes(self.activations.columns) + self.x_nbytes
+    def shared_nbytes(self, scale_blocks: int) -> int:
+        """Shared memory of a block, for rows of so many scale blocks."""
+        x_nbytes = self.activations.nbytes(scale_blocks) if self.x_shared else 0
+        return self.tiling.shared_nbytes(self.activations.columns) + x_nbytes
 
     @classmethod
     @functools.lru_cache(maxsize=4096)
@@ -298,14 +296,13 @@ class Schedule:
           26.6, when its units were of 32 weights; of 64 they are too large for four rows).
         * Two units a warp and stage where a stage stays small (n = 1: Q4_K, of 32 weights, 12.5, else 13.9); one where
           it would get large (Q8_0 18.7, else 19.5) or the row is too short for two (Q2_K 10.5, else 15.0).
-        * Up to two columns are quantized by each block for itself, four if it has two tiles at most (n = 4 on an H100:
-          Q8_0, 4096x4096, 11.6, else 12.8; but 14336x4096 28.2, else 26.8).
-        * Two stages are filled before the activations are asked for; all if another kernel makes these, and the block
-          has more tiles (n = 8 on an H100: Q8_0 29.1, else 30.6; but 4096x4096 14.7, else 12.8).
+        * Up to two columns are quantized by each block for itself (n = 4 on an H100: Q8_0, 4096x4096, 13.4, else 12.6).
+        * Two stages are filled before the activations are asked for; one if they are then quantized, and the block has
+          two tiles at most (n = 1 on an H100: Q5_K, 4096x14336, 17.2, else 18.0; but 14336x4096 16.6, else 15.6); all
+          if another kernel makes these, and the block has more tiles (n = 8 on an H100: Q8_0 29.1, else 30.6; but
+          4096x4096 14.7, else 12.8).
         * Activations in shared memory if three stages have room beside them, be it of two rows a lane and one unit; for
           mapped weights two.
-        * Two blocks to a row, for more than two columns, if the activations are large and rows few, or if more than
-          half of the multiprocessors would have no row (not measured yet).
 
         Args:
             block_format: of the weight.
@@ -331,14 +328,8 @@ class Schedule:
         pieced = columns == COLUMN_TILES[-1] and block_format.alignment < 4
         most = 1 if crowded or pieced or (many and columns > 1 and not int8) else 2
 
-        made, split, x_nbytes = None, False, 0
-        for rows, units in ((lane_rows, most), (2, 1)):
-            whole = case.whole(warps, rows, units)
-            worth = whole is None or (case.x_nbytes > WHOLE_NBYTES and case.short(whole))
-            halved = case.halved(warps, rows, units) if worth else None
-            made, split = halved or whole, halved is not None
-            if made is not None:
-                break
+        made = case.beside_activations(warps, lane_rows, most) or case.beside_activations(warps, 2, 1)
+        x_shared = made is not None
         if made is None:
             # The activations stay in global memory, whose addresses take more registers: where 8 warps would have too
             # few, there are 4.
@@ -347,16 +338,12 @@ class Schedule:
             while made.shared_nbytes(columns) > machine.shared_nbytes and warps > 4:  # F32 where a block has 99 KiB
                 warps //= 2
                 made = case.tiling(0, warps, 2, 1)
-            fused = False
-        else:
-            few = columns <= 2 or case.short(made)
-            fused = fusible and int8 and columns * k <= FUSED_VALUES and few and not split
-            if not split and not fused and not case.fills(made.rows, 0.5):
-                halved = case.halved(warps, made.lane_rows, most)
-                made, split = halved or made, halved is not None
-            x_nbytes = case.half_nbytes(made) if split else case.x_nbytes
-        first_stages = min(2, made.stages) if fused or case.short(made) else made.stages
-        return cls(made, activations, x_nbytes, fused, split, first_stages, machine.bulk)
+        fused = x_shared and fusible and int8 and columns <= 2 and columns * k <= FUSED_VALUES
+        x_bulk = x_shared and machine.bulk and not fused and case.x_nbytes > BULK_NBYTES
+        first_stages = 2 if fused else made.stages
+        if case.short(made):
+            first_stages = 1 if fused else 2
+        return cls(made, activations, x_shared, x_bulk, fused, first_stages, machine.bulk and not mapped, machine.bulk)
 
 
 class _Case(NamedTuple):
@@ -380,10 +367,6 @@ class _Case(NamedTuple):
         """Bytes of the activations."""
         return self.activations.nbytes(scale_blocks_of(self.block_format, self.k))
 
-    def half_nbytes(self, made: Tiling) -> int:
-        """The same of the larger half of a row, as a tiling cuts it; of all where it does not."""
-        return self.activations.nbytes(made.scale_blocks_before(self.block_format, self.k))
-
     def tiling(self, beside: int, warps: int, lane_rows: int, most: int) -> Tiling:
         """The tiling with as many stages as there is room for beside so many bytes, and up to ``most`` units a warp
         where stages are small; from host memory, where only the link counts, whole rows if they fit."""
@@ -398,34 +381,16 @@ class _Case(NamedTuple):
         small = twice.stage_nbytes <= min(limit, ring // 2)
         return twice if small and twice.chunk_blocks <= self.block_format.blocks(self.k) else cut(max(0, ring))
 
-    def whole(self, warps: int, lane_rows: int, most: int) -> Tiling | None:
-        """The tiling beside all activations of a row, if there is one."""
+    def beside_activations(self, warps: int, lane_rows: int, most: int) -> Tiling | None:
+        """The tiling beside all activations of a row, if there is room for two or three stages."""
         made = self.tiling(self.x_nbytes, warps, lane_rows, most)
-        return made if self.fits(made, self.x_nbytes) else None
+        room = self.machine.shared_nbytes - self.x_nbytes
+        fits = made.stages >= (2 if self.mapped else 3) and made.shared_nbytes(self.columns) <= room
+        return made if fits else None
 
-    def halved(self, warps: int, lane_rows: int, most: int) -> Tiling | None:
-        """The tiling where two blocks share a row, if there is one. It is for more than two columns: others are
-        quantized in the kernel, and nobody is there before it to make the results zero."""
-        if self.columns <= 2 or self.mapped:
-            return None
-        for units in range(most, 0, -1):
-            # Where a row is cut depends on the tiling, and the room that a tiling has on where it is cut.
-            supposed = self.tiling(self.x_nbytes // 2, warps, lane_rows, units)
-            half_nbytes = self.half_nbytes(supposed)
-            made = self.tiling(half_nbytes, warps, lane_rows, units)
-            same = made.chunk_blocks == supposed.chunk_blocks
-            if same and half_nbytes < self.x_nbytes and self.fits(made, half_nbytes):
-                return made
-        return None
-
-    def fits(self, made: Tiling, beside: int) -> bool:
-        """Whether a tiling has room beside so many bytes, and stages enough."""
-        room = self.machine.shared_nbytes - beside
-        return made.stages >= (2 if self.mapped else 3) and made.shared_nbytes(self.columns) <= room
-
-    def fills(self, rows: int, share: float = 0.75) -> bool:
-        """Whether tiles of so many rows keep that share of the multiprocessors busy."""
-        return -(-self.m // rows) >= share * self.machine.multiprocessors
+    def fills(self, rows: int) -> bool:
+        """Whether tiles of so many rows keep three quarters of the multiprocessors busy."""
+        return -(-self.m // rows) >= 0.75 * self.machine.multiprocessors
 
     def short(self, made: Tiling) -> bool:
         """Whether no block gets more than two tiles."""

@@ -39,10 +39,11 @@ BLOCKS = 4
 """Blocks of WARPS warps that fill the 64 warps of a multiprocessor."""
 PREPARED = 4096
 """The most products that are kept prepared."""
-NEXT_WEIGHTS, NEXT_NBYTES = 13, 14
-"""Arguments of :func:`qmm.kernels.matvec.matvec`."""
-NEXT_OF_L2 = 4
-"""What part of L2 may hold the beginning of the next product's weights."""
+NEXT = slice(13, 17)
+"""The arguments of :func:`qmm.kernels.matvec.matvec` that tell of the next product's weights."""
+NEXT_OF_L2 = 6
+"""What part of L2 they may take. It should last for the 3 us in which memory would idle: on an H100 8 MB."""
+NOTHING = (0, 0, 0, 0)
 
 
 class Product:
@@ -51,17 +52,16 @@ class Product:
     Attributes:
         scratch_nbytes: the scratch memory that it needs.
         reaches: from where to where x and out reach, from their addresses, if these must not overlap.
-        beginning: the address and the number of the weight's first bytes that another product may bring into L2.
+        opening: what another product may bring into L2 before this one starts: the address of the weights, the bytes
+            of a row, how many rows, and how many bytes of each.
         announced: the arguments of the launch that does so for the next product.
-        grid: the blocks of that launch.
     """
 
     def __init__(self, scratch_nbytes: int) -> None:
         self.scratch_nbytes = scratch_nbytes
         self.reaches: tuple[tuple[int, int], tuple[int, int]] | None = None
-        self.beginning = (0, 0)
+        self.opening = NOTHING
         self.announced: ctypes.Array[ctypes.c_int64] | None = None
-        self.grid = 1
         self._launches: list[tuple[launch.Launch, ctypes.Array[ctypes.c_int64], tuple[tuple[int, int, int], ...]]] = []
 
     def add(self, made: launch.Launch, *moving: tuple[int, int, int]) -> None:
@@ -74,11 +74,10 @@ class Product:
         """
         self._launches.append((made, made.arguments, moving))
 
-    def announce(self, address: int, nbytes: int) -> None:
-        """Have the launches from now on bring these bytes into L2, but for a few at the end."""
+    def announce(self, opening: tuple[int, int, int, int]) -> None:
+        """Have the launches from now on bring another product's :attr:`opening` into L2."""
         if self.announced is not None:
-            self.announced[NEXT_WEIGHTS] = address
-            self.announced[NEXT_NBYTES] = nbytes // self.grid & -16
+            self.announced[NEXT] = list(opening)
 
     def meet(self, x: int, out: int) -> bool:
         """Whether arrays at these addresses share memory that the product reads and writes in no order."""
@@ -295,15 +294,15 @@ class GPU:
             product.queue(x, out, scratch, stream)
 
     def sequence(self, products: Sequence[tuple[Product, int, int]], stream: int, scratch: int) -> None:
-        """Put products with their arrays' addresses on a stream, as :meth:`queue` does. While one ends, the beginning
-        of the next one's weights is brought into L2."""
+        """Put products with their arrays' addresses on a stream, as :meth:`queue` does. While one ends, some of the
+        next one's weights is brought into L2."""
         with self._lock:
             for (product, x, out), following in itertools.zip_longest(products, products[1:]):
-                product.announce(*(following[0].beginning if following else (0, 0)))
+                product.announce(following[0].opening if following else NOTHING)
                 try:
                     self.queue(product, x, out, stream, scratch)
                 finally:
-                    product.announce(0, 0)
+                    product.announce(NOTHING)
 
     def prepare(
         self,
@@ -358,47 +357,32 @@ class GPU:
         areas_nbytes = 0 if schedule.fused else -(-n // columns) * area_nbytes
         direct = apart and out.dtype == "float32" and out.contiguous
         product = Product(areas_nbytes + (0 if direct else n * m * 4))
-        if (schedule.fused or schedule.split) and direct:  # results may be stored before all of x was read
+        if schedule.fused and direct:  # results may be stored before all of x was read
             product.reaches = x.reach, out.reach
         early = self.machine.bulk
+        grid = min(self.multiprocessors, -(-m // schedule.tiling.rows))
         if early and not mapped:  # what is read from host memory passes by L2
-            first_multiple = -(-weights // 16) * 16
-            nbytes = weights + m * row_nbytes - first_multiple
-            product.beginning = first_multiple, max(0, min(nbytes, self._next_nbytes))
+            rows = min(m, max(grid * schedule.tiling.rows, self._next_nbytes // row_nbytes))
+            product.opening = weights, row_nbytes, rows, min(row_nbytes, self._next_nbytes // rows)
         if not schedule.fused:
             kernel = launch.quantize_kernel(x.dtype, int8, early)
             spread = max(1, block_format.block_weights // BLOCK)
-            cut = schedule.tiling.scale_blocks_before(block_format, k) if schedule.split else scale_blocks
             for slab in slabs:
                 padded = slab.rows + (-n % columns if slab is slabs[-1] else 0)
                 blocks = self._grid(-(-padded * scale_blocks // WARPS))
                 of_x = (0, slab.row_stride, slab.column_stride, k, scale_blocks, spread, slab.rows, padded, slab.first)
-                of_areas = (columns, activations.sums, 0, area_nbytes, cut)
-                zeros = n * m if schedule.split and slab is slabs[0] else 0
-                made = launch.Launch(kernel, self.device, blocks, (*of_x, *of_areas, 0, zeros), 0, early)
-                results = (14, 1, 0) if direct else (14, 2, areas_nbytes)
-                product.add(made, (0, 0, slab.address - x.address), (11, 2, 0), results)
-        kernel = launch.matvec_kernel(
-            block_format,
-            schedule.tiling,
-            activations,
-            schedule.x_nbytes > 0,
-            schedule.fused,
-            schedule.split,
-            schedule.first_stages,
-            early,
-        )
+                of_areas = (columns, activations.sums, 0, area_nbytes)
+                made = launch.Launch(kernel, self.device, blocks, (*of_x, *of_areas), 0, early)
+                product.add(made, (0, 0, slab.address - x.address), (11, 2, 0))
+        kernel = launch.matvec_kernel(block_format, schedule)
         chunks = schedule.tiling.chunks(block_format, k)
         of_weights = (weights, row_nbytes, m, block_format.blocks(k), chunks, k, scale_blocks)
-        grid = min(self.multiprocessors, -(-m // schedule.tiling.rows))
-        if schedule.split:
-            grid = 2 * max(1, min(self.multiprocessors // 2, -(-m // schedule.tiling.rows)))
         for first in range(0, n, columns):
-            arguments = (*of_weights, 0, row_stride, self._zeros, min(columns, n - first), 0, m, 0, 0)
-            made = launch.Launch(kernel, self.device, grid, arguments, schedule.shared_nbytes, early)
+            arguments = (*of_weights, 0, row_stride, self._zeros, min(columns, n - first), 0, m, *NOTHING)
+            made = launch.Launch(kernel, self.device, grid, arguments, schedule.shared_nbytes(scale_blocks), early)
             source = (7, 0, first * row_stride) if schedule.fused else (7, 2, first // columns * area_nbytes)
             product.add(made, source, (11, 1, first * m * 4) if direct else (11, 2, areas_nbytes + first * m * 4))
-            product.announced, product.grid = made.arguments, grid  # the last one's, if there are several
+            product.announced = made.arguments  # the last one's, if there are several
         if not direct:
             self._add_stores(product, areas_nbytes, n, m, out)
         return product

@@ -355,13 +355,6 @@ def store_float(address, value):
 
 
 @twin
-def add_float(address, value):
-    memory = here().memory
-    data, at = memory.read(address, 4, 4)
-    memory.write(address, pack_float(float32(unpack_float(data, at)[0]) + value), 4)
-
-
-@twin
 def store_half(address, value):
     here().memory.write(address, np.float16(value).tobytes(), 2)
 

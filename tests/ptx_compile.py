@@ -129,8 +129,7 @@ def of_product(
 ) -> Spec:
     """The kernel of a product on a machine."""
     schedule = Schedule.of(FORMATS[name], m, whole_blocks(name, k), n, int8, alignment, fusible, mapped, machine)
-    of_activations = (schedule.activations, schedule.x_nbytes > 0, schedule.fused, schedule.split)
-    return Spec("matvec_kernel", (name, schedule.tiling, *of_activations, schedule.first_stages, schedule.bulk))
+    return Spec("matvec_kernel", (name, schedule))
 
 
 def of_dequantization(name: str, machine: Machine, alignment: int = 16) -> Spec:

@@ -136,6 +136,13 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
     assert [goal.cells(results)[-1] for goal in report.GOALS].count("not measured") == 7
 
 
+def test_what_plans_gain_is_said_where_it_was_measured(tmp_path: Path, results: report.Results) -> None:
+    assert "plan" not in report.introduction(results)
+    rows = [ROWS[0] | {"alone us": 550.0}, ROWS[1] | {"alone us": 1584.0}, ROWS[5]]  # 1.1 and 1.98
+    text = report.introduction(report.Results.read(write(tmp_path, rows=rows)))
+    assert "take 1.475 times as long (geometric mean of 2 cases)" in " ".join(text.split())
+
+
 def test_rows_without_ggml_have_no_ratio(tmp_path: Path) -> None:
     rows = [row("main", "Q4_K", 40_000, n, 500.0, None) for n in (1, 8)]
     text = report.section(report.Results.read(write(tmp_path, rows=rows)))

@@ -24,6 +24,7 @@ from lanes_machine import SHARED_WINDOW, Block, LaneError, Memory, Settings
 from lanes_twins import MAKERS, TWINS, LaneTarget
 
 from qmm.arrays import View
+from qmm.gpu import NOTHING
 from qmm.kernels import activations, dequantize, launch, matvec, primitives, probe, ptx, ring
 from qmm.kernels.cuda_target import CUDATarget
 from qmm.kernels.formats import FORMATS, Format
@@ -46,11 +47,6 @@ def depth(block_format: Format, which: str) -> int:
     return block_format.block_weights * (blocks if block_format.block_weights == 256 else 4 * blocks - 3)
 
 
-def in_halves(schedule: Schedule) -> Schedule:
-    """The schedule of two blocks to a row, with more room for activations than they need."""
-    return replace(schedule, fused=False, split=True)
-
-
 # Machine, m, k, n, and what run_product is told besides. Where there is one multiprocessor only, a block takes more
 # chunks than the ring has stages.
 CASES: dict[str, tuple[Machine, int, str, int, dict[str, Any]]] = {
@@ -63,9 +59,8 @@ CASES: dict[str, tuple[Machine, int, str, int, dict[str, Any]]] = {
     "one block": (AMPERE, 5, "one", 3, {"int8": False, "settings": AT_ONCE}),
     "three, small": (ADA, 37, "short", 3, {"shift": 8, "settings": Settings(slow=8)}),
     "eight, small": (ADA, 13, "deep", 8, {"shift": 4, "settings": Settings(late=False, slow=2)}),
-    "halves": (replace(HOPPER, multiprocessors=8), 40, "deep", 8, {"shift": 2}),
-    "halves in turn": (HOPPER, 50, "deep", 3, {"change": in_halves, "settings": Settings(slow=4)}),
-    "halves by 16": (replace(AMPERE, multiprocessors=1), 70, "deep", 8, {"change": in_halves, "shift": 13}),
+    "few rows": (replace(HOPPER, multiprocessors=8), 40, "deep", 8, {"shift": 2}),
+    "eight, in turn": (replace(AMPERE, multiprocessors=1), 70, "deep", 8, {"shift": 13, "settings": Settings(slow=4)}),
 }
 
 
@@ -96,8 +91,8 @@ def test_the_products_differ_in_what_schedules_differ_in(
     if len(schedules) < len(FORMATS) * len(CASES):
         pytest.skip("not all products were run")
     found = {
-        "fused or split": {(schedule.fused, schedule.split) for schedule in schedules.values()},
-        "x shared": {(schedule.x_nbytes > 0, schedule.bulk) for schedule in schedules.values()},
+        "fused": {schedule.fused for schedule in schedules.values()},
+        "x shared": {(schedule.x_shared, schedule.x_bulk, schedule.bulk) for schedule in schedules.values()},
         "warps": {schedule.tiling.warps for schedule in schedules.values()},
         "rows": {(schedule.tiling.lane_rows, schedule.tiling.row_warps) for schedule in schedules.values()},
         "units": {schedule.tiling.units for schedule in schedules.values()},
@@ -107,8 +102,14 @@ def test_the_products_differ_in_what_schedules_differ_in(
         "filled first": {schedule.first_stages < schedule.tiling.stages for schedule in schedules.values()},
     }
     assert found == {
-        "fused or split": {(False, False), (True, False), (False, True)},
-        "x shared": {(False, False), (True, False), (False, True), (True, True)},
+        "fused": {False, True},
+        "x shared": {
+            (False, False, False),
+            (True, False, False),
+            (False, False, True),
+            (True, False, True),
+            (True, True, True),
+        },
         "warps": {4, 8, 16},
         "rows": {(2, 1), (4, 1), (2, 2), (2, 4)},
         "units": {1, 2},
@@ -173,10 +174,13 @@ def test_more_columns_than_a_product_takes() -> None:
         run_product("Q4_0", 5, 64, 9, machine=machine, x_shift=8)
 
 
-@pytest.mark.parametrize("mapped", [False, True], ids=["device", "mapped"])
-def test_what_comes_next_is_brought_in_and_nothing_else(mapped: bool, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    ("mapped", "most"), [(False, 1 << 20), (False, 2000), (True, 1 << 20)], ids=["all", "some", "mapped"]
+)
+def test_what_comes_next_is_brought_in_and_nothing_else(mapped: bool, most: int, rng: np.random.Generator) -> None:
     sizes = [("Q8_0", 37, 96, 1), ("Q4_K", 20, 512, 8), ("Q6_K", 3, 256, 12), ("Q5_0", 50, 32, 2)]
     with LaneGPU(HOPPER, mapped=mapped) as gpu:
+        gpu._next_nbytes = most
         weights, products, expected = [], [], []
         for i, (name, m, k, n) in enumerate(sizes):
             weight = gpu.add(name, random_blocks(name, (m, k), rng), constant=True, shift=(0, 2, 6, 16)[i])
@@ -193,11 +197,22 @@ def test_what_comes_next_is_brought_in_and_nothing_else(mapped: bool, rng: np.ra
             got = np.frombuffer(gpu.memory.find(y.address, 4).data, np.float32)
             np.testing.assert_array_equal(got, values.ravel())
     assert not any(weights[0].brought)
-    for weight, (before, _, _) in zip(weights[1:], products, strict=False):
-        first = -weight.start % 16
-        count = 0 if mapped else (len(weight.data) - first) // before.grid // 16 * 16 * before.grid
-        assert count or mapped
-        assert weight.brought == bytes(first) + b"\1" * count + bytes(len(weight.data) - first - count)
+    for weight, (name, m, k, _), (product, _, _) in zip(weights[1:], sizes[1:], products[1:], strict=True):
+        row_nbytes = FORMATS[name].row_nbytes(k)
+        if mapped:
+            assert product.opening == NOTHING
+        else:
+            assert product.opening[:2] == (weight.start, row_nbytes)
+        *_, rows, nbytes = product.opening
+        assert rows <= m
+        assert nbytes <= row_nbytes
+        assert rows * nbytes <= most
+        brought = bytearray(len(weight.data))
+        for i in range(rows):
+            first, last = -(-(weight.start + i * row_nbytes) // 16), (weight.start + i * row_nbytes + nbytes) // 16
+            brought[16 * first - weight.start : 16 * last - weight.start] = b"\1" * (16 * (last - first))
+        assert any(brought) or mapped
+        assert weight.brought == brought
 
 
 def weights_of(gpu: LaneGPU, name: str, m: int, k: int, rng: np.random.Generator) -> int:
@@ -534,9 +549,8 @@ def test_every_operation_that_a_launch_names_has_a_twin() -> None:
     named: set[str] = set()
     for block_format, int8, bulk in itertools.product(FORMATS.values(), (True, False), (True, False)):
         schedule = Schedule.of(block_format, 64, 512, 8, int8, 4, True, False, Machine(2, 101376, bulk))
-        for x_shared, split in itertools.product((True, False), (True, False)):
-            of_schedule = (schedule.tiling, schedule.activations, x_shared, schedule.fused, split, 2, bulk)
-            kernel = launch.matvec_kernel(block_format, *of_schedule)
+        for x_shared in (True, False):
+            kernel = launch.matvec_kernel(block_format, replace(schedule, x_shared=x_shared))
             named |= names_in(kernel.key["constants"])
         named |= names_in(launch.dequantize_kernel(block_format, schedule.tiling, bulk).key["constants"])
     for dtype in launch.LOADS:

@@ -243,7 +243,7 @@ def test_lanes_that_leave_activations_out_read_zeros(block_format: Format, colum
 def test_a_block_has_room_for_what_a_schedule_wants(block_format: Format, machine) -> None:
     for m, k, n, schedule in schedules(block_format, machine):
         case = (m, k, n, schedule)
-        assert schedule.shared_nbytes <= machine.shared_nbytes, case
+        assert schedule.shared_nbytes(scale_blocks_of(block_format, k)) <= machine.shared_nbytes, case
         assert schedule.tiling.threads <= 1024, case
         assert schedule.tiling.threads * 16 >= ZERO_NBYTES, case  # each thread clears 16 bytes
         assert 1 <= schedule.first_stages <= schedule.tiling.stages, case
@@ -256,16 +256,13 @@ def test_activations_are_in_shared_memory_or_all_in_global_memory(block_format: 
         case = (m, k, n, schedule)
         assert schedule.activations.columns == next(tile for tile in COLUMN_TILES if tile >= n), case
         assert not (schedule.activations.sums and not schedule.activations.int8), case
-        whole = scale_blocks_of(block_format, k)
-        before = schedule.tiling.scale_blocks_before(block_format, k) if schedule.split else whole
-        assert schedule.x_nbytes in (0, schedule.activations.nbytes(before)), case
-        if schedule.split:  # another kernel makes the results zero, and each half of a row has chunks of its own
-            assert schedule.x_nbytes, case
+        assert schedule.activations.nbytes(scale_blocks_of(block_format, k)) % 16 == 0, case
+        if schedule.x_bulk:
+            assert schedule.x_shared, case
+            assert schedule.bulk, case
             assert not schedule.fused, case
-            assert whole > before >= whole - before, case
-            assert schedule.activations.nbytes(before) % 16 == 0, case
         if schedule.fused:  # quantize_block writes to shared memory, and whole scale blocks of int8
-            assert schedule.x_nbytes, case
+            assert schedule.x_shared, case
             assert schedule.activations.int8, case
             assert k % 32 == 0, case
 
@@ -284,24 +281,9 @@ def test_a_dequantization_fits_too(block_format: Format, machine) -> None:
 def test_activations_that_do_not_fit_stay_in_global_memory(machine) -> None:
     for name in ("Q4_K", "Q8_0"):
         schedule = Schedule.of(FORMATS[name], 4096, 65536, 8, True, 16, True, False, machine)
-        assert schedule.activations.nbytes(scale_blocks_of(FORMATS[name], 65536) // 2) > machine.shared_nbytes
-        assert schedule.x_nbytes == 0
+        assert schedule.activations.nbytes(scale_blocks_of(FORMATS[name], 65536)) > machine.shared_nbytes
+        assert not schedule.x_shared
         assert not schedule.fused
-        assert not schedule.split
-
-
-@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "Q3_K", "F16"])
-@pytest.mark.parametrize(("m", "k", "n"), [(4096, 14336, 8), (896, 4864, 8), (4096, 14080, 7), (640, 8192, 4)])
-def test_blocks_share_rows_that_are_long_or_few(name: str, m: int, k: int, n: int) -> None:
-    form = FORMATS[name]
-    int8 = not form.plain
-    k = form.blocks(k) * form.block_weights
-    split = Schedule.of(form, m, k, n, int8, 16, True, False, HOPPER)
-    assert split.split
-    assert 0 < split.x_nbytes < split.activations.nbytes(scale_blocks_of(form, k))
-    assert not Schedule.of(form, m, k, n, int8, 16, True, True, HOPPER).split  # from host memory
-    assert not Schedule.of(form, m, k, 2, int8, 16, True, False, HOPPER).split
-    assert not Schedule.of(form, 14336, 4096, n, int8, 16, True, False, HOPPER).split
 
 
 def test_only_activations_that_may_be_fused_are() -> None:
