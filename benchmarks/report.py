@@ -239,8 +239,8 @@ def of_plans(results: Results) -> str:
         return ""
     gain = down(statistics.geometric_mean(gains), 3)
     return (
-        "qmm's products are those of a plan, each of which brings some of the next one's weights into L2; products that "
-        f"know nothing of each other take {gain} times as long (geometric mean of {len(gains)} cases). "
+        "qmm's products are those of a plan, each of which brings some of the next one's weights into L2; products "
+        f"that know nothing of each other take {gain} times as long (geometric mean of {len(gains)} cases). "
     )
 
 
@@ -252,7 +252,8 @@ def introduction(results: Results) -> str:
         f"**On a GPU** (`bench_matvec`, {head['gpu']}, driver {head['driver']}, {head['date'][:10]}, qmm {head['qmm']} "
         f"beside {beside}; the file is `{name}`). Times are medians of device time from replays of "
         "CUDA graphs, the two sides by turns in one process, weights rotated so that no cache holds them, "
-        f"the quantization of the activations included. {of_plans(results)}GB/s are weight bytes over time. The peak is what a kernel that "
+        f"the quantization of the activations included. {of_plans(results)}"
+        "GB/s are weight bytes over time. The peak is what a kernel that "
         f"only reads reached in the same run: {head['read_peak']['GB/s']:.0f} GB/s of device memory, and for `mapped` "
         "the same kernel on the same pages, by turns. `x ggml` is ggml's time over qmm's: above 1 qmm is the faster, "
         "and what is below 1 is **bold**. Ratios are rounded to the worse side."
