@@ -136,7 +136,7 @@ def nodes_of_nothing(gpu: GPU) -> Callable[[], None]:
     """NODES kernels, launched as products are, whose blocks have nothing to do."""
     from qmm.kernels import launch
 
-    arguments = (0, 0, 4, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0)
+    arguments = (0, 0, 4, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0)
     kernel = launch.quantize_kernel("float32", True, gpu.machine.bulk)
     node = launch.Launch(kernel, gpu.device, gpu.multiprocessors, arguments, 0, gpu.machine.bulk)
 

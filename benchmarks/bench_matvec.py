@@ -10,9 +10,9 @@ graphs of at most GRAPH_PRODUCTS; what is timed is their replay, on both sides a
 so launches cost Python nothing. The quantization of the activations is part of every product, on both sides: ggml's log
 is read for whether it did replay. qmm's products stand in their graph as in a plan's: while one ends, it brings some of
 the next one's weights into L2, at most a sixth of what that holds, so bytes still come from memory once a product. ggml
-has nothing of the kind; products that were queued one by one, without it, are timed by turns with the others too
-("alone us" in the results). Nothing is timed before the results of every product were compared, with each other, with
-ggml's, and with a float64 product of the weights as gguf dequantizes them.
+has nothing of the kind; products of the main part that were queued one by one, without it, are timed by turns with the
+others too ("alone us" in the results). Nothing is timed before the results of every product were compared, with each
+other, with ggml's, and with a float64 product of the weights as gguf dequantizes them.
 
 **What it is put in proportion to.** ggml's time, and the rate at which a kernel that only reads gets bytes over the
 same link in the same run (``benchmarks/peaks.py``). For the placement ``mapped`` that is read by turns with the product

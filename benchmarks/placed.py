@@ -86,7 +86,7 @@ class Placed:
     def qmm_sides(self, x: np.ndarray) -> Iterator[tuple[list[Side], Callable[[], np.ndarray]]]:
         """qmm's products as replays of graphs, and what reads the results of all of them.
 
-        In device memory there are two sides: products as a plan has them, and products that were queued one by one and
+        Of the main part there are two sides: products as a plan has them, and products that were queued one by one and
         know nothing of each other.
         """
         gpu, weight, n = self.gpu, self.weight, len(x)
@@ -135,7 +135,7 @@ class Placed:
                 return y[:, : n * weight.m].reshape(self.products, n, weight.m)
 
             sides = [side("qmm", as_in_a_plan)]
-            if weight.placement == "device":
+            if weight.part == "main":
                 sides.append(side("alone", one_by_one))
             yield sides, results
 

@@ -16,7 +16,7 @@ from cuda.bindings import driver
 
 from qmm.kernels.cache import CachedKernel, Code
 from qmm.kernels.formats import Format
-from qmm.kernels.staging import AHEAD_NBYTES, PRODUCERS, WARPS, Schedule, Tiling
+from qmm.kernels.staging import PRODUCERS, WARPS, Schedule, Tiling
 
 __all__ = [
     "CUDAKernel",
@@ -248,7 +248,6 @@ def matvec_kernel(block_format: Format, schedule: Schedule) -> CUDAKernel:
     tiling, activations = schedule.tiling, schedule.activations
     constants = {
         **tiling.constants(block_format, schedule.bulk),
-        "AHEAD_NBYTES": AHEAD_NBYTES if schedule.ahead else 0,
         "AT_ONCE": activations.at_once(block_format),
         "COLUMNS": activations.columns,
         "FIRST_STAGES": schedule.first_stages,

@@ -19,7 +19,7 @@ this one starts its copies at once: weights never change. Only then it waits for
 Between the last byte of a product and the first of the next one, memory would idle for some 3 us: the rest is
 multiplied and added up, blocks end and others start. Where it is known what comes next, each block has some of it
 brought into L2 as soon as its own bytes are there (n = 1 on an H100: Q4_K, 14336x4096, 12.5 us, else 13.3; asked for
-with its last own bytes, 14.0). So it does with its own next rows while the ring is full, but activations are to come.
+with its last own bytes, 14.0).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from qmm.kernels.ptx import (
     wait_for_predecessors,
     zero_words,
 )
-from qmm.kernels.ring import prefetch_ahead, prefetch_rows, prepare, produce
+from qmm.kernels.ring import prefetch_rows, prepare, produce
 from qmm.kernels.specialize import registers, unroll
 
 __all__ = ["matvec"]
@@ -119,17 +119,11 @@ def matvec(
                 arrive(barriers + OF_X)
         elif X_SHARED:
             wait_for_loads()
-        next_row, chunk = produce(
-            *(ring, barriers, weights, row_nbytes, m, chunks),
-            *(next_row, chunk, row_step, FIRST_STAGES, STAGES - FIRST_STAGES, producer, lane),
-        )
-        if AHEAD_NBYTES and producer == 0:
-            prefetch_ahead(weights, row_nbytes, m, next_row, chunk, lane)
         produce(
             *(ring, barriers, weights, row_nbytes, m, chunks),
-            *(next_row, chunk, row_step, STAGES, 1 << 62, producer, lane),
+            *(next_row, chunk, row_step, FIRST_STAGES, 1 << 62, producer, lane),
         )
-        if AHEAD_NBYTES and producer == 0 and row < m:
+        if BULK and producer == 0 and row < m:
             last = (m - row + row_step - 1) // row_step * chunks - 1
             wait_for(barriers + 8 * (last % STAGES), last // STAGES & 1)
             prefetch_rows(next_weights, next_row_nbytes, next_rows, next_nbytes, lane)

@@ -25,7 +25,7 @@ from qmm.kernels.ptx import (
 )
 from qmm.kernels.specialize import unroll
 
-__all__ = ["following", "prefetch_ahead", "prefetch_rows", "prepare", "produce"]
+__all__ = ["following", "prefetch_rows", "prepare", "produce"]
 
 
 def prepare(barriers, thread):
@@ -62,25 +62,12 @@ def prefetch_rows(weights, row_nbytes, rows, nbytes, lane):
     warp of each block takes its share of them."""
     row = lane * block_count() + block_index()
     while row < rows:
-        prefetch_part(weights + row * row_nbytes, nbytes)
+        start = weights + row * row_nbytes
+        first = (start + 15) & -16
+        last = (start + nbytes) & -16
+        if last > first:
+            prefetch(first, last - first)
         row += block_count() * 32
-
-
-def prefetch_ahead(weights, row_nbytes, m, row, chunk, lane):
-    """The same of what a block will copy from this chunk of its rows on, up to the end of the rows."""
-    line = lane
-    while line < min(ROWS, m - row):
-        begin = chunk * CHUNK_NBYTES
-        prefetch_part(weights + (row + line) * row_nbytes + begin, min(AHEAD_NBYTES // ROWS, row_nbytes - begin))
-        line += 32
-
-
-def prefetch_part(start, nbytes):
-    """Has these bytes brought into L2, but for what shares 16 bytes with others."""
-    first = (start + 15) & -16
-    last = (start + nbytes) & -16
-    if last > first:
-        prefetch(first, last - first)
 
 
 def following(row, chunk, chunks, row_step):

@@ -62,8 +62,6 @@ FUSED_VALUES = 16384
 BULK_NBYTES = 48 << 10
 """The most activations that warps copy to shared memory, eight loads of 16 bytes a thread under way; more come by one
 bulk copy (n = 8 on an H100: Q2_K, 14336x4096, 19.3, else 22.1 us; but Q5_K, 4096x14336, 28.0, else 26.1)."""
-AHEAD_NBYTES = 64 << 10
-"""What a block has brought into L2 of its weights when its ring is full and the activations are not there yet."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +255,6 @@ class Schedule:
         x_bulk: whether they come there by one bulk copy.
         fused: whether each block quantizes them for itself, in its shared memory.
         first_stages: how many are filled before the activations are asked for, which queue up behind them.
-        ahead: whether more weights are brought into L2 than there are stages for.
         bulk: as :class:`Machine` has it.
     """
 
@@ -267,7 +264,6 @@ class Schedule:
     x_bulk: bool
     fused: bool
     first_stages: int
-    ahead: bool
     bulk: bool
 
     def shared_nbytes(self, scale_blocks: int) -> int:
@@ -343,7 +339,7 @@ class Schedule:
         first_stages = 2 if fused else made.stages
         if case.short(made):
             first_stages = 1 if fused else 2
-        return cls(made, activations, x_shared, x_bulk, fused, first_stages, machine.bulk and not mapped, machine.bulk)
+        return cls(made, activations, x_shared, x_bulk, fused, first_stages, machine.bulk)
 
 
 class _Case(NamedTuple):
