@@ -29,6 +29,7 @@ from ptx_compile import (
 
 from qmm.kernels import launch, ptx
 from qmm.kernels.formats import FORMATS
+from qmm.kernels.staging import Schedule
 
 BULK_COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 COPY = "cp.async.cg.shared.global"
@@ -56,8 +57,9 @@ def test_weights_are_read_by_asynchronous_copies_and_at_edges_only(
     group: str, compiled: dict[Spec, Future[Compiled]]
 ) -> None:
     for spec in GROUPS[group]:
-        *_, bulk = spec.arguments
-        alignment = spec.arguments[1].alignment
+        _, *how = spec.arguments  # a schedule; or a tiling, and whether the GPU has bulk copies
+        tiling, bulk = (how[0].tiling, how[0].bulk) if isinstance(how[0], Schedule) else how
+        alignment = tiling.alignment
         # In pieces where 16 bytes would reach outside: never if all rows are aligned.
         edges = {f"ld.global.b{8 * min(4, alignment)}"} if alignment < 16 else set()
         for text in compiled[spec].result().ptx.values():
