@@ -43,6 +43,7 @@ from qmm.kernels.ptx import (
     sum_of_half_warp,
     sum_of_warp,
     thread_index,
+    two_halves,
     wait_for_predecessors,
 )
 from qmm.kernels.specialize import registers, unroll
@@ -98,13 +99,7 @@ def quantize(
                 if lane & 15 == 0:
                     store_float(sums + ((half * blocks + block) * columns + c) * 4, scale * np.float32(total))
         else:
-            scale = largest
-            inverse = 0.0
-            if largest < SMALLEST_F16:
-                scale = 0.0
-            elif largest < INFINITY:
-                scale = power_of_two_below(largest)
-                inverse = reciprocal(scale)
+            scale, inverse = f16_scale(largest)
             store_half(values + at * 2, value * inverse)
         if lane == 0:
             store_float(scales + (block * columns + c) * 4, scale)
@@ -127,13 +122,23 @@ def int8_scale(largest):
     return scale, 0.0
 
 
+def f16_scale(largest):
+    """The same for float16."""
+    if largest < SMALLEST_F16:
+        return 0.0, 0.0
+    if largest < INFINITY:
+        scale = power_of_two_below(largest)
+        return scale, reciprocal(scale)
+    return largest, 0.0
+
+
 def quantize_block(x, x_stride, n, k, blocks, values, thread):
-    """Quantizes ``n`` rows of ``k`` float32 (a multiple of 32), each at a multiple of 16 bytes, to shared memory.
+    """Quantizes ``n`` rows of ``k`` float32 (a multiple of 4), each at a multiple of 16 bytes, to shared memory.
 
     Eight lanes make a scale block, each four neighbouring values of it. ROUNDS rounds of loads are made before the
     first is used.
     """
-    scales = values + blocks * (32 * COLUMNS)
+    scales = values + blocks * (2 * RUN_NBYTES)
     sums = scales + blocks * (4 * COLUMNS)
     at = thread * 4
     first = True
@@ -154,12 +159,20 @@ def quantize_block(x, x_stride, n, k, blocks, values, thread):
                 half = (here >> 4) & 1
                 for c in unroll(COLUMNS):
                     v0, v1, v2, v3 = loaded[i * COLUMNS + c]
-                    scale, inverse = int8_scale(largest_of_eight(largest_of_values(v0, v1, v2, v3)))
-                    packed = scaled_bytes(v0, v1, v2, v3, inverse)
-                    if here < blocks * 32:
-                        store_shared_word(values + ((block * 2 + half) * COLUMNS + c) * 16 + (here & 15), packed)
-                        if here & 31 == 0:
-                            store_shared_float(scales + (block * COLUMNS + c) * 4, scale)
+                    largest = largest_of_eight(largest_of_values(v0, v1, v2, v3))
+                    at_run = values + (block * 2 + half) * RUN_NBYTES + c * (RUN_NBYTES // COLUMNS)
+                    if INT8:
+                        scale, inverse = int8_scale(largest)
+                        packed = scaled_bytes(v0, v1, v2, v3, inverse)
+                        if here < blocks * 32:
+                            store_shared_word(at_run + (here & 15), packed)
+                    else:
+                        scale, inverse = f16_scale(largest)
+                        if here < blocks * 32:
+                            store_shared_word(at_run + (here & 15) * 2, two_halves(v0 * inverse, v1 * inverse))
+                            store_shared_word(at_run + (here & 15) * 2 + 4, two_halves(v2 * inverse, v3 * inverse))
+                    if here & 31 == 0 and here < blocks * 32:
+                        store_shared_float(scales + (block * COLUMNS + c) * 4, scale)
                     if SUMS == 1:
                         total = scale * sum_of_eight_words(packed)
                         if here & 31 == 0 and here < blocks * 32:

@@ -82,6 +82,7 @@ __all__ = [
     "sum_of_warp",
     "synchronize_block",
     "thread_index",
+    "two_halves",
     "wait_for_predecessors",
     "waiter",
     "words_of",
@@ -533,6 +534,16 @@ def _global_storer(suffix: str, value_type: Any, letter: str, convert: Any = Non
 
 def _to_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return assembly(builder, I16, "cvt.rn.f16.f32 $0, $1;", "=h,f", [value])
+
+
+@intrinsic
+def two_halves(typing_context, a, b):
+    """Two numbers as float16, the first in the lower half of a word."""
+
+    def lower(context, builder, signature, arguments):
+        return assembly(builder, I32, "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", list(arguments))
+
+    return VECTORS.word(types.float32, types.float32), lower
 
 
 def _to_bfloat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:

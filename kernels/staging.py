@@ -292,11 +292,14 @@ class Schedule:
           26.6, when its units were of 32 weights; of 64 they are too large for four rows).
         * Two units a warp and stage where a stage stays small (n = 1: Q4_K, of 32 weights, 12.5, else 13.9); one where
           it would get large (Q8_0 18.7, else 19.5) or the row is too short for two (Q2_K 10.5, else 15.0).
-        * Up to two columns are quantized by each block for itself (n = 4 on an H100: Q8_0, 4096x4096, 13.4, else 12.6).
+        * Up to two columns are quantized by each block for itself, more if rows are short (n = 4 on an H100: Q8_0,
+          4096x4096, 13.4, else 12.6; but n = 8, 256x640 3.7, else 4.2).
         * Two stages are filled before the activations are asked for; one if they are then quantized, and the block has
           two tiles at most (n = 1 on an H100: Q5_K, 4096x14336, 17.2, else 18.0; but 14336x4096 16.6, else 15.6); all
           if another kernel makes these, and the block has more tiles (n = 8 on an H100: Q8_0 29.1, else 30.6; but
           4096x4096 14.7, else 12.8).
+        * From host memory up to four units, so that few parts of a row share 32 bytes, which are then read twice (n = 8
+          on an H100, 14336x4096, in parts of n = 1: Q3_K 1.054, Q6_K 1.066, where three ends a row do).
         * Activations in shared memory if three stages have room beside them, be it of two rows a lane and one unit; for
           mapped weights two.
 
@@ -307,7 +310,7 @@ class Schedule:
             n: columns, 1 to 8.
             int8: whether the activations are int8.
             alignment: that the weight's address divides by.
-            fusible: whether a block could quantize them: float32, its rows at multiples of 16 bytes.
+            fusible: whether a block could quantize them: float32, rows of whole multiples of 16 bytes, and at such.
             mapped: whether the weight lies in host memory.
             machine: the GPU.
         """
@@ -319,10 +322,13 @@ class Schedule:
         many = block_format.runs > 2
         crowded = many and columns == COLUMN_TILES[-1]
         warps = 16 if columns <= 2 and (int8 or block_format.plain) and roomy else 4 if crowded and not int8 else 8
-        lane_rows = 4 if columns > 2 and int8 and case.fills(32) and _frugal(block_format) and not crowded else 2
+        several = columns > 2 and int8
+        lane_rows = 4 if several and case.fills(32) and _frugal(block_format) and not crowded and not mapped else 2
         # So it does with eight columns of Q4_0, where a block's fields are put together from words around them.
         pieced = columns == COLUMN_TILES[-1] and block_format.alignment < 4
         most = 1 if crowded or pieced or (many and columns > 1 and not int8) else 2
+        if several and mapped:
+            most = 4
 
         made = case.beside_activations(warps, lane_rows, most) or case.beside_activations(warps, 2, 1)
         x_shared = made is not None
@@ -334,7 +340,8 @@ class Schedule:
             while made.shared_nbytes(columns) > machine.shared_nbytes and warps > 4:  # F32 where a block has 99 KiB
                 warps //= 2
                 made = case.tiling(0, warps, 2, 1)
-        fused = x_shared and fusible and int8 and columns <= 2 and columns * k <= FUSED_VALUES
+        fused = x_shared and fusible and (int8 or block_format.plain)
+        fused = fused and columns * k <= (FUSED_VALUES if columns <= 2 else FUSED_VALUES // 2)
         x_bulk = x_shared and machine.bulk and not fused and case.x_nbytes > BULK_NBYTES
         first_stages = 2 if fused else made.stages
         if case.short(made):
@@ -372,10 +379,13 @@ class _Case(NamedTuple):
         cut = functools.partial(of_format, line=line, warps=warps, lane_rows=lane_rows, row_warps=tiles)
         least = cut(0)
         ring = least.ring_within(self.machine.shared_nbytes - beside, self.columns)
-        twice = cut(ring, units=most * least.units)
         limit = ring // 2 if self.mapped else NARROW_NBYTES if self.columns > 1 else WIDE_NBYTES
-        small = twice.stage_nbytes <= min(limit, ring // 2)
-        return twice if small and twice.chunk_blocks <= self.block_format.blocks(self.k) else cut(max(0, ring))
+        for units in (4, 2):
+            made = cut(ring, units=units * least.units)
+            fits = made.stage_nbytes <= min(limit, ring // 2) and made.chunk_blocks <= self.block_format.blocks(self.k)
+            if units <= most and fits:
+                return made
+        return cut(max(0, ring))
 
     def beside_activations(self, warps: int, lane_rows: int, most: int) -> Tiling | None:
         """The tiling beside all activations of a row, if there is room for two or three stages."""

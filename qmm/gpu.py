@@ -54,7 +54,7 @@ class Product:
         scratch_nbytes: the scratch memory that it needs.
         reaches: from where to where x and out reach, from their addresses, if these must not overlap.
         opening: what another product may bring into L2 before this one starts: the address of the weights, the bytes
-            of a row, how many rows, and how many bytes of each.
+            from one row, or several, to the next, how many of them, and how many bytes of each.
         announced: the arguments of the launch that does so for the next product.
     """
 
@@ -345,6 +345,7 @@ class GPU:
             and slabs[0].column_stride == 4
             and x.address % 16 == 0
             and row_stride % 16 == 0
+            and k % 4 == 0
         )
         row_nbytes = block_format.row_nbytes(k)
         alignment = launch.alignment_of(weights | row_nbytes)  # what every row starts at
@@ -363,8 +364,7 @@ class GPU:
         early = self.machine.bulk
         grid = min(self.multiprocessors, -(-m // schedule.tiling.rows))
         if early and not mapped:  # what is read from host memory passes by L2
-            rows = min(m, max(grid * schedule.tiling.rows, self._next_nbytes // row_nbytes))
-            product.opening = weights, row_nbytes, rows, min(row_nbytes, self._next_nbytes // rows)
+            product.opening = weights, *self._opening(row_nbytes, m, grid, schedule.tiling.rows)
         if not schedule.fused:
             kernel = launch.quantize_kernel(x.dtype, int8, early)
             spread = max(1, block_format.block_weights // BLOCK)
@@ -387,6 +387,14 @@ class GPU:
         if not direct:
             self._add_stores(product, areas_nbytes, n, m, out)
         return product
+
+    def _opening(self, row_nbytes: int, m: int, blocks: int, rows: int) -> tuple[int, int, int]:
+        """What ``blocks`` blocks take first of a weight, each so many rows: all of them, and more if there is room, or
+        the beginning of each. Whole rows are joined, a piece for each block."""
+        rows = min(m, max(blocks * rows, self._next_nbytes // row_nbytes))
+        nbytes = min(row_nbytes, self._next_nbytes // rows)
+        joined = -(-rows // blocks) if nbytes == row_nbytes else 1
+        return joined * row_nbytes, rows // joined, joined * nbytes
 
     def _in_host_memory(self, address: int) -> bool:
         kinds = runtime().cudaMemoryType

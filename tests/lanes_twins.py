@@ -444,6 +444,11 @@ def scaled_byte(value, factor):
 
 
 @twin
+def two_halves(a, b):
+    return uint32(int.from_bytes(np.array([a, b], np.float16).tobytes(), "little"))
+
+
+@twin
 def scaled_bytes(a, b, c, d, factor):
     low = [_rounded(value, factor) & 0xFF for value in (a, b, c, d)]
     return uint32(int.from_bytes(bytes(low), "little"))

@@ -148,12 +148,14 @@ def products_of(name: str, machine: Machine) -> Iterator[Spec]:
         yield of_product(name, machine, 2, int8=False)
     if machine is HOPPER and name in VARIED:
         yield of_product(name, machine, 8, int8=best, k=65536)  # activations in global memory
-        yield of_product(name, machine, 8, int8=best, m=4096, k=14336)  # two blocks to a row
+        yield of_product(name, machine, 8, int8=best, m=4096, k=14336)  # activations by one bulk copy
         yield of_product(name, machine, 8, int8=best, m=512)  # fewer rows a lane
+        yield of_product(name, machine, 8, int8=best, m=512, k=640)  # quantized by each block for itself
         yield of_product(name, machine, 8, int8=best, m=262144, k=640)  # several tiles a block
         yield of_product(name, machine, 1, int8=best, m=262144, k=640)
         yield of_product(name, machine, 1, int8=best, fusible=False)
-        yield of_product(name, machine, 1, int8=best, mapped=True)
+        for n in (1, 8):
+            yield of_product(name, machine, n, int8=best, mapped=True)
 
 
 def kernels_of(name: str) -> Group:

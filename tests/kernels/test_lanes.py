@@ -199,17 +199,17 @@ def test_what_comes_next_is_brought_in_and_nothing_else(mapped: bool, most: int,
     assert not any(weights[0].brought)
     for weight, (name, m, k, _), (product, _, _) in zip(weights[1:], sizes[1:], products[1:], strict=True):
         row_nbytes = FORMATS[name].row_nbytes(k)
+        start, pitch, count, nbytes = product.opening
         if mapped:
             assert product.opening == NOTHING
         else:
-            assert product.opening[:2] == (weight.start, row_nbytes)
-        *_, rows, nbytes = product.opening
-        assert rows <= m
-        assert nbytes <= row_nbytes
-        assert rows * nbytes <= most
+            assert (start, pitch % row_nbytes) == (weight.start, 0)
+        assert count * pitch <= m * row_nbytes
+        assert nbytes == pitch or nbytes < row_nbytes
+        assert count * nbytes <= most
         brought = bytearray(len(weight.data))
-        for i in range(rows):
-            first, last = -(-(weight.start + i * row_nbytes) // 16), (weight.start + i * row_nbytes + nbytes) // 16
+        for i in range(count):
+            first, last = -(-(start + i * pitch) // 16), (start + i * pitch + nbytes) // 16
             brought[16 * first - weight.start : 16 * last - weight.start] = b"\1" * (16 * (last - first))
         assert any(brought) or mapped
         assert weight.brought == brought
@@ -645,6 +645,7 @@ def test_arithmetic_is_float32_and_rounds_as_it_should() -> None:
     assert (one, type(one)) == (number(-(2**-46)), np.float32)
     assert [T.scaled_byte(number(value), number(0.5)) for value in (1, 3, 5, -3, 254, -256)] == [0, 2, 2, -2, 127, -128]
     assert int(T.scaled_bytes(*map(number, (2, -2, 4, 253)), number(0.5))) == 0x7E02FF01
+    assert int(T.two_halves(number(1), number(-2.5))) == 0xC1003C00
     assert T.power_of_two_below(number(1e38)) == 2.0**126
     assert T.power_of_two_below(number(3e38)) == 2.0**126
     assert T.power_of_two_below(number(0.75)) == 0.5
