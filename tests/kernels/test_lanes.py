@@ -178,7 +178,7 @@ def test_more_columns_than_a_product_takes() -> None:
     ("mapped", "most"), [(False, 1 << 20), (False, 2000), (True, 1 << 20)], ids=["all", "some", "mapped"]
 )
 def test_what_comes_next_is_brought_in_and_nothing_else(mapped: bool, most: int, rng: np.random.Generator) -> None:
-    sizes = [("Q8_0", 37, 96, 1), ("Q4_K", 20, 512, 8), ("Q6_K", 3, 256, 12), ("Q5_0", 50, 32, 2)]
+    sizes = [("Q8_0", 37, 96, 1), ("Q4_K", 20, 512, 8), ("Q6_K", 3, 256, 12), ("Q5_0", 51, 32, 2)]
     with LaneGPU(HOPPER, mapped=mapped) as gpu:
         gpu._next_nbytes = most
         weights, products, expected = [], [], []
@@ -236,6 +236,37 @@ def test_views_of_any_strides(rng: np.random.Generator) -> None:
     outputs = np.frombuffer(target.data, np.float32).reshape(6, 2 * m)
     np.testing.assert_array_equal(outputs[:, ::2], expected)
     assert (outputs[:, 1::2] == 0).all()
+
+
+@pytest.mark.parametrize("k", [37, 40])
+def test_rows_of_any_length_that_begin_at_multiples_of_16(k: int, rng: np.random.Generator) -> None:
+    m, spaced = 7, np.full((2, 44), np.nan, np.float32)
+    x = spaced[:, :k] = rng.standard_normal((2, k)).astype(np.float32)
+    with LaneGPU(HOPPER) as gpu:
+        weights = weights_of(gpu, "F16", m, k, rng)
+        source = gpu.add("x", spaced.tobytes()[: 4 * (44 + k)])
+        target = gpu.add("y", bytes(4 * 2 * m))
+        expected = gpu.matmul_host(FORMATS["F16"], weights, m, k, x, False, 0)
+        x_view = View((2, k), (4 * 44, 4), "float32", source.start, 0)
+        gpu.matmul(
+            FORMATS["F16"], weights, m, k, x_view, View((2, m), (4 * m, 4), "float32", target.start, 0), False, 0
+        )
+    np.testing.assert_array_equal(np.frombuffer(target.data, np.float32).reshape(2, m), expected)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "BF16"])
+def test_results_may_take_the_place_of_the_activations(name: str, rng: np.random.Generator) -> None:
+    size = 96
+    int8 = not FORMATS[name].plain
+    x = rng.standard_normal((1, size)).astype(np.float32)
+    with LaneGPU(HOPPER) as gpu:
+        weights = weights_of(gpu, name, size, size, rng)
+        expected = gpu.matmul_host(FORMATS[name], weights, size, size, x, int8, 0)
+        both = gpu.add("x, then y", x.tobytes())
+        view = View((1, size), (4 * size, 4), "float32", both.start, 0)
+        assert gpu.prepare(FORMATS[name], weights, size, size, view, view, int8).meet(both.start, both.start)
+        gpu.matmul(FORMATS[name], weights, size, size, view, view, int8, 0)
+    np.testing.assert_array_equal(np.frombuffer(both.data, np.float32), expected[0])
 
 
 @pytest.mark.parametrize("int8", [True, False], ids=["int8", "f16"])

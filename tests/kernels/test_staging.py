@@ -311,6 +311,16 @@ def test_mapped_weights_keep_their_place_in_a_line_of_128_bytes() -> None:
         assert Schedule.of(FORMATS["Q6_K"], 4096, 4096, 1, True, 16, True, mapped, HOPPER).tiling.line == line
 
 
+@each_format
+@pytest.mark.parametrize("n", [1, 4, 8])
+def test_parts_of_mapped_rows_share_few_sectors(block_format: Format, n: int) -> None:
+    schedule = Schedule.of(block_format, 14336, 4096, n, not block_format.plain, 16, True, True, HOPPER)
+    row_nbytes = block_format.row_nbytes(4096)
+    parts = range(0, row_nbytes, schedule.tiling.chunk_blocks * block_format.block_nbytes)
+    shared = sum(part % SECTOR_NBYTES > 0 for part in parts)  # each is read twice
+    assert shared * SECTOR_NBYTES <= 0.02 * row_nbytes
+
+
 def test_equal_arguments_give_the_same_schedule() -> None:
     first, second = (Schedule.of(FORMATS["Q5_0"], 4096, 4096, 3, True, 2, True, False, HOPPER) for _ in range(2))
     assert first is second
