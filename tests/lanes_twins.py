@@ -41,6 +41,17 @@ def twin(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def twin_of_warp(instruction: Callable[[list[Any]], Any]) -> Callable[..., Any]:
+    """Makes the twin of the operation of the same name, of what the whole warp does: from the arguments of the 32 lanes
+    to their 32 results."""
+
+    def operation(*arguments: Any) -> Any:
+        return together(instruction, *arguments)
+
+    TWINS[instruction.__name__] = operation
+    return operation
+
+
 def maker(function: Callable[..., Any]) -> Callable[..., Any]:
     """Marks the twin of a function that makes operations."""
     MAKERS[function.__name__] = function
@@ -459,11 +470,6 @@ def scaled_bytes(a, b, c, d, factor):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@twin
-def dot_pair(a, b, x):
-    return together(_dot_pair, a, b, x)
-
-
 def _bytes_by_row(arguments, index):
     """The sixteen signed bytes that each lane brings: a row for each quad of lanes."""
     return np.array([lane[index] for lane in arguments], uint32).view(np.int8).reshape(8, 64).astype(np.int32)
@@ -476,12 +482,8 @@ def _by_lane(upper, lower):
     return [tuple(row) for row in squares]
 
 
-@twin
-def dot_pair_more(a, b, x, dots):
-    return together(_dot_pair_more, a, b, x, dots)
-
-
-def _dot_pair_more(arguments):
+@twin_of_warp
+def dot_pair_more(arguments):
     dots = np.array([lane[3] for lane in arguments], float32).view(np.int32)
     a, b, x = (_bytes_by_row(arguments, index) for index in range(3))
     upper, lower = (dots[:, half].reshape(8, 8) for half in (slice(0, 2), slice(2, 4)))
@@ -489,18 +491,15 @@ def _dot_pair_more(arguments):
     return _by_lane(upper, lower)
 
 
-def _dot_pair(arguments):
+@twin_of_warp
+def dot_pair(arguments):
     a, b, x = (_bytes_by_row(arguments, index) for index in range(3))
     upper, lower = ((side @ x.T + ptx.MAGIC).astype(np.int32).view(float32) for side in (a, b))
     return _by_lane(upper, lower)
 
 
-@twin
-def dot_short(a, b, x, totals):
-    return together(_dot_short, a, b, x, totals)
-
-
-def _dot_short(arguments):
+@twin_of_warp
+def dot_short(arguments):
     sides = [np.array([lane[index] for lane in arguments], float32).reshape(8, 64) for index in range(3)]
     if any((side.view(uint32) & 0x1FFF).any() for side in sides):
         raise LaneError("the tensor cores' TF32 leaves out the last 13 bits of a number, of which some are not 0")
@@ -532,27 +531,14 @@ def _share(arguments):
     return np.where(upper, b, a) + sent[NEIGHBOURS[distance[0]]]
 
 
-@twin
-def sum_of_half_warp(value):
-    return together(_sum_of_half_warp, value)
-
-
-def _sum_of_half_warp(arguments):
+@twin_of_warp
+def sum_of_half_warp(arguments):
     return np.array(arguments).reshape(2, 16).sum(axis=1).repeat(16).tolist()
 
 
-@twin
-def sum_of_warp(value):
-    return together(_sum_of_warp, value)
-
-
-def _sum_of_warp(arguments):
+@twin_of_warp
+def sum_of_warp(arguments):
     return [sum(value for (value,) in arguments)] * 32
-
-
-@twin
-def sum_of_four_words(word):
-    return together(_sum_of_four_words, word)
 
 
 def _sum_of_words(arguments, lanes):
@@ -560,22 +546,14 @@ def _sum_of_words(arguments, lanes):
     return sums.astype(float32).repeat(lanes)
 
 
-def _sum_of_four_words(arguments):
+@twin_of_warp
+def sum_of_four_words(arguments):
     return _sum_of_words(arguments, 4)
 
 
-@twin
-def sum_of_eight_words(word):
-    return together(_sum_of_eight_words, word)
-
-
-def _sum_of_eight_words(arguments):
+@twin_of_warp
+def sum_of_eight_words(arguments):
     return _sum_of_words(arguments, 8)
-
-
-@twin
-def largest_of_warp(value):
-    return together(_largest_of_warp, value)
 
 
 def _largest(arguments, lanes):
@@ -583,16 +561,13 @@ def _largest(arguments, lanes):
     return bits.reshape(-1, lanes).max(axis=1).view(float32).repeat(lanes)
 
 
-def _largest_of_warp(arguments):
+@twin_of_warp
+def largest_of_warp(arguments):
     return _largest(arguments, 32)
 
 
-@twin
-def largest_of_eight(value):
-    return together(_largest_of_eight, value)
-
-
-def _largest_of_eight(arguments):
+@twin_of_warp
+def largest_of_eight(arguments):
     return _largest(arguments, 8)
 
 
