@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -104,22 +104,22 @@ class Placed:
                 prepared = gpu.prepare(form, address, weight.m, weight.k, x_view, y_view, not form.plain)
                 return prepared, x_address, y_view.address
 
-            def as_in_a_plan(start: int) -> None:
-                stop = min(start + GRAPH_PRODUCTS, self.products)
-                gpu.sequence([product(i) for i in range(start, stop)], gpu.stream, scratch)
+            def as_in_a_plan(products: Sequence[tuple[Product, int, int]]) -> None:
+                gpu.sequence(products, gpu.stream, scratch)
 
-            def one_by_one(start: int) -> None:
-                for i in range(start, min(start + GRAPH_PRODUCTS, self.products)):
-                    prepared, x, y = product(i)
-                    gpu.queue(prepared, x, y, gpu.stream, scratch)
+            def one_by_one(products: Sequence[tuple[Product, int, int]]) -> None:
+                for prepared, *addresses in products:
+                    gpu.queue(prepared, *addresses, gpu.stream, scratch)
 
-            nbytes = product(0)[0].scratch_nbytes  # this compiles
+            products = [product(i) for i in range(self.products)]  # this compiles
+            nbytes = products[0][0].scratch_nbytes
             scratch = allocated(gpu, nbytes, made) if nbytes else 0
+            parts = [products[start : start + GRAPH_PRODUCTS] for start in range(0, self.products, GRAPH_PRODUCTS)]
 
-            def side(name: str, queue_products: Callable[[int], None]) -> Side:
+            def side(name: str, queue_products: Callable[[Sequence[tuple[Product, int, int]]], None]) -> Side:
                 replays = [
-                    made.enter_context(gpu.replay(functools.partial(queue_products, start), gpu.stream))
-                    for start in range(0, self.products, GRAPH_PRODUCTS)
+                    made.enter_context(gpu.replay(functools.partial(queue_products, part), gpu.stream))
+                    for part in parts
                 ]
 
                 def queue() -> None:
