@@ -71,7 +71,8 @@ def matvec(
 
     ``x`` holds ``scale_blocks`` of activations as :class:`qmm.kernels.staging.Activations` lays them out; or with
     FUSED, ``n`` rows of ``k`` float32, ``x_stride`` bytes apart, each at a multiple of 16 bytes. At ``zeros`` are
-    ZERO_NBYTES of them. ``y`` is float32, ``y_pitch`` apart. Of the ``next_rows`` from ``next_weights`` on the first
+    ZERO_NBYTES of them. ``y`` is float32, ``y_pitch`` apart. Of each of the
+    ``next_rows`` rows, or rows joined, that begin ``next_row_nbytes`` apart from ``next_weights`` on, the first
     ``next_nbytes`` are brought into L2.
     """
     lane = lane_index()

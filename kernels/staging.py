@@ -381,10 +381,11 @@ class _Case(NamedTuple):
         ring = least.ring_within(self.machine.shared_nbytes - beside, self.columns)
         limit = ring // 2 if self.mapped else NARROW_NBYTES if self.columns > 1 else WIDE_NBYTES
         for units in (4, 2):
-            made = cut(ring, units=units * least.units)
-            fits = made.stage_nbytes <= min(limit, ring // 2) and made.chunk_blocks <= self.block_format.blocks(self.k)
-            if units <= most and fits:
-                return made
+            if units <= most:
+                made = cut(ring, units=units * least.units)
+                small = made.stage_nbytes <= min(limit, ring // 2)
+                if small and made.chunk_blocks <= self.block_format.blocks(self.k):
+                    return made
         return cut(max(0, ring))
 
     def beside_activations(self, warps: int, lane_rows: int, most: int) -> Tiling | None:
