@@ -16,7 +16,7 @@ import numpy.typing as npt
 from qmm.errors import ArrayError, DeviceError
 from qmm.loaders.cuda import call
 
-__all__ = ["DTYPES", "ArrayKind", "Slab", "View", "kind_of", "stream_handle"]
+__all__ = ["DTYPES", "KINDS", "ArrayKind", "Slab", "View", "kind_of", "stream_handle"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 ITEM_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -287,8 +287,7 @@ class NumbaArrays(CudaInterfaceArrays):
 
     def signature(self, array: Any) -> tuple[int, Hashable]:
         data = array.gpu_data
-        address = data.device_ctypes_pointer.value or 0
-        return address, (array.shape, array.strides, array.dtype, id(getattr(data, "context", None)))
+        return data.device_pointer_value or 0, (array.shape, array.strides, array.dtype, id(data.context))
 
     def empty(self, shape: tuple[int, ...], like: Any) -> Any:
         from numba import cuda
@@ -302,7 +301,15 @@ _CUPY = CuPyArrays()
 _NUMBA = NumbaArrays()
 
 
-_KINDS: dict[type, ArrayKind] = {np.ndarray: _NUMPY}
+class _Kinds(dict[type, ArrayKind]):
+    """The kinds of the arrays of classes; those of a class seen before are found without a call of Python's."""
+
+    def __missing__(self, made: type) -> ArrayKind:
+        self[made] = _find_kind(made)
+        return self[made]
+
+
+KINDS: dict[type, ArrayKind] = _Kinds()
 
 
 def kind_of(array: Any) -> ArrayKind:
@@ -311,16 +318,13 @@ def kind_of(array: Any) -> ArrayKind:
     Raises:
         ArrayError: none of those that qmm knows.
     """
-    known = _KINDS.get(type(array))
-    if known is None:
-        known = _KINDS[type(array)] = _find_kind(array)
-    return known
+    return KINDS[type(array)]
 
 
-def _find_kind(array: Any) -> ArrayKind:
-    if isinstance(array, np.ndarray):
+def _find_kind(made: type) -> ArrayKind:
+    if issubclass(made, np.ndarray):
         return _NUMPY
-    for base in type(array).__mro__:
+    for base in made.__mro__:
         root = base.__module__.partition(".")[0]
         if root == "torch" and base.__name__ == "Tensor":
             return _TORCH
@@ -329,7 +333,7 @@ def _find_kind(array: Any) -> ArrayKind:
         if root in ("numba", "numba_cuda") and hasattr(base, "__cuda_array_interface__"):
             return _NUMBA
     raise ArrayError(
-        f"{type(array).__module__}.{type(array).__qualname__} is no array that qmm knows. Pass a NumPy, CuPy, PyTorch "
+        f"{made.__module__}.{made.__qualname__} is no array that qmm knows. Pass a NumPy, CuPy, PyTorch "
         "or Numba array: np.asarray makes one of a list, cupy.asarray of whatever has the CUDA array interface."
     )
 

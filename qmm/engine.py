@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qmm.arrays import ArrayKind, View, kind_of, stream_handle
+from qmm.arrays import KINDS, ArrayKind, View, kind_of, stream_handle
 from qmm.errors import ArrayError, ClosedError, DeviceError
 from qmm.loaders.closing import Closing
 from qmm.model import Model, Tensor
@@ -148,17 +148,20 @@ class Engine(Closing):
         """
         tensor = self._tensor(tensor)
         mode = activations or self.activations
-        kind = kind_of(x)
+        kind = KINDS[type(x)]
         if self.gpu is not None and kind.on_gpu:
             call, x_address, y_address = self._prepared(tensor, mode, kind, x, out)
             if call is not None:
-                handle = kind.stream(x) if stream is None else stream_handle(stream)
+                if stream is None:
+                    stream = kind.stream(x)
+                elif type(stream) is not int:
+                    stream = stream_handle(stream)
                 if out is None:
                     out = kind.empty(call.shape, x)
                     y_address, _ = kind.signature(out)
                 self._weights.check(tensor)
                 if call.product is not None:
-                    self.gpu.queue(call.product, x_address, y_address, handle)
+                    self.gpu.queue(call.product, x_address, y_address, stream)
                 return out
         self._check_activations(mode)
         source = kind.view(x)
@@ -322,11 +325,17 @@ class Engine(Closing):
         Returns:
             The call, None if ``x`` is in host memory; and the addresses of ``x`` and ``out``.
         """
-        x_address, of_x = _signature(kind, x)
         y_kind, y_address, of_y = None, 0, None
-        if out is not None:
-            y_kind = kind_of(out)
-            y_address, of_y = _signature(y_kind, out)
+        try:
+            x_address, of_x = kind.signature(x)
+            if out is not None:
+                y_kind = KINDS[type(out)]
+                y_address, of_y = y_kind.signature(out)
+        except Exception:  # each library's own, of an array that has no address
+            x_address, of_x = _viewed(kind, x)
+            if out is not None:
+                y_kind = kind_of(out)
+                y_address, of_y = _viewed(y_kind, out)
         key: Hashable = (tensor, mode, kind, x_address & 15, of_x, y_kind, of_y)
         call = self._calls.get(key)
         if call is None and key not in self._calls:
@@ -408,10 +417,7 @@ if hasattr(os, "register_at_fork"):  # asking for the process number at each pro
     os.register_at_fork(after_in_child=_note_fork)
 
 
-def _signature(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:
-    """As the array's kind has it, or whatever error says why there is none."""
-    try:
-        return kind.signature(array)
-    except Exception:  # each library's own, of an array that has no address
-        view = kind.view(array)
-        return view.address, view
+def _viewed(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:
+    """What a kind's signature has, by its view, which says why there is none."""
+    view = kind.view(array)
+    return view.address, view

@@ -45,6 +45,9 @@ NEXT_OF_L2 = 6
 """What part of L2 they may take. It should last for the 3 us in which memory would idle: on an H100 8 MB (Q4_K,
 14336x4096, n = 1: 12.5 us with 6 or 8 MB, 14.4 with 12; Q8_0, 4096x4096: 7.9 with 8, else 8.8)."""
 NOTHING = (0, 0, 0, 0)
+Moving = tuple[int, int, int]
+"""An argument of a launch by its number, the address that it is (0 x, 1 out, 2 scratch memory) and the offset from
+there."""
 
 
 class Product:
@@ -52,28 +55,29 @@ class Product:
 
     Attributes:
         scratch_nbytes: the scratch memory that it needs.
-        reaches: from where to where x and out reach, from their addresses, if these must not overlap.
+        near: what lies between these is a distance from x to out at which they share memory, if they must not.
         opening: what another product may bring into L2 before this one starts: the address of the weights, the bytes
             from one row, or several, to the next, how many of them, and how many bytes of each.
         announced: the arguments of the launch that does so for the next product.
+        launches: what it takes: see :meth:`add`.
     """
 
     def __init__(self, scratch_nbytes: int) -> None:
         self.scratch_nbytes = scratch_nbytes
-        self.reaches: tuple[tuple[int, int], tuple[int, int]] | None = None
+        self.near = (0, 0)
         self.opening = NOTHING
         self.announced: ctypes.Array[ctypes.c_int64] | None = None
-        self._launches: list[tuple[launch.Launch, ctypes.Array[ctypes.c_int64], tuple[tuple[int, int, int], ...]]] = []
+        self.launches: list[tuple[launch.Launch, ctypes.Array[ctypes.c_int64], Moving, Moving]] = []
 
-    def add(self, made: launch.Launch, *moving: tuple[int, int, int]) -> None:
+    def add(self, made: launch.Launch, source: Moving, target: Moving) -> None:
         """Add a launch.
 
         Args:
             made: what to launch.
-            moving: arguments that depend on a call: which one, on which address (0 x, 1 out, 2 scratch memory), and the
-                offset from there.
+            source: the argument that says where it reads what depends on a call.
+            target: the argument that says where it writes.
         """
-        self._launches.append((made, made.arguments, moving))
+        self.launches.append((made, made.arguments, source, target))
 
     def announce(self, opening: tuple[int, int, int, int]) -> None:
         """Have the launches from now on bring another product's :attr:`opening` into L2."""
@@ -82,18 +86,8 @@ class Product:
 
     def meet(self, x: int, out: int) -> bool:
         """Whether arrays at these addresses share memory that the product reads and writes in no order."""
-        if self.reaches is None:
-            return False
-        (x_first, x_end), (out_first, out_end) = self.reaches
-        return x + x_first < out + out_end and out + out_first < x + x_end
-
-    def queue(self, x: int, out: int, scratch: int, stream: int) -> None:
-        """Put the launches on a stream of the current device, for arrays at these addresses."""
-        bases = (x, out, scratch)
-        for made, arguments, moving in self._launches:
-            for argument, base, offset in moving:
-                arguments[argument] = bases[base] + offset
-            made.queue(stream)
+        least, most = self.near
+        return least < out - x < most
 
 
 class Graph:
@@ -279,7 +273,7 @@ class GPU:
             stream: a stream's handle.
             scratch: the address of ``product.scratch_nbytes`` bytes; else it is the stream's own scratch memory.
         """
-        if not (self._alone and hasattr(self._thread, "ready")):
+        if not hasattr(self._thread, "ready"):
             with self.ready("a product"):
                 self._queue(product, x, out, stream, scratch)
             return
@@ -292,7 +286,11 @@ class GPU:
         with self._lock:
             if product.scratch_nbytes and not scratch:
                 scratch = self._scratch_for(stream, product.scratch_nbytes)
-            product.queue(x, out, scratch, stream)
+            bases = (x, out, scratch)
+            for made, arguments, (source, source_base, source_offset), (target, base, offset) in product.launches:
+                arguments[source] = bases[source_base] + source_offset
+                arguments[target] = bases[base] + offset
+                made.queue(stream)
 
     def sequence(self, products: Sequence[tuple[Product, int, int]], stream: int, scratch: int) -> None:
         """Put products with their arrays' addresses on a stream, as :meth:`queue` does. While one ends, some of the
@@ -360,7 +358,8 @@ class GPU:
         direct = apart and out.dtype == "float32" and out.contiguous
         product = Product(areas_nbytes + (0 if direct else n * m * 4))
         if schedule.fused and direct:  # results may be stored before all of x was read
-            product.reaches = x.reach, out.reach
+            (x_first, x_end), (out_first, out_end) = x.reach, out.reach
+            product.near = x_first - out_end, x_end - out_first
         early = self.machine.bulk
         grid = min(self.multiprocessors, -(-m // schedule.tiling.rows))
         if early and not mapped:  # what is read from host memory passes by L2

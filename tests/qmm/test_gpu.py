@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from fake_driver import Driver
 
-from qmm.gpu import NEXT, NOTHING, Product
+from qmm.gpu import GPU, NEXT, NOTHING, Product
 from qmm.kernels import launch
 from qmm.kernels.launch import Launch
 
@@ -20,6 +22,15 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return made
 
 
+@pytest.fixture
+def gpu(fake: Driver) -> GPU:
+    """One whose device was made current before, with nothing on it."""
+    made = object.__new__(GPU)
+    made._lock, made._thread = threading.RLock(), threading.local()
+    made._thread.ready = True
+    return made
+
+
 def product_of(fake: Driver, launches: int) -> Product:
     """A product of so many launches, each of which reads the weights."""
     product = Product(0)
@@ -30,18 +41,18 @@ def product_of(fake: Driver, launches: int) -> Product:
     return product
 
 
-def test_only_the_last_reading_of_the_weights_brings_in_what_comes_next(fake: Driver) -> None:
+def test_only_the_last_reading_of_the_weights_brings_in_what_comes_next(fake: Driver, gpu: GPU) -> None:
     product = product_of(fake, 2)
     product.announce(OPENING)
-    product.queue(1, 2, 3, 0)
+    gpu.queue(product, 1, 2, 0)
     assert [tuple(launched.arguments[NEXT]) for launched in fake.launches] == [NOTHING, OPENING]
 
 
-def test_without_an_announcement_nothing_is_brought_in(fake: Driver) -> None:
+def test_without_an_announcement_nothing_is_brought_in(fake: Driver, gpu: GPU) -> None:
     product = product_of(fake, 1)
     product.announce(OPENING)
     product.announce(NOTHING)
-    product.queue(1, 2, 3, 0)
+    gpu.queue(product, 1, 2, 0)
     (launched,) = fake.launches
     assert tuple(launched.arguments[NEXT]) == NOTHING
 
