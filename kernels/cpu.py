@@ -236,7 +236,7 @@ def product_kernel(block_format: Format, int8: bool, tiled: bool) -> Callable[..
 def _product_of_row(block_format: Format, int8: bool, columns: int) -> Callable[..., Any]:
     product = product_int8 if int8 else product_float
     chains = block_format.runs if columns == 1 else 1  # one sum waits 4 cycles for its last addition
-    constants = {**block_format.constants(), "CHAINS": chains, "COLUMNS": columns}
+    constants = {**block_format.constants(product=True), "CHAINS": chains, "COLUMNS": columns}
     return CPU_PRODUCTS.device_function(specialize(product, constants, CPU_PRODUCTS))
 
 

@@ -246,8 +246,9 @@ def _described(
 def matvec_kernel(block_format: Format, schedule: Schedule) -> CUDAKernel:
     """The product with up to ``schedule.activations.columns`` columns."""
     tiling, activations = schedule.tiling, schedule.activations
+    load_floats = "shared_floats" if schedule.x_shared else "cached_floats"
     constants = {
-        **tiling.constants(block_format, schedule.bulk),
+        **tiling.constants(block_format, schedule.bulk, product=True),
         "AT_ONCE": activations.at_once(block_format),
         "COLUMNS": activations.columns,
         "FIRST_STAGES": schedule.first_stages,
@@ -257,6 +258,7 @@ def matvec_kernel(block_format: Format, schedule: Schedule) -> CUDAKernel:
         "ROUNDS": max(1, 8 // activations.columns),
         "RUN_NBYTES": activations.run_nbytes,
         "RUN_STEP": activations.run_step(block_format),
+        "SCALES_BY_PAIR": activations.int8 and activations.columns == 8 and block_format.runs > 4,
         "SUMS": activations.sums,
         "X_BULK": schedule.x_bulk,
         "X_NBYTES": activations.nbytes(1),
@@ -264,8 +266,9 @@ def matvec_kernel(block_format: Format, schedule: Schedule) -> CUDAKernel:
         "loads_are_under_way": ("barrier_arrive", 1, 32 * (tiling.warps + PRODUCERS)),
         "synchronize_multipliers": ("barrier_wait", 2, 32 * tiling.warps),
         "wait_for_loads": ("barrier_wait", 1, 32 * (tiling.warps + PRODUCERS)),
-        "load_columns": ("shared_floats" if schedule.x_shared else "cached_floats", activations.columns),
-        "load_one": ("shared_floats" if schedule.x_shared else "cached_floats", 1),
+        "load_columns": (load_floats, activations.columns),
+        "load_one": (load_floats, 1),
+        "load_pair": (load_floats, 2),
         "load_values": "load_shared16" if schedule.x_shared else "load_cached16",
     }
     mode = "int8" if activations.int8 else "f16"
@@ -276,7 +279,7 @@ def matvec_kernel(block_format: Format, schedule: Schedule) -> CUDAKernel:
 @functools.cache
 def dequantize_kernel(block_format: Format, tiling: Tiling, bulk: bool) -> CUDAKernel:
     """Dequantization to float32."""
-    constants = tiling.constants(block_format, bulk)
+    constants = tiling.constants(block_format, bulk, product=False)
     name = f"dequantize_{block_format.name}_{tiling.alignment}"
     return _described(name, "dequantize.dequantize", 7, constants, tiling.alignment, tiling.threads, shared=True)
 

@@ -205,7 +205,7 @@ def multiply(
                     else:  # two blocks share a scale
                         scale_block = here + (quad >> 1)
                         half = quad & 1
-                    if not SHORT:
+                    if not SHORT and not SCALES_BY_PAIR:
                         scales_x = load_columns(x_scales + scale_block * (4 * COLUMNS))
                     if SHORT:
                         floats = registers(LANE_ROWS, 0.0)
@@ -236,7 +236,10 @@ def multiply(
                     elif INT8:
                         if SUMS == 1:
                             sums_x = load_columns(x_sums + scale_block * (4 * COLUMNS))
-                        if SUMS == 2:  # factored, this address makes ptxas spill (Q5_K, n = 1, sm_90)
+                        if SUMS == 2 and AT_ONCE == 2:
+                            sums_x = load_columns(x_sums + scale_block * (4 * COLUMNS))
+                            other_sums = load_columns(x_sums + (scale_blocks + scale_block) * (4 * COLUMNS))
+                        elif SUMS == 2:  # factored, this address makes ptxas spill (Q5_K, n = 1, sm_90)
                             sums_x = load_columns(
                                 x_sums + half * scale_blocks * (4 * COLUMNS) + scale_block * (4 * COLUMNS)
                             )
@@ -244,10 +247,11 @@ def multiply(
                         minimum = registers(LANE_ROWS, 0.0)
                         q = registers(LANE_ROWS, 0)
                         other = registers(LANE_ROWS, 0)
+                        other_minimum = registers(LANE_ROWS, 0.0)
                         for r in unroll(LANE_ROWS):
                             q[r], scale[r], minimum[r] = runs[r][i]
                             if AT_ONCE == 2:
-                                other[r], _, _ = runs[r][i + 1]
+                                other[r], _, other_minimum[r] = runs[r][i + 1]
                         if RUN_STEP:
                             of_first = scale_block - 2 * RUN_STEP * (i // AT_ONCE)
                             mine = diagonal + ((of_first * 2 + half) * RUN_NBYTES & inside)
@@ -255,6 +259,8 @@ def multiply(
                         else:
                             mine = diagonal + ((scale_block * 2 + half) * RUN_NBYTES & inside)
                         for pair in unroll((COLUMNS + 1) // 2):
+                            if SCALES_BY_PAIR:
+                                scales_x = load_pair(x_scales + scale_block * (4 * COLUMNS) + 8 * pair)
                             x_words = load_values(mine + 32 * pair)
                             if AT_ONCE == 2:
                                 x_other = load_values(mine + RUN_NBYTES + 32 * pair)
@@ -268,11 +274,17 @@ def multiply(
                                             scale[above + below], dots[2 * below + e], scale[above + below] * BIAS
                                         )
                                         total[(above + below) * COLUMNS + 2 * pair + e] = fused(
-                                            scales_x[2 * pair + e], dot, total[(above + below) * COLUMNS + 2 * pair + e]
+                                            scales_x[e if SCALES_BY_PAIR else 2 * pair + e],
+                                            dot,
+                                            total[(above + below) * COLUMNS + 2 * pair + e],
                                         )
                                         if HAS_MINIMUM:
                                             total[(above + below) * COLUMNS + 2 * pair + e] -= (
                                                 minimum[above + below] * sums_x[2 * pair + e]
+                                            )
+                                        if SUMS == 2 and AT_ONCE == 2:
+                                            total[(above + below) * COLUMNS + 2 * pair + e] -= (
+                                                other_minimum[above + below] * other_sums[2 * pair + e]
                                             )
                     else:
                         floats = registers(LANE_ROWS, 0.0)

@@ -53,12 +53,14 @@ read instead of 430,080)."""
 LINE_NBYTES = 128
 """The same on the way from host memory: a request asks for what lies in one such line of shared memory, and split ones
 fill the link less (H100, modulo 32: Q4_K 95% of what a plain reading gets, Q6_K 72%)."""
-WIDE_NBYTES = 48 << 10
-"""The largest stage in which a warp takes two units at once, for one column."""
-NARROW_NBYTES = 40 << 10
-"""The same for more, which take more registers."""
-FUSED_VALUES = 16384
-"""The most activations that each block quantizes for itself: a load or so a thread for each column."""
+WIDE_NBYTES = 40 << 10
+"""The largest stage in which a warp takes two units at once (n = 1 on an H100: Q5_K, 4096x14336, with stages of 46,080
+bytes 17.1, else 15.5; 14336x4096 15.7, else 15.6)."""
+FUSED_VALUES = 1024
+"""The most activations that a warp quantizes, where each block does so for itself: eight loads of a thread, all under
+way at once."""
+LONG_ROW = 8192
+"""Activations of a row that are many: see :meth:`Schedule.of`."""
 BULK_NBYTES = 48 << 10
 """The most activations that warps copy to shared memory, eight loads of 16 bytes a thread under way; more come by one
 bulk copy (n = 8 on an H100: Q2_K, 14336x4096, 19.3, else 22.1 us; but Q5_K, 4096x14336, 28.0, else 26.1)."""
@@ -96,7 +98,7 @@ class Activations:
     @classmethod
     def of(cls, block_format: Format, columns: int, int8: bool) -> Activations:
         """Those of a format: sums if it has minima, one of each block where its runs share them in pairs."""
-        sums = 1 if block_format.pairs else 2
+        sums = 1 if block_format.pairs and not block_format.run_minima else 2
         return cls(columns, int8, sums if int8 and block_format.has_minimum else 0)
 
     @property
@@ -214,10 +216,10 @@ class Tiling:
         sums = 2 * self.k_warps * self.rows * columns * 4
         return BARRIERS_NBYTES + ZERO_NBYTES + sums + self.stages * self.stage_nbytes + 16
 
-    def constants(self, block_format: Format, bulk: bool) -> dict[str, Any]:
+    def constants(self, block_format: Format, bulk: bool, product: bool) -> dict[str, Any]:
         """What kernels that stage are specialized with; ``bulk`` where the GPU has bulk copies."""
         return {
-            **block_format.constants(),
+            **block_format.constants(product),
             "ALIGNMENT": self.alignment,
             "BARRIERS_NBYTES": BARRIERS_NBYTES,
             "BULK": bulk,
@@ -287,21 +289,25 @@ class Schedule:
     ) -> Schedule:
         """The schedule for up to eight columns, by what was measured on an H200 (figures: us, 14336x4096).
 
-        * Up to two columns, 16 warps with two rows a lane; beyond, where the loads of activations are the limit, 8
-          warps with four rows a lane, if m fills the GPU so and there are registers for it (n = 8: Q4_K 20.8, else
-          26.6, when its units were of 32 weights; of 64 they are too large for four rows).
+        * Up to two columns, 16 warps with two rows a lane, or 8 where more would have nothing to do (n = 1 on an H100:
+          Q8_0, 4864x896, 3.5, else 4.2; 640x1024 2.3, else 2.6), or no registers; beyond, where the loads of
+          activations are the limit, 8 warps with four rows a lane, if m fills the GPU so and there are registers for it
+          (n = 8: Q4_K 20.8, else 26.6, when its units were of 32 weights; of 64 they are too large for four rows).
         * Two units a warp and stage where a stage stays small (n = 1: Q4_K, of 32 weights, 12.5, else 13.9); one where
           it would get large (Q8_0 18.7, else 19.5) or the row is too short for two (Q2_K 10.5, else 15.0).
-        * Up to two columns are quantized by each block for itself, more if rows are short (n = 4 on an H100: Q8_0,
-          4096x4096, 13.4, else 12.6; but n = 8, 256x640 3.7, else 4.2).
-        * Two stages are filled before the activations are asked for; one if they are then quantized, and the block has
-          two tiles at most (n = 1 on an H100: Q5_K, 4096x14336, 17.2, else 18.0; but 14336x4096 16.6, else 15.6); all
-          if another kernel makes these, and the block has more tiles (n = 8 on an H100: Q8_0 29.1, else 30.6; but
-          4096x4096 14.7, else 12.8).
+        * Each block quantizes the activations for itself, if they are few for its warps (n = 4 on an H100: Q8_0,
+          4096x4096, 13.4, else 12.6; Q3_K, 4096x14336, n = 1, of 8 warps 18.5, else 17.1; but n = 8, 256x640 3.7, else
+          4.2).
+        * Where a block has more than two tiles, two stages are filled before the activations are asked for if they are
+          then quantized (n = 1 on an H100: Q5_K 15.6, with one 16.6), all if another kernel makes these (n = 8: Q8_0
+          29.1, else 30.6). Where it has not, one (4096x4096, Q4_K: n = 4 7.1, n = 8 9.1, with two 8.1 and 9.2; Q3_K:
+          7.8 and 9.6, with two 8.5 and 10.0; 4096x14336, Q5_K, n = 1 17.2, with two 18.0); or two if rows are long,
+          another kernel quantizes, and there are fewer than eight columns (4096x14336, Q4_K: n = 2 15.3, with one 17.0;
+          n = 4 15.9, with one 16.4; but n = 8 18.8, with one 18.4).
         * From host memory up to four units, so that few parts of a row share 32 bytes, which are then read twice (n = 8
           on an H100, 14336x4096, in parts of n = 1: Q3_K 1.054, Q6_K 1.066, where three ends a row do).
-        * Activations in shared memory if three stages have room beside them, be it of two rows a lane and one unit; for
-          mapped weights two.
+        * Activations in shared memory if two stages have room beside them, be it of two rows a lane and one unit (n = 8
+          on an H100: Q2_K, 4096x14336, 19.4, else 27.2).
 
         Args:
             block_format: of the weight.
@@ -318,12 +324,18 @@ class Schedule:
         activations = Activations.of(block_format, columns, int8)
         case = _Case(block_format, m, k, activations, alignment, mapped, machine)
         roomy = machine.shared_nbytes > RING_NBYTES
-        # With four runs of each row at once (Q2_K, Q3_K, Q4_K) ptxas spills sooner: they take less in several ways.
+        # With four runs or more of each row at once (Q2_K, Q3_K, Q4_K) ptxas spills sooner: they take less in several
+        # ways.
         many = block_format.runs > 2
         crowded = many and columns == COLUMN_TILES[-1]
-        warps = 16 if columns <= 2 and (int8 or block_format.plain) and roomy else 4 if crowded and not int8 else 8
+        warps = 8
+        if columns <= 2 and (int8 or block_format.plain) and roomy and _registers(block_format) <= 12:
+            warps = 16 if case.fills_warps(16) else 8
+        elif not int8 and columns * block_format.runs >= 32:
+            warps = 4
         several = columns > 2 and int8
-        lane_rows = 4 if several and case.fills(32) and _frugal(block_format) and not crowded and not mapped else 2
+        frugal = _registers(block_format) < 12 and not crowded and not mapped
+        lane_rows = 4 if several and case.fills(32) and frugal else 2
         # So it does with eight columns of Q4_0, where a block's fields are put together from words around them.
         pieced = columns == COLUMN_TILES[-1] and block_format.alignment < 4
         most = 1 if crowded or pieced or (many and columns > 1 and not int8) else 2
@@ -340,12 +352,11 @@ class Schedule:
             while made.shared_nbytes(columns) > machine.shared_nbytes and warps > 4:  # F32 where a block has 99 KiB
                 warps //= 2
                 made = case.tiling(0, warps, 2, 1)
-        fused = x_shared and fusible and (int8 or block_format.plain)
-        fused = fused and columns * k <= (FUSED_VALUES if columns <= 2 else FUSED_VALUES // 2)
+        fused = x_shared and fusible and (int8 or block_format.plain) and columns * k <= FUSED_VALUES * made.warps
         x_bulk = x_shared and machine.bulk and not fused and case.x_nbytes > BULK_NBYTES
         first_stages = 2 if fused else made.stages
         if case.short(made):
-            first_stages = 1 if fused else 2
+            first_stages = 2 if k > LONG_ROW and not fused and columns < COLUMN_TILES[-1] else 1
         return cls(made, activations, x_shared, x_bulk, fused, first_stages, machine.bulk)
 
 
@@ -379,7 +390,7 @@ class _Case(NamedTuple):
         cut = functools.partial(of_format, line=line, warps=warps, lane_rows=lane_rows, row_warps=tiles)
         least = cut(0)
         ring = least.ring_within(self.machine.shared_nbytes - beside, self.columns)
-        limit = ring // 2 if self.mapped else NARROW_NBYTES if self.columns > 1 else WIDE_NBYTES
+        limit = ring // 2 if self.mapped else WIDE_NBYTES
         for units in (4, 2):
             if units <= most:
                 made = cut(ring, units=units * least.units)
@@ -389,11 +400,17 @@ class _Case(NamedTuple):
         return cut(max(0, ring))
 
     def beside_activations(self, warps: int, lane_rows: int, most: int) -> Tiling | None:
-        """The tiling beside all activations of a row, if there is room for two or three stages."""
+        """The tiling beside all activations of a row, if there is room for two stages."""
         made = self.tiling(self.x_nbytes, warps, lane_rows, most)
         room = self.machine.shared_nbytes - self.x_nbytes
-        fits = made.stages >= (2 if self.mapped else 3) and made.shared_nbytes(self.columns) <= room
-        return made if fits else None
+        return made if made.shared_nbytes(self.columns) <= room else None
+
+    def fills_warps(self, warps: int) -> bool:
+        """Whether each of so many warps has a unit to take, of a row or of several rows at once."""
+        steps = -(-self.block_format.blocks(self.k) // 4) * self.block_format.lanes
+        return (
+            steps >= warps or _row_warps(self.block_format, self.m, self.k, warps, 16, self.machine.multiprocessors) > 1
+        )
 
     def fills(self, rows: int) -> bool:
         """Whether tiles of so many rows keep three quarters of the multiprocessors busy."""
@@ -404,10 +421,11 @@ class _Case(NamedTuple):
         return self.m <= 2 * made.rows * self.machine.multiprocessors
 
 
-def _frugal(block_format: Format) -> bool:
-    """Whether four rows of a unit fit in registers: with 12 words to a row (Q3_K, Q4_K, Q5_K) ptxas spills."""
+def _registers(block_format: Format) -> int:
+    """What a lane loads of a row at once. From 12 on (Q3_K, Q4_K, Q5_K) ptxas spills with four rows, beyond (Q3_K) with
+    16 warps too."""
     loaded = block_format.load(bytes(block_format.block_nbytes), 0)
-    return sum(np.size(value) for value in loaded) < 12
+    return sum(np.size(value) for value in loaded)
 
 
 def _row_warps(block_format: Format, m: int, k: int, warps: int, tile_rows: int, multiprocessors: int) -> int:

@@ -21,6 +21,9 @@ class Format:
         in the block.
     unpack(lane, \\*registers)
         ``runs`` triples ``(q, scale, minimum)``: ``q`` is Words of 16 signed bytes, the others float32.
+    unpack_product(lane, \\*registers)
+        As ``unpack``, for products. It may have a part of the scale in ``q``, so that what is left is common to more
+        runs; where ``scale * q`` is zero, it may be of the other sign.
     position(lane, i)
         Which of the block's ``block_weights // 16`` runs the lane's ``i``-th one is.
 
@@ -42,8 +45,12 @@ class Format:
     ``load`` is at a multiple of ``min(n, alignment)``."""
     plain: bool = False
     pairs: bool = False
-    """Whether the runs ``2 j`` and ``2 j + 1`` of a lane are neighbours, at an even position, and share their scale and
-    their minimum."""
+    """Whether the runs ``2 j`` and ``2 j + 1`` of a lane are neighbours, at an even position, and share their scale, as
+    products have it."""
+    run_minima: bool = False
+    """Of a format with pairs: whether the two runs have minima of their own."""
+    unpack_product: Callable[..., Any] | None = None
+    """Where it is not ``unpack``."""
     short: bool = False
     """Of a plain format: whether its numbers have at most 11 significant bits, which tensor cores multiply exactly."""
 
@@ -56,8 +63,8 @@ class Format:
         if gcd(self.block_nbytes, 16) % self.alignment:
             raise ValueError(f"{self.name}: blocks of {self.block_nbytes} bytes cannot keep to {self.alignment}")
 
-    def constants(self) -> dict[str, Any]:
-        """What every kernel of the format is specialized with."""
+    def constants(self, product: bool = False) -> dict[str, Any]:
+        """What every kernel of the format is specialized with, be it a product or not."""
         return {
             "BLOCK_NBYTES": self.block_nbytes,
             "BLOCK_RUNS": self.block_weights // 16,
@@ -68,7 +75,7 @@ class Format:
             "SHORT": self.short,
             "load": self.load,
             "position": self.position,
-            "unpack": self.unpack,
+            "unpack": (product and self.unpack_product) or self.unpack,
         }
 
     def run_step(self, at_once: int = 1) -> int:

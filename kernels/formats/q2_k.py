@@ -7,8 +7,8 @@
              low nibble: scale, high nibble: minimum
 
 The block has two halves of 128 weights with 32 bytes of ``qs`` each; the bits ``2j`` of those bytes are the half's
-weights ``32 j`` to ``32 j + 31``. A lane takes 16 bytes of ``qs``, which are four runs. Layout: ``block_q2_K`` in
-ggml-common.h.
+weights ``32 j`` to ``32 j + 31``. A lane takes a half, four pairs of runs. The product of a weight and its scale, 45 at
+most, is a byte still, so that all runs have the block's ``d`` for their scale. Layout: ``block_q2_K`` in ggml-common.h.
 """
 
 from __future__ import annotations
@@ -18,38 +18,45 @@ from qmm.kernels.primitives import half, load4, load16, unsigned_byte
 
 
 def load(block, lane):
-    scales = 8 * (lane >> 1)
-    return load4(block, 80), load4(block, scales), load4(block, scales + 4), load16(block, 16 + 16 * lane)
+    return (
+        load4(block, 80),
+        load4(block, 8 * lane),
+        load4(block, 8 * lane + 4),
+        load16(block, 16 + 32 * lane),
+        load16(block, 32 + 32 * lane),
+    )
 
 
-def unpack(lane, dm, scales_low, scales_high, qs):
+def unpack(lane, dm, low, high, first, second):
     d = half(dm)
     dmin = half(dm >> 16)
-    shift = 8 * (lane & 1)
-    low = scales_low >> shift
-    high = scales_high >> shift
-    # Two of the four runs stay where they are in their bytes, which makes them 4 and 16 times as large.
     return (
-        (qs & 0x03030303, d * unsigned_byte(low & 15), dmin * unsigned_byte((low >> 4) & 15)),
-        (qs & 0x0C0C0C0C, d * 0.25 * unsigned_byte((low >> 16) & 15), dmin * unsigned_byte((low >> 20) & 15)),
-        (qs & 0x30303030, d * 0.0625 * unsigned_byte(high & 15), dmin * unsigned_byte((high >> 4) & 15)),
-        ((qs >> 6) & 0x03030303, d * unsigned_byte((high >> 16) & 15), dmin * unsigned_byte((high >> 20) & 15)),
+        ((first & 0x03030303) * (low & 15), d, dmin * unsigned_byte((low >> 4) & 15)),
+        ((second & 0x03030303) * ((low >> 8) & 15), d, dmin * unsigned_byte((low >> 12) & 15)),
+        (((first >> 2) & 0x03030303) * ((low >> 16) & 15), d, dmin * unsigned_byte((low >> 20) & 15)),
+        (((second >> 2) & 0x03030303) * ((low >> 24) & 15), d, dmin * unsigned_byte(low >> 28)),
+        (((first >> 4) & 0x03030303) * (high & 15), d, dmin * unsigned_byte((high >> 4) & 15)),
+        (((second >> 4) & 0x03030303) * ((high >> 8) & 15), d, dmin * unsigned_byte((high >> 12) & 15)),
+        (((first >> 6) & 0x03030303) * ((high >> 16) & 15), d, dmin * unsigned_byte((high >> 20) & 15)),
+        (((second >> 6) & 0x03030303) * ((high >> 24) & 15), d, dmin * unsigned_byte(high >> 28)),
     )
 
 
 def position(lane, i):
-    return 8 * (lane >> 1) + (lane & 1) + 2 * i
+    return 8 * lane + i
 
 
 FORMAT = Format(
     name="Q2_K",
     block_weights=256,
     block_nbytes=84,
-    lanes=4,
-    runs=4,
+    lanes=2,
+    runs=8,
     has_minimum=True,
     load=load,
     unpack=unpack,
     position=position,
     alignment=4,
+    pairs=True,
+    run_minima=True,
 )

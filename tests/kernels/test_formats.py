@@ -178,16 +178,31 @@ def test_runs_are_where_the_run_step_says(block_format: Format) -> None:
 @each_format
 def test_pairs_of_runs_are_neighbours_of_one_scale(block_format: Format, rng: np.random.Generator) -> None:
     data = random_blocks(block_format.name, (20, block_format.block_weights), rng)
-    shared = []
+    unpack = block_format.constants(product=True)["unpack"]
+    scales, minima = [], []
     for start in range(0, len(data), block_format.block_nbytes):
         block = data[start : start + block_format.block_nbytes]
         for lane in range(block_format.lanes):
-            runs = block_format.unpack(lane, *block_format.load(block, lane))
+            runs = unpack(lane, *block_format.load(block, lane))
             for i in range(0, block_format.runs - 1, 2):
-                (_, *scale), (_, *of_next) = runs[i], runs[i + 1]
+                (_, scale, minimum), (_, of_next, minimum_of_next) = runs[i], runs[i + 1]
                 places = [block_format.position(lane, j) for j in (i, i + 1)]
-                shared.append(scale == of_next and places[0] % 2 == 0 and places[1] == places[0] + 1)
-    assert block_format.pairs == (len(shared) > 0 and all(shared))
+                scales.append(scale == of_next and places[0] % 2 == 0 and places[1] == places[0] + 1)
+                minima.append(minimum == minimum_of_next)
+    assert block_format.pairs == (len(scales) > 0 and all(scales))
+    assert block_format.run_minima == (block_format.pairs and not all(minima))
+
+
+@each_format
+def test_products_unpack_the_same_weights(block_format: Format, rng: np.random.Generator) -> None:
+    data = random_blocks(block_format.name, (20, block_format.block_weights), rng)
+    unpack = block_format.constants(product=True)["unpack"]
+    for start in range(0, len(data), block_format.block_nbytes):
+        block = data[start : start + block_format.block_nbytes]
+        for lane in range(block_format.lanes):
+            loaded = block_format.load(block, lane)
+            for run, of_product in zip(block_format.unpack(lane, *loaded), unpack(lane, *loaded), strict=True):
+                np.testing.assert_array_equal(run_weights(*of_product), run_weights(*run))  # -0.0 is 0.0 here
 
 
 @each_format
