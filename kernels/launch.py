@@ -16,7 +16,7 @@ from cuda.bindings import driver
 
 from qmm.kernels.cache import CachedKernel, Code
 from qmm.kernels.formats import Format
-from qmm.kernels.staging import PRODUCERS, WARPS, Schedule, Tiling
+from qmm.kernels.staging import COLUMN_TILES, PRODUCERS, WARPS, Schedule, Tiling
 
 __all__ = [
     "CUDAKernel",
@@ -258,7 +258,8 @@ def matvec_kernel(block_format: Format, schedule: Schedule) -> CUDAKernel:
         "ROUNDS": max(1, 8 // activations.columns),
         "RUN_NBYTES": activations.run_nbytes,
         "RUN_STEP": activations.run_step(block_format),
-        "SCALES_BY_PAIR": activations.int8 and activations.columns == 8 and block_format.runs > 4,
+        "SCALES_APART": activations.columns == COLUMN_TILES[-1]
+        and block_format.runs > 4,  # ptxas has no registers left
         "SUMS": activations.sums,
         "X_BULK": schedule.x_bulk,
         "X_NBYTES": activations.nbytes(1),

@@ -205,7 +205,7 @@ def multiply(
                     else:  # two blocks share a scale
                         scale_block = here + (quad >> 1)
                         half = quad & 1
-                    if not SHORT and not SCALES_BY_PAIR:
+                    if not SHORT and not SCALES_APART:
                         scales_x = load_columns(x_scales + scale_block * (4 * COLUMNS))
                     if SHORT:
                         floats = registers(LANE_ROWS, 0.0)
@@ -259,7 +259,7 @@ def multiply(
                         else:
                             mine = diagonal + ((scale_block * 2 + half) * RUN_NBYTES & inside)
                         for pair in unroll((COLUMNS + 1) // 2):
-                            if SCALES_BY_PAIR:
+                            if SCALES_APART:
                                 scales_x = load_pair(x_scales + scale_block * (4 * COLUMNS) + 8 * pair)
                             x_words = load_values(mine + 32 * pair)
                             if AT_ONCE == 2:
@@ -274,7 +274,7 @@ def multiply(
                                             scale[above + below], dots[2 * below + e], scale[above + below] * BIAS
                                         )
                                         total[(above + below) * COLUMNS + 2 * pair + e] = fused(
-                                            scales_x[e if SCALES_BY_PAIR else 2 * pair + e],
+                                            scales_x[e if SCALES_APART else 2 * pair + e],
                                             dot,
                                             total[(above + below) * COLUMNS + 2 * pair + e],
                                         )
@@ -296,8 +296,12 @@ def multiply(
                         for c in unroll(COLUMNS):
                             at = values + (scale_block * 2 + half) * RUN_NBYTES + 32 * c
                             x_floats = half_floats(load_values(at), load_values(at + 16))
+                            if SCALES_APART:
+                                scales_x = load_one(x_scales + (scale_block * COLUMNS + c) * 4)
                             for r in unroll(LANE_ROWS):
-                                total[r * COLUMNS + c] += scales_x[c] * dot_floats(floats[r], x_floats)
+                                total[r * COLUMNS + c] += scales_x[0 if SCALES_APART else c] * dot_floats(
+                                    floats[r], x_floats
+                                )
             chunk += 1
             stage += STAGE_NBYTES
             full += 8

@@ -172,8 +172,8 @@ class Tiling:
     @classmethod
     @functools.lru_cache(maxsize=4096)
     def of_dequantization(cls, block_format: Format, alignment: int, machine: Machine) -> Tiling:
-        """The tiling of the dequantization: of as many warps as leave room for two stages."""
-        warps = WARPS
+        """The tiling of the dequantization: of as many warps as leave room for two stages, and have registers."""
+        warps = WARPS if block_format.runs <= 4 else WARPS // 2
         least = cls.of(block_format, alignment, 0)
         while warps > 4 and least.shared_nbytes(0) > machine.shared_nbytes:
             warps //= 2
@@ -306,8 +306,9 @@ class Schedule:
           n = 4 15.9, with one 16.4; but n = 8 18.8, with one 18.4).
         * From host memory up to four units, so that few parts of a row share 32 bytes, which are then read twice (n = 8
           on an H100, 14336x4096, in parts of n = 1: Q3_K 1.054, Q6_K 1.066, where three ends a row do).
-        * Activations in shared memory if two stages have room beside them, be it of two rows a lane and one unit (n = 8
-          on an H100: Q2_K, 4096x14336, 19.4, else 27.2).
+        * Activations in shared memory if three stages have room beside them (two for mapped weights), or two of two
+          rows a lane and one unit (n = 8 on an H100: Q2_K, 4096x14336, 19.4, else 27.2; but Q8_0 with two of four rows
+          a lane 31.2, else 28.7).
 
         Args:
             block_format: of the weight.
@@ -342,7 +343,8 @@ class Schedule:
         if several and mapped:
             most = 4
 
-        made = case.beside_activations(warps, lane_rows, most) or case.beside_activations(warps, 2, 1)
+        made = case.beside_activations(warps, lane_rows, most, 2 if mapped else 3)
+        made = made or case.beside_activations(warps, 2, 1, 2)
         x_shared = made is not None
         if made is None:
             # The activations stay in global memory, whose addresses take more registers: where 8 warps would have too
@@ -399,11 +401,11 @@ class _Case(NamedTuple):
                     return made
         return cut(max(0, ring))
 
-    def beside_activations(self, warps: int, lane_rows: int, most: int) -> Tiling | None:
-        """The tiling beside all activations of a row, if there is room for two stages."""
+    def beside_activations(self, warps: int, lane_rows: int, most: int, stages: int) -> Tiling | None:
+        """The tiling beside all activations of a row, if there is room for so many stages."""
         made = self.tiling(self.x_nbytes, warps, lane_rows, most)
         room = self.machine.shared_nbytes - self.x_nbytes
-        return made if made.shared_nbytes(self.columns) <= room else None
+        return made if made.stages >= stages and made.shared_nbytes(self.columns) <= room else None
 
     def fills_warps(self, warps: int) -> bool:
         """Whether each of so many warps has a unit to take, of a row or of several rows at once."""
