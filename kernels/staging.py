@@ -43,9 +43,10 @@ BARRIERS_NBYTES = 256
 """Shared memory for barriers, at its beginning."""
 ZERO_NBYTES = 4096
 """Zeros that stand for blocks past the end of a row, and for activations that a lane leaves out."""
-RING_NBYTES = 144 << 10
+RING_NBYTES = 160 << 10
 """The most shared memory of a ring. What is under way hides the latency of memory, and what is in the ring already when
-the activations arrive hides the time that they take."""
+the activations arrive hides the time that they take (4096x14336, n = 1 on an H100: Q4_K 13.1, with 144 KB 14.2; but
+Q6_K 20.2, with 200 KB 22.2)."""
 SECTOR_NBYTES = 32
 """Bytes keep their place modulo this on their way from the GPU's memory: what moves is sectors. Where the halves of one
 went to different sectors of shared memory, it was transferred twice (cp.async, Q6_K, 4096x4096, mapped: 647,168 sectors
@@ -53,12 +54,14 @@ read instead of 430,080)."""
 LINE_NBYTES = 128
 """The same on the way from host memory: a request asks for what lies in one such line of shared memory, and split ones
 fill the link less (H100, modulo 32: Q4_K 95% of what a plain reading gets, Q6_K 72%)."""
-WIDE_NBYTES = 40 << 10
-"""The largest stage in which a warp takes two units at once (n = 1 on an H100: Q5_K, 4096x14336, with stages of 46,080
-bytes 17.1, else 15.5; 14336x4096 15.7, else 15.6)."""
+WIDE_NBYTES = 42 << 10
+"""The largest stage in which a warp takes two units at once (on an H100: Q5_K, 4096x14336, n = 1, with stages of 46,080
+bytes 17.1, else 15.5; but Q4_1, 4096x4096, n = 4, with 42,496 bytes 7.7, else 8.8)."""
 FUSED_VALUES = 1024
 """The most activations that a warp quantizes, where each block does so for itself: eight loads of a thread, all under
 way at once."""
+DENSE = 0.65
+"""Bytes of a weight that are many: see :meth:`Schedule.of`."""
 LONG_ROW = 8192
 """Activations of a row that are many: see :meth:`Schedule.of`."""
 BULK_NBYTES = 48 << 10
@@ -298,12 +301,14 @@ class Schedule:
         * Each block quantizes the activations for itself, if they are few for its warps (n = 4 on an H100: Q8_0,
           4096x4096, 13.4, else 12.6; Q3_K, 4096x14336, n = 1, of 8 warps 18.5, else 17.1; but n = 8, 256x640 3.7, else
           4.2).
-        * Where a block has more than two tiles, two stages are filled before the activations are asked for if they are
-          then quantized (n = 1 on an H100: Q5_K 15.6, with one 16.6), all if another kernel makes these (n = 8: Q8_0
-          29.1, else 30.6). Where it has not, one (4096x4096, Q4_K: n = 4 7.1, n = 8 9.1, with two 8.1 and 9.2; Q3_K:
-          7.8 and 9.6, with two 8.5 and 10.0; 4096x14336, Q5_K, n = 1 17.2, with two 18.0); or two if rows are long,
-          another kernel quantizes, and there are fewer than eight columns (4096x14336, Q4_K: n = 2 15.3, with one 17.0;
-          n = 4 15.9, with one 16.4; but n = 8 18.8, with one 18.4).
+        * What is filled before activations are asked for, all on an H100: where a block has more than two tiles, all
+          stages if another kernel makes the activations (n = 8: Q8_0 29.1, else 30.6); else two (n = 1: Q5_K 15.6, with
+          one 16.6; Q4_K 12.9, with three 13.5), or three of a dense format, which instructions limit less (n = 1: Q8_0
+          22.6, Q6_K 18.0, with two 23.4 and 18.4). Where it has not, one (4096x4096, Q4_K: n = 4 7.1, n = 8 9.1, with
+          two 8.1 and 9.2; Q3_K: 7.8 and 9.6, with two 8.5 and 10.0; 4096x14336, Q5_K, n = 1 17.2, with two 18.0); or
+          two if rows are long, another kernel quantizes, and there are fewer than eight columns (4096x14336, Q4_K: n =
+          2 15.3, with one 17.0; n = 4 15.9, with one 16.4; but n = 8 18.8, with one 18.4). Of numbers always three at
+          least (4096x4096, F16: n = 1 12.2, n = 8 14.4, with one 13.2 and 15.5).
         * From host memory up to four units, so that few parts of a row share 32 bytes, which are then read twice (n = 8
           on an H100, 14336x4096, in parts of n = 1: Q3_K 1.054, Q6_K 1.066, where three ends a row do).
         * Activations in shared memory if three stages have room beside them (two for mapped weights), or two of two
@@ -356,9 +361,14 @@ class Schedule:
                 made = case.tiling(0, warps, 2, 1)
         fused = x_shared and fusible and (int8 or block_format.plain) and columns * k <= FUSED_VALUES * made.warps
         x_bulk = x_shared and machine.bulk and not fused and case.x_nbytes > BULK_NBYTES
-        first_stages = 2 if fused else made.stages
+        first_stages = made.stages
         if case.short(made):
             first_stages = 2 if k > LONG_ROW and not fused and columns < COLUMN_TILES[-1] else 1
+        elif fused:
+            first_stages = 2 if block_format.block_nbytes < DENSE * block_format.block_weights else 3
+        if block_format.plain:
+            first_stages = max(first_stages, 3)
+        first_stages = min(first_stages, made.stages)
         return cls(made, activations, x_shared, x_bulk, fused, first_stages, machine.bulk)
 
 

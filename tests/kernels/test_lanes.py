@@ -50,15 +50,16 @@ def depth(block_format: Format, which: str) -> int:
 # Machine, m, k, n, and what run_product is told besides. Where there is one multiprocessor only, a block takes more
 # chunks than the ring has stages.
 CASES: dict[str, tuple[Machine, int, str, int, dict[str, Any]]] = {
-    "fused": (replace(HOPPER, multiprocessors=1), 50, "deep", 1, {}),
+    "fused": (replace(HOPPER, multiprocessors=1), 70, "deep", 1, {}),
     "mapped": (HOPPER, 20, "short", 2, {"int8": False, "mapped": True, "shift": 13, "settings": Settings(slow=0)}),
     "not fused": (HOPPER, 70, "short", 3, {"x_shift": 4, "shift": 2, "settings": Settings(late=False, slow=5)}),
     "eight": (HOPPER, 37, "short", 8, {"settings": Settings(seed=1)}),
     "many rows": (replace(HOPPER, multiprocessors=1), 130, "one", 1, {"shift": 6, "settings": Settings(slow=3)}),
-    "copied by 16": (replace(AMPERE, multiprocessors=1), 50, "deep", 1, {"mapped": True, "shift": 13}),
+    "copied by 16": (replace(AMPERE, multiprocessors=1), 70, "deep", 1, {"mapped": True, "shift": 13}),
     "one block": (AMPERE, 5, "one", 3, {"int8": False, "settings": AT_ONCE}),
     "three, small": (ADA, 37, "short", 3, {"shift": 8, "settings": Settings(slow=8)}),
     "eight, small": (ADA, 13, "deep", 8, {"shift": 4, "settings": Settings(late=False, slow=2)}),
+    "eight, small, bulk copies": (replace(ADA, bulk=True), 21, "deep", 8, {"shift": 6, "settings": Settings(slow=7)}),
     "few rows": (replace(HOPPER, multiprocessors=8), 40, "deep", 8, {"shift": 2}),
     "eight, in turn": (replace(AMPERE, multiprocessors=1), 70, "deep", 8, {"shift": 13, "settings": Settings(slow=4)}),
 }
