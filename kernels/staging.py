@@ -293,7 +293,8 @@ class Schedule:
         """The schedule for up to eight columns, by what was measured on an H200 (figures: us, 14336x4096).
 
         * Up to two columns, 16 warps with two rows a lane, or 8 where more would have nothing to do (n = 1 on an H100:
-          Q8_0, 4864x896, 3.5, else 4.2; 640x1024 2.3, else 2.6), or no registers; beyond, where the loads of
+          Q8_0, 4864x896, 3.5, else 4.2; 640x1024 2.3, else 2.6), or no registers, or with two columns do not quantize
+          (4096x14336: Q5_K 17.4, else 18.7; Q6_K 22.1, else 23.1; but Q8_0 26.8, else 26.5); beyond, where the loads of
           activations are the limit, 8 warps with four rows a lane, if m fills the GPU so and there are registers for it
           (n = 8: Q4_K 20.8, else 26.6, when its units were of 32 weights; of 64 they are too large for four rows).
         * Two units a warp and stage where a stage stays small (n = 1: Q4_K, of 32 weights, 12.5, else 13.9); one where
@@ -336,14 +337,15 @@ class Schedule:
         crowded = many and columns == COLUMN_TILES[-1]
         warps = 8
         if columns <= 2 and (int8 or block_format.plain) and roomy and _registers(block_format) <= 12:
-            warps = 16 if case.fills_warps(16) else 8
+            busy = case.fills_warps(16) and (columns == 1 or columns * k <= 16 * FUSED_VALUES)
+            warps = 16 if busy else 8
         elif not int8 and columns * block_format.runs >= 32:
             warps = 4
         several = columns > 2 and int8
         frugal = _registers(block_format) < 12 and not crowded and not mapped
         lane_rows = 4 if several and case.fills(32) and frugal else 2
-        # So it does with eight columns of Q4_0, where a block's fields are put together from words around them.
-        pieced = columns == COLUMN_TILES[-1] and block_format.alignment < 4
+        # So it does with eight columns of four rows, or where a block's fields are put together from words around them.
+        pieced = columns == COLUMN_TILES[-1] and (lane_rows == 4 or block_format.alignment < 4)
         most = 1 if crowded or pieced or (many and columns > 1 and not int8) else 2
         if several and mapped:
             most = 4
