@@ -54,6 +54,7 @@ CASES: dict[str, tuple[Machine, int, str, int, dict[str, Any]]] = {
     "mapped": (HOPPER, 20, "short", 2, {"int8": False, "mapped": True, "shift": 13, "settings": Settings(slow=0)}),
     "not fused": (HOPPER, 70, "short", 3, {"x_shift": 4, "shift": 2, "settings": Settings(late=False, slow=5)}),
     "eight": (HOPPER, 37, "short", 8, {"settings": Settings(seed=1)}),
+    "eight, f16": (HOPPER, 20, "one", 8, {"int8": False, "settings": Settings(seed=2)}),
     "many rows": (replace(HOPPER, multiprocessors=1), 130, "one", 1, {"shift": 6, "settings": Settings(slow=3)}),
     "copied by 16": (replace(AMPERE, multiprocessors=1), 70, "deep", 1, {"mapped": True, "shift": 13}),
     "one block": (AMPERE, 5, "one", 3, {"int8": False, "settings": AT_ONCE}),
