@@ -258,8 +258,7 @@ def matvec_kernel(block_format: Format, schedule: Schedule) -> CUDAKernel:
         "ROUNDS": max(1, 8 // activations.columns),
         "RUN_NBYTES": activations.run_nbytes,
         "RUN_STEP": activations.run_step(block_format),
-        "SCALES_APART": activations.columns == COLUMN_TILES[-1]
-        and block_format.runs > 4,  # ptxas has no registers left
+        "SCALES_APART": block_format.runs > 4 and activations.columns == COLUMN_TILES[-1],  # else ptxas spills
         "SUMS": activations.sums,
         "X_BULK": schedule.x_bulk,
         "X_NBYTES": activations.nbytes(1),

@@ -302,7 +302,7 @@ _NUMBA = NumbaArrays()
 
 
 class _Kinds(dict[type, ArrayKind]):
-    """The kinds of the arrays of classes; those of a class seen before are found without a call of Python's."""
+    """Found once for each class, so that a later question is no call of Python's."""
 
     def __missing__(self, made: type) -> ArrayKind:
         self[made] = _find_kind(made)
@@ -310,6 +310,7 @@ class _Kinds(dict[type, ArrayKind]):
 
 
 KINDS: dict[type, ArrayKind] = _Kinds()
+"""The library that made an array, by the array's class: what :func:`kind_of` says, and raises."""
 
 
 def kind_of(array: Any) -> ArrayKind:
