@@ -256,6 +256,7 @@ def matvec_kernel(block_format: Format, schedule: Schedule) -> CUDAKernel:
         "INT8": activations.int8,
         "PROGRAMMATIC": schedule.bulk,
         "ROUNDS": max(1, 8 // activations.columns),
+        "RUN_MINIMA": activations.sums > 0 and block_format.run_minima,
         "RUN_NBYTES": activations.run_nbytes,
         "RUN_STEP": activations.run_step(block_format),
         "SCALES_APART": block_format.runs > 4 and activations.columns == COLUMN_TILES[-1],  # else ptxas spills

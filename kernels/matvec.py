@@ -71,9 +71,8 @@ def matvec(
 
     ``x`` holds ``scale_blocks`` of activations as :class:`qmm.kernels.staging.Activations` lays them out; or with
     FUSED, ``n`` rows of ``k`` float32, ``x_stride`` bytes apart, each at a multiple of 16 bytes. At ``zeros`` are
-    ZERO_NBYTES of them. ``y`` is float32, ``y_pitch`` apart. Of each of the
-    ``next_rows`` rows, or rows joined, that begin ``next_row_nbytes`` apart from ``next_weights`` on, the first
-    ``next_nbytes`` are brought into L2.
+    ZERO_NBYTES of them. ``y`` is float32, ``y_pitch`` apart. Of each of the ``next_rows`` rows, or rows joined, that
+    begin ``next_row_nbytes`` apart from ``next_weights`` on, the first ``next_nbytes`` are brought into L2.
     """
     lane = lane_index()
     thread = thread_index()
@@ -234,10 +233,9 @@ def multiply(
                             for e in unroll(4):
                                 square[2 * above + e] = sums[e]
                     elif INT8:
-                        if SUMS == 1:
+                        if SUMS == 1 or RUN_MINIMA:
                             sums_x = load_columns(x_sums + scale_block * (4 * COLUMNS))
-                        if SUMS == 2 and AT_ONCE == 2:
-                            sums_x = load_columns(x_sums + scale_block * (4 * COLUMNS))
+                        if RUN_MINIMA:
                             other_sums = load_columns(x_sums + (scale_blocks + scale_block) * (4 * COLUMNS))
                         elif SUMS == 2:  # factored, this address makes ptxas spill (Q5_K, n = 1, sm_90)
                             sums_x = load_columns(
@@ -282,7 +280,7 @@ def multiply(
                                             total[(above + below) * COLUMNS + 2 * pair + e] -= (
                                                 minimum[above + below] * sums_x[2 * pair + e]
                                             )
-                                        if SUMS == 2 and AT_ONCE == 2:
+                                        if RUN_MINIMA:
                                             total[(above + below) * COLUMNS + 2 * pair + e] -= (
                                                 other_minimum[above + below] * other_sums[2 * pair + e]
                                             )

@@ -56,7 +56,7 @@ LINE_NBYTES = 128
 fill the link less (H100, modulo 32: Q4_K 95% of what a plain reading gets, Q6_K 72%)."""
 WIDE_NBYTES = 42 << 10
 """The largest stage in which a warp takes two units at once (on an H100: Q5_K, 4096x14336, n = 1, with stages of 46,080
-bytes 17.1, else 15.5; but Q4_1, 4096x4096, n = 4, with 42,496 bytes 7.7, else 8.8)."""
+bytes 17.1, else 15.5; but Q4_1, 4096x4096, n = 4, with 41,984 bytes 7.7, else 8.8)."""
 FUSED_VALUES = 1024
 """The most activations that a warp quantizes, where each block does so for itself: eight loads of a thread, all under
 way at once."""
@@ -298,7 +298,8 @@ class Schedule:
           activations are the limit, 8 warps with four rows a lane, if m fills the GPU so and there are registers for it
           (n = 8: Q4_K 20.8, else 26.6, when its units were of 32 weights; of 64 they are too large for four rows).
         * Two units a warp and stage where a stage stays small (n = 1: Q4_K, of 32 weights, 12.5, else 13.9); one where
-          it would get large (Q8_0 18.7, else 19.5) or the row is too short for two (Q2_K 10.5, else 15.0).
+          it would get large (Q8_0 18.7, else 19.5) or the row is too short for two (Q2_K, of 64, 10.5, else
+          15.0).
         * Each block quantizes the activations for itself, if they are few for its warps (n = 4 on an H100: Q8_0,
           4096x4096, 13.4, else 12.6; Q3_K, 4096x14336, n = 1, of 8 warps 18.5, else 17.1; but n = 8, 256x640 3.7, else
           4.2).
@@ -421,10 +422,8 @@ class _Case(NamedTuple):
 
     def fills_warps(self, warps: int) -> bool:
         """Whether each of so many warps has a unit to take, of a row or of several rows at once."""
-        steps = -(-self.block_format.blocks(self.k) // 4) * self.block_format.lanes
-        return (
-            steps >= warps or _row_warps(self.block_format, self.m, self.k, warps, 16, self.machine.multiprocessors) > 1
-        )
+        several = _row_warps(self.block_format, self.m, self.k, warps, 16, self.machine.multiprocessors) > 1
+        return several or _steps(self.block_format, self.k) >= warps
 
     def fills(self, rows: int) -> bool:
         """Whether tiles of so many rows keep three quarters of the multiprocessors busy."""
@@ -442,9 +441,14 @@ def _registers(block_format: Format) -> int:
     return sum(np.size(value) for value in loaded)
 
 
+def _steps(block_format: Format, k: int) -> int:
+    """How many warps share a row of ``k`` weights at most: each takes one unit of four neighbouring blocks."""
+    return -(-block_format.blocks(k) // 4) * block_format.lanes
+
+
 def _row_warps(block_format: Format, m: int, k: int, warps: int, tile_rows: int, multiprocessors: int) -> int:
     """Tiles that a block takes at once: more than one where a row is too short for all warps, and rows are many."""
-    steps = -(-block_format.blocks(k) // 4) * block_format.lanes
+    steps = _steps(block_format, k)
     row_warps = 1
     while warps // (2 * row_warps) >= steps and m >= 4 * multiprocessors * row_warps * tile_rows:
         row_warps *= 2

@@ -326,16 +326,10 @@ class Engine(Closing):
             The call, None if ``x`` is in host memory; and the addresses of ``x`` and ``out``.
         """
         y_kind, y_address, of_y = None, 0, None
-        try:
-            x_address, of_x = kind.signature(x)
-            if out is not None:
-                y_kind = KINDS[type(out)]
-                y_address, of_y = y_kind.signature(out)
-        except Exception:  # each library's own, of an array that has no address
-            x_address, of_x = _viewed(kind, x)
-            if out is not None:
-                y_kind = kind_of(out)
-                y_address, of_y = _viewed(y_kind, out)
+        x_address, of_x = _signature(kind, x)
+        if out is not None:
+            y_kind = KINDS[type(out)]
+            y_address, of_y = _signature(y_kind, out)
         key: Hashable = (tensor, mode, kind, x_address & 15, of_x, y_kind, of_y)
         call = self._calls.get(key)
         if call is None and key not in self._calls:
@@ -417,7 +411,10 @@ if hasattr(os, "register_at_fork"):  # asking for the process number at each pro
     os.register_at_fork(after_in_child=_note_fork)
 
 
-def _viewed(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:
-    """What a kind's signature has, by its view, which says why there is none."""
-    view = kind.view(array)
-    return view.address, view
+def _signature(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:
+    """As the array's kind has it, or whatever error says why there is none."""
+    try:
+        return kind.signature(array)
+    except Exception:  # each library's own, of an array that has no address
+        view = kind.view(array)
+        return view.address, view

@@ -35,8 +35,7 @@ def load(block, lane):
 def unpack(lane, d_bits, scales_low, scales_high, scales_top, first_third, second_third, first, second):
     d = half(d_bits) * 0.03125
     low, high = scales(lane, scales_low, scales_high, scales_top)
-    first_third = first_third >> (4 * lane)
-    second_third = second_third >> (4 * lane)
+    first_third, second_third = first_third >> (4 * lane), second_third >> (4 * lane)
     return (
         (quants(first << 5, first_third << 7), d * (unsigned_byte(low & 63) - 32.0), 0.0),
         (quants(second << 5, second_third << 7), d * (unsigned_byte((low >> 8) & 63) - 32.0), 0.0),
@@ -52,8 +51,7 @@ def unpack(lane, d_bits, scales_low, scales_high, scales_top, first_third, secon
 def unpack_product(lane, d_bits, scales_low, scales_high, scales_top, first_third, second_third, first, second):
     d = -half(d_bits)
     low, high = scales(lane, scales_low, scales_high, scales_top)
-    first_third = first_third >> (4 * lane)
-    second_third = second_third >> (4 * lane)
+    first_third, second_third = first_third >> (4 * lane), second_third >> (4 * lane)
     return (
         (scaled_quants(first, first_third << 2, low & 63), d, 0.0),
         (scaled_quants(second, second_third << 2, (low >> 8) & 63), d, 0.0),
