@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-__all__ = ["CudaCallError", "attribute", "call", "current_device", "runtime"]
+__all__ = ["CudaCallError", "advice", "attribute", "call", "current_device", "runtime"]
 
 # What calls that release something return when nothing is left to release: the driver or the device's context is on its
 # way out, or somebody called cudaDeviceReset.
@@ -22,16 +23,31 @@ GONE: Final = frozenset(
 )
 
 
+STICKY: Final = frozenset({214, 220, 226, *range(700, 703), 710, *range(714, 720)})
+"""Numbers of errors, the same in the runtime and the driver, after which a process can do nothing more on its device:
+``cudaErrorECCUncorrectable`` (214), ``cudaErrorIllegalAddress`` (700), ``cudaErrorLaunchFailure`` (719), and so on."""
+LOST: Final = (
+    "A kernel of this process failed, here or earlier, qmm's or another's, and the device takes no more work from the "
+    "process: start a new one."
+)
+FORKED: Final = (
+    "CUDA was in use when this process was forked, which it does not survive: start the process with the spawn method, "
+    "or use CUDA in children only."
+)
+
+
 class CudaCallError(Exception):
     """A runtime call failed; its message is ``cudaHostRegister returned cudaErrorInvalidValue (1)``.
 
     Attributes:
         name: CUDA's name of the error, such as ``"cudaErrorInvalidValue"``.
+        number: CUDA's number of it; 0 where there was no call.
     """
 
-    def __init__(self, message: str, name: str = "") -> None:
+    def __init__(self, message: str, name: str = "", number: int = 0) -> None:
         super().__init__(message)
         self.name = name
+        self.number = number
 
     @property
     def gone(self) -> bool:
@@ -46,6 +62,7 @@ def runtime() -> Any:
     Raises:
         CudaCallError: cuda-python is not installed.
     """
+    _first_process()
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as reason:
@@ -63,8 +80,22 @@ def call(function: str, *arguments: Any) -> Any:
     error, *results = getattr(runtime(), function)(*arguments)
     if int(error) != 0:
         runtime().cudaGetLastError()
-        raise CudaCallError(f"{function} returned {error.name} ({int(error)})", error.name)
+        message = f"{function} returned {error.name} ({int(error)}){advice(int(error))}"
+        raise CudaCallError(message, error.name, int(error))
     return tuple(results) if len(results) > 1 else results[0] if results else None
+
+
+def advice(number: int) -> str:
+    """What to do about an error of this number beyond its name, as the end of a message; mostly nothing."""
+    if number in STICKY:
+        return f". {LOST}"
+    return f". {FORKED}" if _first_process() != os.getpid() else ""
+
+
+@functools.cache
+def _first_process() -> int:
+    """The process that used CUDA first; a forked child inherits the answer."""
+    return os.getpid()
 
 
 def attribute(name: str, device: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
 import weakref
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from qmm.errors import ClosedError, MappingError
 from qmm.loaders.closing import Closing
 from qmm.loaders.files import FileIdentity, open_regular
+from qmm.loaders.forks import ProcessLock
 
 __all__ = ["FileMapping"]
 
@@ -45,7 +45,7 @@ class _Pages:
 
 
 _pages: weakref.WeakValueDictionary[FileIdentity, _Pages] = weakref.WeakValueDictionary()
-_lock = threading.Lock()
+_lock = ProcessLock()
 
 
 class FileMapping(Closing):

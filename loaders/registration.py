@@ -9,14 +9,15 @@ the runtime's last error set, so it is cleared; the device address may differ fr
 from __future__ import annotations
 
 import mmap
-import threading
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 from qmm.errors import ClosedError, RegistrationError
-from qmm.loaders.closing import Closing
+from qmm.loaders.closing import Closing, undisturbed
 from qmm.loaders.cuda import CudaCallError, attribute, call, current_device, runtime
+from qmm.loaders.forks import ProcessLock
 from qmm.loaders.mapping import FileMapping
 from qmm.loaders.pages import Span, covering_pages, cut, gaps
 
@@ -31,15 +32,19 @@ REQUIRED_ATTRIBUTES: Final = {
 }
 """Device attributes without which nothing can be registered, and what their absence means."""
 
+NO_MEMORY: Final = ("cudaErrorMemoryAllocation", "cudaErrorOperatingSystem")
+LOCKABLE: Final = (
+    "Registering locks pages: is there so much memory, and may the process lock it (ulimit -l, the container's limit)?"
+)
 WAY_OUT: Final = 'Use placement="device" (a copy in GPU memory) or placement="host" (the CPU).'
 
 
 @dataclass(eq=False, slots=True)
 class _Chunk:
-    """A span that one call registered, how many registrations use it, and the device address of its first byte."""
+    """A span that one call registers, how many registrations use it, and the device address of its first byte."""
 
     span: Span
-    device_address: int
+    device_address: int = 0
     users: int = 0
 
     def overlaps(self, span: Span) -> bool:
@@ -56,14 +61,15 @@ class _Table:
 
 # By host address, which is unique while mapped, and the table's handle keeps it mapped.
 _tables: dict[int, _Table] = {}
-_lock = threading.Lock()
+_lock = ProcessLock()
+os.register_at_fork(after_in_child=_tables.clear)  # what CUDA holds is the parent's
 
 
 class HostRegistration(Closing):
     """Registered pages of one mapped file. A context manager; share it between threads freely.
 
     Registrations of one file share pages: each page is registered once in the process, and unregistered by the last
-    registration that uses it. One that is dropped without ``close`` keeps its pages locked until the process ends.
+    registration that uses it. In a forked child they are closed.
     """
 
     def __init__(self, mapping: FileMapping, table: _Table, chunks: list[_Chunk], device: int) -> None:
@@ -73,6 +79,7 @@ class HostRegistration(Closing):
         self._mapping = mapping
         self._table = table
         self._chunks = chunks
+        self._process = os.getpid()
 
     @classmethod
     def of(
@@ -103,7 +110,7 @@ class HostRegistration(Closing):
             mapping.require(offset, nbytes)
         mapping.check()
         spans = covering_pages(ranges, mmap.PAGESIZE)
-        with _lock:
+        with undisturbed(), _lock:
             # The table's own handle keeps the pages mapped for as long as one of them is registered.
             table = _tables.setdefault(mapping.address, _Table(mapping.share()))
             try:
@@ -121,8 +128,8 @@ class HostRegistration(Closing):
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
-        return self._mapping.closed
+        """Whether it was closed, or is the parent's of this process."""
+        return self._mapping.closed or self._process != os.getpid()
 
     @property
     def nbytes_registered(self) -> int:
@@ -179,8 +186,9 @@ class HostRegistration(Closing):
             RegistrationError: A call failed, most often because a kernel did: its error shows here first. Pages that
                 could not be unregistered stay mapped.
         """
-        with _lock:
+        with undisturbed(), _lock:
             if self.closed:
+                self._mapping.close()
                 return
             for chunk in self._chunks:
                 chunk.users -= 1
@@ -198,7 +206,8 @@ class HostRegistration(Closing):
 
     def _require_open(self) -> None:
         if self.closed:
-            raise ClosedError(f"{self.path}: the registration was closed. Register the mapping again.")
+            closed = "is of the process that this one was forked from" if self._process != os.getpid() else "was closed"
+            raise ClosedError(f"{self.path}: the registration {closed}. Register the mapping again.")
 
 
 def _check_device(device: int) -> None:
@@ -208,32 +217,31 @@ def _check_device(device: int) -> None:
 
 
 def _register_missing(table: _Table, spans: list[Span], chunk_nbytes: int) -> None:
-    """Register all of ``spans`` that ``table`` does not have yet, or, if a call fails, nothing."""
+    """Register all of ``spans`` that ``table`` does not have yet, or, if a call fails or is interrupted, nothing."""
     taken = [chunk.span for chunk in table.chunks]
-    added: list[_Chunk] = []
     try:
         for span in spans:
             for gap in gaps(span, taken):
                 for piece in cut(gap, chunk_nbytes):
-                    added.append(_register(table, piece))
-    except CudaCallError:
-        _unregister(table, added)
+                    table.chunks.append(_Chunk(piece))  # before the call: Ctrl-C may come right behind it
+                    _register(table, table.chunks[-1])
+    except BaseException:
+        _unregister(table, [chunk for chunk in table.chunks if chunk.span not in taken])
         raise
+    table.chunks.sort(key=lambda chunk: chunk.span)
 
 
-def _register(table: _Table, span: Span) -> _Chunk:
+def _register(table: _Table, chunk: _Chunk) -> None:
+    """Register a chunk of the table; if it is refused, it is none."""
     cuda = runtime()
     flags = cuda.cudaHostRegisterPortable | cuda.cudaHostRegisterMapped | cuda.cudaHostRegisterReadOnly
-    host_address = table.mapping.address + span.start
-    call("cudaHostRegister", host_address, span.nbytes, flags)
+    host_address = table.mapping.address + chunk.span.start
     try:
-        chunk = _Chunk(span, int(call("cudaHostGetDevicePointer", host_address, 0)))
-    except CudaCallError:
-        call("cudaHostUnregister", host_address)
+        call("cudaHostRegister", host_address, chunk.span.nbytes, flags)
+    except CudaCallError:  # what is registered there is somebody else's, who unregisters it
+        table.chunks.remove(chunk)
         raise
-    table.chunks.append(chunk)
-    table.chunks.sort(key=lambda chunk: chunk.span)
-    return chunk
+    chunk.device_address = int(call("cudaHostGetDevicePointer", host_address, 0))
 
 
 def _release(table: _Table, idle: list[_Chunk], device: int) -> CudaCallError | None:
@@ -272,4 +280,5 @@ def _drop_if_empty(table: _Table) -> None:
 
 def _refusal(mapping: FileMapping, spans: list[Span], device: int, reason: CudaCallError) -> str:
     nbytes = sum(span.nbytes for span in spans)
-    return f"{mapping.path}: {nbytes} bytes cannot be registered on CUDA device {device}: {reason}. {WAY_OUT}"
+    memory = f"{LOCKABLE} " if reason.name in NO_MEMORY else ""
+    return f"{mapping.path}: {nbytes} bytes cannot be registered on CUDA device {device}: {reason}. {memory}{WAY_OUT}"

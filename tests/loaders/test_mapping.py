@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from children import run_python
 
 from qmm.errors import ClosedError, MappingError
 from qmm.loaders import FileMapping
+from qmm.loaders import mapping as mapping_module
 
 
 @pytest.fixture
@@ -140,12 +144,16 @@ def test_unchanged_file_passes_the_check(file: Path) -> None:
     ("change", "says"),
     [
         (lambda path: os.truncate(path, 100), r"nbytes was 10244, is 100"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"more"), r"nbytes was 10244, is 10248"),
+        (lambda path: path.write_bytes(path.read_bytes()[::-1]), r"mtime_ns was \d+, is \d+"),
         (lambda path: os.utime(path, ns=(5, 5)), r"mtime_ns was \d+, is 5"),
         (lambda path: path.unlink(), r"is gone: No such file"),
+        (lambda path: path.rename(path.with_name("other")), r"is gone: No such file"),
     ],
-    ids=["shorter", "touched", "gone"],
+    ids=["shorter", "longer", "rewritten", "touched", "removed", "renamed"],
 )
 def test_changed_file_fails_the_check(file: Path, change: object, says: str) -> None:
+    os.utime(file, ns=(1, 1))  # a clock of some milliseconds may not tell two writes apart
     with FileMapping.open(file) as mapping:
         change(file)  # type: ignore[operator]
         with pytest.raises(MappingError, match=says):
@@ -181,3 +189,52 @@ def test_no_descriptor_is_left_behind(file: Path) -> None:
         with pytest.raises(MappingError):
             FileMapping.open(file.parent)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+CUT_OFF = """
+import os
+from qmm.errors import MappingError
+from qmm.loaders import FileMapping
+
+mapping = FileMapping.open(sys.argv[1])
+view = mapping.view(0, mapping.nbytes)
+os.truncate(sys.argv[1], 4096)
+print(view[0], view[4095], flush=True)
+try:
+    mapping.check()
+except MappingError as error:
+    print("refused", flush=True)
+print(view[int(sys.argv[2])], flush=True)
+"""
+
+
+def test_reading_what_was_cut_off_a_file_ends_the_process_and_the_check_comes_before(file: Path) -> None:
+    whole = file.read_bytes()
+    done = run_python(CUT_OFF, file, 4096)
+    assert (done.returncode, done.stdout) == (-signal.SIGBUS, "0 255\nrefused\n")
+    file.write_bytes(whole)
+    done = run_python(CUT_OFF, file, 4000)
+    assert (done.returncode, done.stdout) == (0, f"0 255\nrefused\n{whole[4000]}\n")
+
+
+def test_a_forked_child_opens_files_whatever_other_threads_were_doing(file: Path) -> None:
+    """A thread that is not in the child held the lock when it was forked."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with mapping_module._lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking a process with threads
+        child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        os._exit(FileMapping.open(file).view(1, 1)[0])
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
