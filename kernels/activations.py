@@ -184,13 +184,13 @@ def quantize_block(x, x_stride, n, k, blocks, values, thread):
         at += ROUNDS * 4 * 32 * WARPS
 
 
-def cast(source, n, m, target, row_stride, column_stride):
-    """Copies ``(n, m)`` float32, row-major, to where ``store_value`` puts a value of another dtype; strides in
-    bytes."""
+def cast(source, pitch, n, m, target, row_stride, column_stride):
+    """Copies ``(n, m)`` float32, row-major and ``pitch`` bytes apart (0: all the same), to where ``store_value`` puts a
+    value of another dtype; strides in bytes."""
     item = block_index() * (WARPS * 32) + thread_index()
     step = block_count() * (WARPS * 32)
     while item < n * m:
         row = item // m
         column = item - row * m
-        store_value(target + row * row_stride + column * column_stride, load_float(source + item * 4))
+        store_value(target + row * row_stride + column * column_stride, load_float(source + item * pitch))
         item += step

@@ -20,6 +20,7 @@ from qmm.kernels.staging import COLUMN_TILES, PRODUCERS, WARPS, Schedule, Tiling
 
 __all__ = [
     "CUDAKernel",
+    "DriverCallError",
     "Launch",
     "alignment_of",
     "cast_kernel",
@@ -33,6 +34,14 @@ __all__ = [
 LOADS = {"float32": "load_float", "float16": "load_half", "bfloat16": "load_bfloat"}
 STORES = {"float32": "store_float", "float16": "store_half", "bfloat16": "store_bfloat"}
 THREADS = 32 * WARPS
+
+
+class DriverCallError(RuntimeError):
+    """A driver call failed; ``number`` is CUDA's of the error."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class CUDAKernel:
@@ -93,7 +102,7 @@ class CUDAKernel:
         """Put a launch of ``blocks`` blocks on a stream (its handle; 0 is the default stream) of the current device.
 
         Raises:
-            RuntimeError: the driver refused; the message names the kernel and the call.
+            DriverCallError: the driver refused; the message names the kernel and the call.
         """
         Launch(self, device, blocks, arguments, shared_nbytes, early=False).queue(stream)
 
@@ -129,7 +138,7 @@ class CUDAKernel:
         """The driver's function, in the current device's context.
 
         Raises:
-            RuntimeError: the driver refused the code.
+            DriverCallError: the driver refused the code.
         """
         module = _require(*driver.cuModuleLoadData(code.code), doing=f"loading {self.name}")
         function = _require(*driver.cuModuleGetFunction(module, code.entry.encode()), doing=f"finding {self.name}")
@@ -162,7 +171,7 @@ class Launch:
             early: whether it may start before the kernel before it ends; it must be written so as to wait itself.
 
         Raises:
-            RuntimeError: the driver refused the kernel.
+            DriverCallError: the driver refused the kernel.
         """
         if len(arguments) != kernel.arguments:
             raise TypeError(f"{kernel.name} takes {kernel.arguments} arguments, not {len(arguments)}")
@@ -188,7 +197,7 @@ class Launch:
         """Put the launch on a stream (its handle; 0 is the default stream).
 
         Raises:
-            RuntimeError: the driver refused; the message names the kernel.
+            DriverCallError: the driver refused; the message names the kernel.
         """
         if stream != self._stream:
             self._config.hStream = stream
@@ -207,7 +216,7 @@ def _attribute(name: str, device: int) -> int:
 def _require(error: Any, *results: Any, doing: str = "") -> Any:
     """The result of a driver call that must succeed."""
     if int(error):
-        raise RuntimeError(f"{doing}: the driver returned {error.name} ({int(error)})")
+        raise DriverCallError(f"{doing}: the driver returned {error.name} ({int(error)})", int(error))
     return results[0] if results else None
 
 
@@ -296,7 +305,7 @@ def quantize_kernel(dtype: str, int8: bool, programmatic: bool = True) -> CUDAKe
 def cast_kernel(dtype: str) -> CUDAKernel:
     """float32 results to an array of ``dtype`` with any strides."""
     constants = {"WARPS": WARPS, "store_value": STORES[dtype]}
-    return _described(f"cast_{dtype}", "activations.cast", 6, constants)
+    return _described(f"cast_{dtype}", "activations.cast", 7, constants)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ qmm imports none of the optional three: an array's own class leads to its librar
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
@@ -65,6 +66,8 @@ class View:
     @property
     def overlaps_itself(self) -> bool:
         """Whether two elements may share memory, as in a broadcast array."""
+        if 0 in self.shape:  # NumPy's strides are 0 then
+            return False
         axes = sorted(
             (abs(stride), length) for length, stride in zip(self.shape, self.strides, strict=True) if length > 1
         )
@@ -170,6 +173,11 @@ def _check_dtype(name: str, what: str) -> str:
     return name
 
 
+def _rows(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """As a matrix of as many rows as leading dimensions make; NumPy finds no number for them where k is 0."""
+    return values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
+
+
 class NumPyArrays(ArrayKind):
     """``numpy.ndarray``; bfloat16 is the one of the package ml_dtypes."""
 
@@ -188,7 +196,7 @@ class NumPyArrays(ArrayKind):
         return np.empty(shape, like.dtype)
 
     def to_host(self, array: np.ndarray[Any, Any]) -> npt.NDArray[np.float32]:
-        return np.ascontiguousarray(array, np.float32).reshape(-1, array.shape[-1])
+        return _rows(np.ascontiguousarray(array, np.float32))
 
     def from_host(self, values: npt.NDArray[np.float32], target: np.ndarray[Any, Any]) -> None:
         with np.errstate(over="ignore"):  # float16 overflows to infinity, as on the GPU
@@ -222,7 +230,7 @@ class TorchArrays(ArrayKind):
     def to_host(self, array: Any) -> npt.NDArray[np.float32]:
         torch = sys.modules["torch"]
         values: npt.NDArray[np.float32] = array.detach().to(torch.float32).contiguous().numpy()
-        return values.reshape(-1, values.shape[-1])
+        return _rows(values)
 
     def from_host(self, values: npt.NDArray[np.float32], target: Any) -> None:
         torch = sys.modules["torch"]

@@ -86,7 +86,7 @@ def demo(
     if gpu is not None:
         stage("eight steps from the file to a kernel")
         smoked = smoke(path, gpu.number)
-    with open_model(path) as model, Engine(model, device, placement) as engine:
+    with open_model(path) as model, Engine(model, device, placement, probe=True) as engine:
         stage(engine.explanation)
         tensors = [tensor for tensor in model.values() if tensor.supported]
         compile_seconds = _compile(engine, tensors, stage)

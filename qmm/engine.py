@@ -6,7 +6,8 @@ import functools
 import math
 import os
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qmm.arrays import KINDS, ArrayKind, View, kind_of, stream_handle
-from qmm.errors import ArrayError, ClosedError, DeviceError
+from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
 from qmm.loaders.closing import Closing
 from qmm.model import Model, Tensor
 from qmm.placement import DeviceCopies, HostWeights, MappedWeights, Weights
 from qmm.plan import Plan, Step
-from qmm.platform import choose
+from qmm.platform import Choice, choose
+from qmm.uses import Uses
 
 if TYPE_CHECKING:
     from qmm.gpu import GPU, Product
@@ -41,6 +43,8 @@ class _Call(NamedTuple):
 class Engine(Closing):
     """Multiplies by the tensors of a model, on one device, from one placement. A context manager.
 
+    Threads may share it. One that closes it waits for the calls of the others.
+
     Args:
         model: an open model. The engine holds its mappings on its own.
         device: ``"auto"`` (the first GPU if there is one, else the CPU), ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or N.
@@ -50,6 +54,8 @@ class Engine(Closing):
         activations: ``"int8"`` (blocks of 32 with one scale, as ggml has them) or ``"f16"`` (unquantized; on the CPU
             they stay float32). Tensors of F32, F16 and BF16 are always multiplied by unquantized activations.
         tensors: names of those that will be used, where that is not all; only their pages are registered.
+        probe: whether registering is tried in a child process first, if the file is the first one on its file system.
+            A registration that hangs or kills is an error then; under ``"device"``, copies are made without one.
 
     Attributes:
         explanation: where the engine works and why, in one sentence.
@@ -74,8 +80,10 @@ class Engine(Closing):
         *,
         activations: str = "int8",
         tensors: Iterable[str] | None = None,
+        probe: bool = False,
     ) -> None:
         self._closed = True  # until there is something to close
+        self._uses: Uses | None = None
         self._check_activations(activations)
         self.model = model
         self.activations = activations
@@ -97,13 +105,17 @@ class Engine(Closing):
         else:
             from qmm.gpu import GPU
 
+            registers = not probe or self._try_registering(chosen, choice)
             self.gpu = GPU(choice.gpu.number)
             try:
-                placed = MappedWeights if choice.placement == "mapped" else DeviceCopies
-                self._weights = placed(chosen, self.gpu)
+                if choice.placement == "mapped":
+                    self._weights = MappedWeights(chosen, self.gpu)
+                else:
+                    self._weights = DeviceCopies(chosen, self.gpu, registers)
             except BaseException:
                 self.gpu.close()
                 raise
+        self._uses = Uses()
         self._closed = False
 
     @property
@@ -174,7 +186,8 @@ class Engine(Closing):
         if stream is not None:
             raise ArrayError("stream= is for arrays on the GPU; x is in host memory, where the call waits anyway")
         int8 = mode == "int8" and not tensor.format.plain
-        kind.from_host(self._matmul_host(tensor, kind.to_host(x), int8), out)
+        with self._under_way():
+            kind.from_host(self._matmul_host(tensor, kind.to_host(x), int8), out)
         return out
 
     def plan(self, products: Iterable[tuple[str | Tensor, Any, Any]], *, activations: str | None = None) -> Plan:
@@ -198,6 +211,10 @@ class Engine(Closing):
             raise DeviceError(f"a plan is a CUDA graph, but this engine works on the CPU: {self.explanation}")
         if not listed:
             raise ArrayError("a plan needs a product at least")
+        with self._under_way():
+            return self._new_plan(self.gpu, listed, mode)
+
+    def _new_plan(self, gpu: GPU, listed: Sequence[tuple[str | Tensor, Any, Any]], mode: str) -> Plan:
         steps = []
         for number, (named, x, y) in enumerate(listed):
             tensor = self._tensor(named)
@@ -211,7 +228,7 @@ class Engine(Closing):
             check = self._checks.setdefault(tensor.info.path, functools.partial(self._weights.check, tensor))
             steps.append(Step(call.product, x_address, y_address, check, (x, y)))
         first = listed[0][1]
-        plan = Plan(self, self.gpu, steps, kind_of(first), first)
+        plan = Plan(self, gpu, steps, kind_of(first), first)
         self._plans.add(plan)
         return plan
 
@@ -242,35 +259,39 @@ class Engine(Closing):
             )
         rows = end - first_row
         block_format = tensor.format
-        address = self._weights.address(tensor) + first_row * block_format.row_nbytes(tensor.k)
-        if self.gpu is None:
-            from qmm.kernels import cpu
+        with self._under_way():
+            address = self._weights.address(tensor) + first_row * block_format.row_nbytes(tensor.k)
+            if self.gpu is None:
+                from qmm.kernels import cpu
 
-            out = np.empty((rows, tensor.k), np.float32)
-            if out.size:
-                cpu.dequantize(block_format, address, rows, tensor.k, out)
-        else:
-            out = self.gpu.dequantize_host(block_format, address, rows, tensor.k, self.gpu.stream)
+                out = np.empty((rows, tensor.k), np.float32)
+                if out.size:
+                    cpu.dequantize(block_format, address, rows, tensor.k, out)
+            else:
+                out = self.gpu.dequantize_host(block_format, address, rows, tensor.k, self.gpu.stream)
         return out.reshape(tensor.shape) if whole else out
 
     def address(self, tensor: str | Tensor) -> int:
         """Where the engine's device reads the tensor's first byte; good until the engine is closed."""
-        return self._weights.address(self._tensor(tensor))
+        tensor = self._tensor(tensor)
+        with self._under_way():
+            return self._weights.address(tensor)
 
     def close(self) -> None:
-        """Wait for the device, then give up copies, registrations and mappings. Twice is harmless.
+        """Wait for calls of other threads and for the device, then give up copies, registrations and mappings. Twice is
+        harmless.
 
         Raises:
             DeviceError, RegistrationError: work that was still queued failed.
         """
-        if self._closed:
+        if self._uses is None:
             return
         self._closed = True
-        if self.forked:
+        if self.forked or not self._uses.end():
             return
         try:
             if self.gpu is not None:
-                self.gpu.drain()
+                self.gpu.stop()
                 for plan in list(self._plans):
                     plan.close()
         finally:
@@ -280,14 +301,35 @@ class Engine(Closing):
                 if self.gpu is not None:
                     self.gpu.close()
 
-    def __del__(self) -> None:
-        try:
-            self.close()
-        except Exception:  # nobody is left to tell, and CUDA may be shutting down
-            return
-
     def __repr__(self) -> str:
         return f"<Engine {self.explanation}{' (closed)' if self._closed else ''}>"
+
+    @staticmethod
+    def _try_registering(tensors: Iterable[Tensor], choice: Choice) -> bool:
+        """Whether registering the tensors' files works, as far as a child process tells."""
+        from qmm.contact import first_contact
+
+        assert choice.gpu is not None
+        try:
+            for path in {tensor.info.path for tensor in tensors}:
+                first_contact(path, choice.gpu)
+        except RegistrationError:
+            if choice.placement == "mapped":
+                raise
+            return False
+        return True
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """In this block the engine stays as it is, whoever closes it."""
+        assert self._uses is not None
+        with self._uses as there:
+            if not there:
+                raise self._was_closed()
+            yield
+
+    def _was_closed(self) -> ClosedError:
+        return ClosedError(f"{self.model.path}: the engine was closed. Make another one.")
 
     def _matmul_host(self, tensor: Tensor, x: npt.NDArray[np.float32], int8: bool) -> npt.NDArray[np.float32]:
         address = self._weights.address(tensor)
@@ -305,7 +347,7 @@ class Engine(Closing):
 
     def _tensor(self, tensor: str | Tensor) -> Tensor:
         if self._closed:
-            raise ClosedError(f"{self.model.path}: the engine was closed. Make another one.")
+            raise self._was_closed()
         if self.gpu is not None and self.forked:
             raise ClosedError(
                 f"{self.model.path}: the engine was made in process {self._process}, and CUDA does not survive a fork "
@@ -333,21 +375,23 @@ class Engine(Closing):
         key: Hashable = (tensor, mode, kind, x_address & 15, of_x, y_kind, of_y)
         call = self._calls.get(key)
         if call is None and key not in self._calls:
-            call = self._keep(key, self._new_call(tensor, mode, kind, x, out))
+            call = self._keep(key, tensor, mode, kind, x, out)
         if call is not None and call.product is not None and call.product.meet(x_address, y_address):
             key = (key, "not apart")
-            call = self._calls.get(key) or self._keep(key, self._new_call(tensor, mode, kind, x, out, apart=False))
+            call = self._calls.get(key) or self._keep(key, tensor, mode, kind, x, out, apart=False)
         return call, x_address, y_address
 
-    def _keep(self, key: Hashable, call: _Call | None) -> _Call | None:
+    def _keep(
+        self, key: Hashable, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any, apart: bool = True
+    ) -> _Call | None:
+        with self._under_way():
+            call = self._new_call(tensor, mode, kind, x, out, apart)
         if len(self._calls) >= CALLS:
             self._calls.clear()
         self._calls[key] = call
         return call
 
-    def _new_call(
-        self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any, apart: bool = True
-    ) -> _Call | None:
+    def _new_call(self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any, apart: bool) -> _Call | None:
         self._check_activations(mode)
         source = kind.view(x)
         self._check_input(tensor, source)
@@ -405,6 +449,8 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 def _note_fork() -> None:
     for engine in list(_engines):
         engine.forked = True
+        if engine._uses is not None:
+            engine._uses = Uses()  # the parent's threads are not here, and what they use does not end
 
 
 if hasattr(os, "register_at_fork"):  # asking for the process number at each product would take a system call

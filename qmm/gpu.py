@@ -11,13 +11,13 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import numpy.typing as npt
 
-from qmm.arrays import View
-from qmm.errors import DeviceError
+from qmm.arrays import Slab, View
+from qmm.errors import ClosedError, DeviceError
 from qmm.kernels import launch
 from qmm.kernels.formats import Format
 from qmm.kernels.staging import (
@@ -30,7 +30,8 @@ from qmm.kernels.staging import (
     Tiling,
     scale_blocks_of,
 )
-from qmm.loaders.cuda import CudaCallError, attribute, call, current_device, runtime
+from qmm.loaders.closing import undisturbed
+from qmm.loaders.cuda import CudaCallError, advice, attribute, call, current_device, runtime
 
 __all__ = ["GPU", "Graph", "Product"]
 
@@ -95,6 +96,7 @@ class Graph:
 
     def __init__(self, gpu: GPU, graph: object) -> None:
         self._gpu = gpu
+        self._ended = False
         self._made = ExitStack()
         self._made.callback(call, "cudaGraphDestroy", graph)
         try:
@@ -108,19 +110,32 @@ class Graph:
         """Put one replay on a stream.
 
         Raises:
+            ClosedError: it was ended.
             DeviceError: CUDA refused.
         """
-        with self._gpu.ready("launching a graph"):
+        with self._gpu.working("launching a graph"):
+            if self._ended:
+                raise ClosedError("the graph was closed meanwhile, by another thread. Make another one.")
             call("cudaGraphLaunch", self._executable, stream)
 
+    def end(self) -> bool:
+        """Let it be launched no more; whether this was the first call, whichever thread makes it."""
+        with self._gpu.lock:
+            ended, self._ended = self._ended, True
+            return not ended
+
     def close(self) -> None:
-        """Free it, once the device is done with it."""
+        """Free it, once the device is done with it. Twice is harmless."""
         with self._gpu.errors("freeing a graph"), current_device(self._gpu.device):
             self._made.close()
 
 
 class GPU:
-    """One device as an engine uses it."""
+    """One device as an engine uses it.
+
+    Attributes:
+        lock: held by the thread that puts work on the device.
+    """
 
     def __init__(self, device: int) -> None:
         self.device = device
@@ -137,7 +152,8 @@ class GPU:
         self._scratch: dict[int, tuple[int, int]] = {}
         self._areas: list[int] = []
         self._products: dict[Hashable, Product] = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        self._stopped = False
         self._zeros = self.area(ZERO_NBYTES, "zeros")
         with self.errors("preparing the device"), current_device(device):
             call("cudaMemset", self._zeros, 0, ZERO_NBYTES)
@@ -149,7 +165,11 @@ class GPU:
         try:
             yield
         except (CudaCallError, RuntimeError) as reason:
-            raise DeviceError(f"{doing} on CUDA device {self.device}: {reason}") from reason
+            raise self._failed(doing, reason) from reason
+
+    def _failed(self, doing: str, reason: Exception) -> DeviceError:
+        hint = advice(reason.number) if isinstance(reason, launch.DriverCallError) else ""
+        return DeviceError(f"{doing} on CUDA device {self.device}: {reason}{hint}")
 
     @contextmanager
     def ready(self, doing: str) -> Iterator[None]:
@@ -167,7 +187,22 @@ class GPU:
                 with current_device(self.device):
                     yield
         except (CudaCallError, RuntimeError) as reason:
-            raise DeviceError(f"{doing} on CUDA device {self.device}: {reason}") from reason
+            raise self._failed(doing, reason) from reason
+
+    @contextmanager
+    def working(self, doing: str) -> Iterator[None]:
+        """The same for putting work on the device, which one thread at a time does, and none after :meth:`stop`.
+
+        Raises:
+            ClosedError: it was stopped.
+        """
+        with self.lock, self.ready(doing):
+            self._require_work()
+            yield
+
+    def _require_work(self) -> None:
+        if self._stopped:
+            raise ClosedError(f"the engine on CUDA device {self.device} was closed. Make another one.")
 
     # Memory -----------------------------------------------------------------------------------------------------------
 
@@ -185,6 +220,18 @@ class GPU:
         with self.errors("freeing memory"), current_device(self.device):
             call("cudaFree", address)
 
+    @contextmanager
+    def lent(self, nbytes: int, what: str) -> Iterator[int]:
+        """Device memory for the ``with`` block, whose own error is the one to show if giving it back fails too."""
+        address = self.allocate(nbytes, what)
+        try:
+            yield address
+        except BaseException:
+            with suppress(DeviceError):
+                self.free(address)
+            raise
+        self.free(address)
+
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         """Copy between any two addresses, on a stream."""
         with self.errors(f"copying {nbytes} bytes"), current_device(self.device):
@@ -194,6 +241,12 @@ class GPU:
         """Wait for a stream; an error of what ran on it shows here."""
         with self.errors("waiting for a stream"), current_device(self.device):
             call("cudaStreamSynchronize", stream)
+
+    def stop(self) -> None:
+        """Take no more work, and wait for what there is on the device; an error of any of it shows here."""
+        with self.lock:
+            self._stopped = True
+        self.drain()
 
     def drain(self) -> None:
         """Wait for all work on the device; an error of any of it shows here."""
@@ -280,10 +333,11 @@ class GPU:
         try:  # what ready() would do, without its microsecond
             self._queue(product, x, out, stream, scratch)
         except RuntimeError as reason:
-            raise DeviceError(f"a product on CUDA device {self.device}: {reason}") from reason
+            raise self._failed("a product", reason) from reason
 
     def _queue(self, product: Product, x: int, out: int, stream: int, scratch: int) -> None:
-        with self._lock:
+        with self.lock:
+            self._require_work()
             if product.scratch_nbytes and not scratch:
                 scratch = self._scratch_for(stream, product.scratch_nbytes)
             bases = (x, out, scratch)
@@ -295,7 +349,7 @@ class GPU:
     def sequence(self, products: Sequence[tuple[Product, int, int]], stream: int, scratch: int) -> None:
         """Put products with their arrays' addresses on a stream, as :meth:`queue` does. While one ends, some of the
         next one's weights is brought into L2."""
-        with self._lock:
+        with self.lock:
             for (product, x, out), following in itertools.zip_longest(products, products[1:]):
                 product.announce(following[0].opening if following else NOTHING)
                 try:
@@ -321,7 +375,7 @@ class GPU:
         """
         of_x = (x.shape, x.strides, x.dtype, x.address % 16 == 0)
         key = (block_format, weights, m, k, of_x, out.shape, out.strides, out.dtype, int8, apart)
-        with self._lock:
+        with self.lock:
             product = self._products.get(key)
             if product is None:
                 with self.ready(f"the product with {m} x {k} {block_format.name}"):
@@ -334,6 +388,8 @@ class GPU:
     def _prepared(
         self, block_format: Format, weights: int, m: int, k: int, x: View, out: View, int8: bool, apart: bool
     ) -> Product:
+        if k == 0:
+            return self._zero_product(m, out)
         n = math.prod(x.shape[:-1])
         slabs = list(x.slabs())
         row_stride = slabs[0].row_stride
@@ -401,12 +457,23 @@ class GPU:
 
     def _add_stores(self, product: Product, results: int, n: int, m: int, out: View) -> None:
         """Copies of float32 results, at an offset in scratch memory, to where ``out`` has them."""
-        kernel = launch.cast_kernel(out.dtype)
         for slab in out.slabs():
-            blocks = self._grid(-(-slab.rows * m // (WARPS * 32)))
-            arguments = (0, slab.rows, m, 0, slab.row_stride, slab.column_stride)
-            made = launch.Launch(kernel, self.device, blocks, arguments, 0, early=False)
-            product.add(made, (0, 2, results + slab.first * m * 4), (3, 1, slab.address - out.address))
+            made = self._cast(out.dtype, slab, m, 0, 4)
+            product.add(made, (0, 2, results + slab.first * m * 4), (4, 1, slab.address - out.address))
+
+    def _zero_product(self, m: int, out: View) -> Product:
+        """The product with rows of no weights at all, which is zero everywhere."""
+        product = Product(0)
+        for slab in out.slabs():
+            there = (4, 1, slab.address - out.address)
+            product.add(self._cast(out.dtype, slab, m, self._zeros, 0), there, there)
+        return product
+
+    def _cast(self, dtype: str, slab: Slab, m: int, source: int, pitch: int) -> launch.Launch:
+        """A copy of float32 numbers, ``pitch`` bytes apart, to a slab of ``m`` columns."""
+        blocks = self._grid(-(-slab.rows * m // (WARPS * 32)))
+        arguments = (source, pitch, slab.rows, m, 0, slab.row_stride, slab.column_stride)
+        return launch.Launch(launch.cast_kernel(dtype), self.device, blocks, arguments, 0, early=False)
 
     def dequantize(self, block_format: Format, weights: int, m: int, k: int, out: int, stream: int) -> None:
         """Float32 weights, ``(m, k)`` row-major at ``out``, a multiple of 16 bytes."""
@@ -415,7 +482,7 @@ class GPU:
         row_nbytes = block_format.row_nbytes(k)
         tiling = Tiling.of_dequantization(block_format, launch.alignment_of(weights | row_nbytes), self.machine)
         kernel = launch.dequantize_kernel(block_format, tiling, self.machine.bulk)
-        with self._lock, self.ready(f"dequantizing {m} x {k} {block_format.name}"):
+        with self.working(f"dequantizing {m} x {k} {block_format.name}"):
             kernel.launch(
                 self.device,
                 min(self.multiprocessors, -(-m // tiling.rows)),
@@ -438,8 +505,7 @@ class GPU:
         y = np.empty((n, m), np.float32)
         if not y.size:
             return y
-        area = self.allocate(x.nbytes + ALIGNMENT + y.nbytes, "activations and results")
-        try:
+        with self.lent(x.nbytes + ALIGNMENT + y.nbytes, "activations and results") as area:
             result = area + -(-x.nbytes // ALIGNMENT) * ALIGNMENT
             self.copy(area, x.ctypes.data, x.nbytes, stream)
             x_view = View((n, k), (4 * k, 4), "float32", area, self.device)
@@ -447,8 +513,6 @@ class GPU:
             self.matmul(block_format, weights, m, k, x_view, y_view, int8, stream)
             self.copy(y.ctypes.data, result, y.nbytes, stream)
             self.synchronize(stream)
-        finally:
-            self.free(area)
         return y
 
     def dequantize_host(
@@ -458,27 +522,21 @@ class GPU:
         out = np.empty((m, k), np.float32)
         if not out.size:
             return out
-        area = self.allocate(out.nbytes, "dequantized weights")
-        try:
+        with self.lent(out.nbytes, "dequantized weights") as area:
             self.dequantize(block_format, weights, m, k, area, stream)
             self.copy(out.ctypes.data, area, out.nbytes, stream)
             self.synchronize(stream)
-        finally:
-            self.free(area)
         return out
 
     def read_bytes(self, address: int, nbytes: int, stream: int) -> bytes:
         """Bytes as a kernel reads them at ``address``; waits for them."""
-        area = self.allocate(nbytes, "bytes read")
-        try:
+        with self.lent(nbytes, "bytes read") as area:
             read = np.empty(nbytes, np.uint8)
-            with self._lock, self.ready(f"reading {nbytes} bytes"):
+            with self.working(f"reading {nbytes} bytes"):
                 blocks = self._grid(-(-nbytes // (WARPS * 32)))
                 launch.read_kernel().launch(self.device, blocks, stream, address, nbytes, area)
             self.copy(read.ctypes.data, area, nbytes, stream)
             self.synchronize(stream)
-        finally:
-            self.free(area)
         return read.tobytes()
 
     def _grid(self, wanted: int) -> int:
@@ -497,14 +555,16 @@ class GPU:
             DeviceError: something in it cannot be captured.
         """
         mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        with self.errors("capturing a graph"), current_device(self.device):
+        with self.errors("capturing a graph"), current_device(self.device), undisturbed():
             call("cudaStreamBeginCapture", stream, mode)
             try:
                 for _ in range(batch):
                     work()
-            finally:  # a stream left capturing would be of no use to anyone
-                graph = call("cudaStreamEndCapture", stream)
-            return Graph(self, graph)
+            except BaseException:  # a stream left capturing would be of no use to anyone
+                with suppress(CudaCallError):  # what failed may have ended it
+                    call("cudaGraphDestroy", call("cudaStreamEndCapture", stream))
+                raise
+            return Graph(self, call("cudaStreamEndCapture", stream))
 
     @contextmanager
     def replay(self, work: Callable[[], object], stream: int, batch: int = 1) -> Iterator[Callable[[], None]]:

@@ -92,12 +92,16 @@ class Tensor:
 
     @property
     def data(self) -> npt.NDArray[np.uint8]:
-        """Its bytes in the mapping: ``(nbytes,)`` uint8, read-only, no copy. Valid for as long as it is held.
+        """Its bytes in the mapping: ``(nbytes,)`` uint8, read-only, no copy. Valid for as long as it is held and the
+        file stays as it is: the operating system ends a process (SIGBUS) that reads what was cut off a file.
 
         Raises:
             ClosedError: the model was closed.
+            MappingError: the file changed since it was mapped.
         """
-        return self.model.mapping(self.info.path).view(self.info.offset, self.nbytes)
+        mapping = self.model.mapping(self.info.path)
+        mapping.check()
+        return mapping.view(self.info.offset, self.nbytes)
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,9 +119,10 @@ class MappedWeights(Weights):
 class DeviceCopies(Weights):
     """Placement ``device``: each tensor's bytes, copied to the GPU when it is first used, with no padding."""
 
-    def __init__(self, tensors: Iterable[Tensor], gpu: GPU) -> None:
+    def __init__(self, tensors: Iterable[Tensor], gpu: GPU, registers: bool = True) -> None:
         super().__init__(tensors)
         self._gpu = gpu
+        self._registers = registers
         self._copies: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -145,17 +147,19 @@ class DeviceCopies(Weights):
         try:
             # From registered pages the copy engine runs at the link's speed, from others at a fifth of it; where
             # registering is refused, the slow way still works.
-            try:
-                registration = HostRegistration.of(mapping, [(tensor.info.offset, tensor.nbytes)], self._gpu.device)
-            except RegistrationError:
+            with self._registered(mapping, tensor):
                 self._transfer(target, mapping.address + tensor.info.offset, tensor.nbytes)
-            else:
-                with registration:
-                    self._transfer(target, mapping.address + tensor.info.offset, tensor.nbytes)
         except BaseException:
             self._gpu.free(target)
             raise
         return target
+
+    def _registered(self, mapping: FileMapping, tensor: Tensor) -> AbstractContextManager[object]:
+        """The registration of the tensor's pages, if there can be one."""
+        if self._registers:
+            with suppress(RegistrationError):
+                return HostRegistration.of(mapping, [(tensor.info.offset, tensor.nbytes)], self._gpu.device)
+        return nullcontext()
 
     def _transfer(self, target: int, source: int, nbytes: int) -> None:
         self._gpu.copy(target, source, nbytes, self._gpu.stream)

@@ -103,21 +103,14 @@ class Plan(Closing):
             return
         self._closed = True
         self._kept.clear()
-        self._first = None
-        if self._engine.forked:
-            return  # what CUDA holds is the parent's
+        if self._engine.forked or not self._graph.end():
+            return  # what CUDA holds is the parent's; or another thread closes it
         try:
             self._gpu.drain()
         finally:
             self._graph.close()
             if self._scratch:
                 self._gpu.free(self._scratch)
-
-    def __del__(self) -> None:
-        try:
-            self.close()
-        except Exception:  # nobody is left to tell, and CUDA may be shutting down
-            return
 
     def __repr__(self) -> str:
         return f"<Plan of {self._steps} products on {self._engine.device}{' (closed)' if self.closed else ''}>"

@@ -13,12 +13,13 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from qmm.contact import first_contact
 from qmm.errors import MappingError, QmmError, RegistrationError
 from qmm.loaders.cuda import CudaCallError, call
 from qmm.loaders.gguf import GGUFIndex
 from qmm.loaders.mapping import FileMapping
 from qmm.loaders.registration import HostRegistration
-from qmm.platform import gpu_info, require_compiler
+from qmm.platform import GPUInfo, gpu_info, require_compiler
 from qmm.report import SmokeReport, Step
 
 __all__ = ["smoke"]
@@ -38,6 +39,7 @@ class _Smoke:
         self.mapping: FileMapping
         self.registration: HostRegistration
         self.gpu: Any = None
+        self.gpu_info: GPUInfo
         self.address = 0
 
     def map(self) -> str:
@@ -46,7 +48,7 @@ class _Smoke:
         return f"{self.mapping.nbytes:,} bytes, read-only and shared, at 0x{self.mapping.address:x}"
 
     def initialise(self) -> str:
-        info = gpu_info(self.device)
+        info = self.gpu_info = gpu_info(self.device)
         require_compiler()
         from qmm.gpu import GPU
 
@@ -57,6 +59,7 @@ class _Smoke:
         return f"{info.name}, compute capability {capability}, {reads} register read-only memory"
 
     def register(self) -> str:
+        first_contact(self.index.path, self.gpu_info)
         before = anonymous_nbytes()
         self.registration = HostRegistration.of(self.mapping, [(0, self.mapping.nbytes)], self.device)
         self.cleanup.callback(self.registration.close)

@@ -34,6 +34,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors[name.lower()] = (name, shape, random_blocks(name, shape, rng))
     tensors["experts"] = ("Q8_0", (3, 4, 64), random_blocks("Q8_0", (3, 4, 64), rng))
     tensors["norm"] = ("F32", (640,), random_blocks("F32", (640,), rng))
+    tensors["hollow"] = ("Q8_0", (5, 0), b"")
     path = tmp_path_factory.mktemp("engine") / "every format.gguf"
     write_gguf(path, tensors)
     return path
@@ -240,6 +241,19 @@ def test_streams(engine: qmm.Engine, library, rng: np.random.Generator) -> None:
 def test_an_empty_batch_is_an_empty_result(engine: qmm.Engine, library) -> None:
     assert engine.matmul("q8_0", np.empty((0, 96), np.float32)).shape == (0, 5)
     assert tuple(engine.matmul("q8_0", library.make(np.empty((2, 0, 96), np.float32))).shape) == (2, 0, 5)
+
+
+def test_rows_without_weights_give_zeros(engine: qmm.Engine, library) -> None:
+    for shape in ((0,), (3, 0), (2, 5, 0)):
+        zeros = np.zeros((*shape[:-1], 5), np.float32)
+        np.testing.assert_array_equal(engine.matmul("hollow", np.empty(shape, np.float32)), zeros)
+        for dtype in library.dtypes:
+            x = library.make(np.empty(shape, np.float32), dtype)
+            out = library.make(np.full((*shape[:-1], 10), np.nan, np.float32), dtype)[..., ::2]
+            assert engine.matmul("hollow", x, out=out) is out
+            np.testing.assert_array_equal(library.bring(out), zeros)
+            with engine.plan([("hollow", x, out)]) as plan:
+                plan()
 
 
 def test_arrays_on_the_wrong_side_are_refused(path: Path, library) -> None:

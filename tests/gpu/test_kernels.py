@@ -119,6 +119,31 @@ def test_neighbours_do_not_matter(
         np.testing.assert_array_equal(weights.view(np.uint32), weights_among.view(np.uint32))
 
 
+# m, n and k of ggml's own tests of MUL_MAT (tests/test-backend-ops.cpp), those that are no batches.
+GGML_SHAPES = [
+    *[(16, n, 256) for n in (*range(1, 10), 16)],
+    *[(16, n, 1024) for n in (1, 8, 16)],
+    *[(64, 2, 128), (83, 2, 128), (64, 45, 128), (128, 45, 64), (64, 77, 77), (576, 512, 576)],
+    *[(1056, 1, 193), (1056, 67, 193)],
+]
+
+
+@formats
+def test_shapes_that_ggml_tests(gpu: GPU, block_format: Format, rng: np.random.Generator) -> None:
+    """Beside poison. Where a row would not be whole blocks, it is filled up to such."""
+    int8 = not block_format.plain
+    for m, n, k in GGML_SHAPES:
+        k = -(-k // block_format.block_weights) * block_format.block_weights if int8 else k
+        data = blocks_of(block_format, m, k, rng)
+        x = rng.standard_normal((n, k)).astype(np.float32)
+        weights = oracle(block_format, data, m, k).astype(np.float64)
+        with Area(gpu, data, before=256, after=4096) as address:
+            y = gpu.matmul_host(block_format, address, m, k, x, int8, gpu.stream)
+        expected = x.astype(np.float64) @ weights.T
+        energy = max((expected**2).sum(), ((x.astype(np.float64) ** 2) @ (weights.T**2)).sum())
+        assert ((y - expected) ** 2).sum() <= TOLERANCE[int8] * energy, f"{m} x {k}, n = {n}"
+
+
 @formats
 def test_any_byte_alignment(gpu: GPU, block_format: Format, rng: np.random.Generator) -> None:
     m, k = 5, depths(block_format)[1]

@@ -437,6 +437,7 @@ def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     described = SimpleNamespace(name="Test GPU", capability=(9, 0), maps_read_only=True)
     monkeypatch.setattr(qmm.smoke, "gpu_info", lambda number: described)
     monkeypatch.setattr(qmm.smoke, "require_compiler", lambda: None)
+    monkeypatch.setattr(qmm.smoke, "first_contact", lambda path, gpu: None)
     monkeypatch.setattr(qmm.smoke, "HostRegistration", MadeUpRegistration)
     monkeypatch.setattr(qmm.smoke, "call", lambda function, address: SimpleNamespace(type=0))
     monkeypatch.setattr(qmm.gpu, "GPU", MadeUpGPU)

@@ -34,6 +34,7 @@ SHAPES = {
     "norm": ("F32", (50,)),
     "half": ("F16", (4, 33)),
     "empty": ("Q8_0", (0, 64)),
+    "hollow": ("Q8_0", (3, 0)),
     "last": ("Q8_0", (5, 96)),  # the same bytes as first, at the very end of the file
 }
 TOLERANCE = {"int8": 5e-4, "f16": 1e-6}  # qmm/verify.py derives them
@@ -136,6 +137,13 @@ def test_a_tensor_without_rows_gives_rows_without_values(engine: qmm.Engine) -> 
     assert engine.dequantize("empty").shape == (0, 64)
 
 
+@pytest.mark.parametrize("shape", [(0,), (1, 0), (2, 5, 0), (0, 0)])
+def test_rows_without_weights_give_zeros(engine: qmm.Engine, shape: tuple[int, ...]) -> None:
+    y = engine.matmul("hollow", np.empty(shape, np.float32), np.full((*shape[:-1], 3), np.nan, np.float32))
+    np.testing.assert_array_equal(y, np.zeros((*shape[:-1], 3)))
+    assert engine.dequantize("hollow").shape == (3, 0)
+
+
 @pytest.mark.parametrize("name", ["first", "last"])
 def test_the_same_bytes_give_the_same_bits_wherever_they_lie(
     engine: qmm.Engine, rng: np.random.Generator, name: str
@@ -200,7 +208,7 @@ def test_activations_that_are_no_numbers_show_in_the_result(engine: qmm.Engine, 
         assert np.isfinite(y[1]).all()
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if name != "empty"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name not in ("empty", "hollow")])
 def test_dequantized_weights_are_ggufs_bit_for_bit(engine: qmm.Engine, model: qmm.Model, name: str) -> None:
     tensor = model[name]
     expected = weights_of(tensor)

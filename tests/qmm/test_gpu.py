@@ -26,7 +26,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
 def gpu(fake: Driver) -> GPU:
     """One whose device was made current before, with nothing on it."""
     made = object.__new__(GPU)
-    made._lock, made._thread = threading.RLock(), threading.local()
+    made.lock, made._thread, made._stopped = threading.RLock(), threading.local(), False
     made._thread.ready = True
     return made
 

@@ -1,0 +1,115 @@
+"""Registering a file in a child process first, where it may hang or die and harm nobody.
+
+On some systems a registration does not return (seen with private mappings on an H200 and driver 580, which qmm never
+makes; a file system whose pages the driver cannot lock may do the same). A thread in such a call cannot be stopped, but
+a child can be given up.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from qmm.errors import QmmError, RegistrationError
+from qmm.loaders.mapping import FileMapping
+from qmm.loaders.registration import WAY_OUT, HostRegistration
+
+__all__ = ["FileSystem", "probe"]
+
+PROBE_NBYTES: Final = 16 << 20
+"""The most bytes of the file that are registered: so many hung where it was seen."""
+PROBE_SECONDS: Final = 30.0
+"""How long it may take. Most of it is a child's start with CUDA, one second, or five on a slow machine."""
+REFUSED: Final = 3
+MOUNTS: Final = Path("/proc/self/mountinfo")
+
+
+class FileSystem(NamedTuple):
+    """Where a file lies: the type, such as ``"ext4"``, the source, such as ``"/dev/sda1"``, and the mount point."""
+
+    type: str
+    source: str
+    mount_point: str
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> FileSystem:
+        """That of a file, as proc(5) has it; all ``"unknown"`` where the system does not say."""
+        found = cls("unknown", "unknown", "unknown")
+        real = Path(os.path.realpath(path))
+        if MOUNTS.exists():
+            for line in MOUNTS.read_text(errors="replace").splitlines():
+                mount, _, rest = line.partition(" - ")
+                point = mount.split()[4].encode().decode("unicode_escape")  # a space is \\040
+                longer = found.type == "unknown" or len(point) >= len(found.mount_point)  # the last one hides others
+                if longer and real.is_relative_to(point):
+                    kind, source, *_ = rest.split()
+                    found = cls(kind, source, point)
+        return found
+
+
+def probe(path: str | os.PathLike[str], device: int = 0, seconds: float = PROBE_SECONDS) -> bool:
+    """Register the beginning of ``path`` in a child process, and unregister it.
+
+    Args:
+        path: the file.
+        device: CUDA's number of the device.
+        seconds: how long it may take; then the child is killed.
+
+    Returns:
+        Whether it worked. Where it was refused, this process may ask for itself, and is told why.
+
+    Raises:
+        RegistrationError: it did not return, or the child died of it.
+    """
+    what = f"{path}: registering it on CUDA device {device} was tried in a child process"
+    arguments = [sys.executable, "-c", _child_source(os.fspath(path), device)]
+    child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, failed = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        file_system = FileSystem.of(path)
+        raise RegistrationError(
+            f"{what}, which had not ended after {seconds:g} s. Memory of this file system ({file_system.type} "
+            f"at {file_system.mount_point}) may be none that the driver can lock. Copy the file to another. {WAY_OUT}"
+        ) from None
+    finally:
+        _give_up(child)
+    if child.returncode not in (0, REFUSED):
+        ended = _ending(child.returncode)
+        raise RegistrationError(f"{what}, which {ended}: {' '.join(failed.split())[-1000:] or 'no message'}. {WAY_OUT}")
+    return child.returncode == 0
+
+
+def _child_source(path: str, device: int) -> str:
+    """What the child runs, with the modules that this process would import."""
+    begin = f"import sys; sys.path[:] = {sys.path!r}"
+    return f"{begin}; from qmm.loaders import probe; sys.exit(probe.register({path!r}, {device}))"
+
+
+def register(path: str, device: int) -> int:
+    """What the child does; its exit status."""
+    try:
+        with FileMapping.open(path) as mapping:
+            HostRegistration.of(mapping, [(0, min(mapping.nbytes, PROBE_NBYTES))], device).close()
+    except QmmError:
+        return REFUSED
+    return 0
+
+
+def _give_up(child: subprocess.Popen[str]) -> None:
+    """Kill what still runs. In the middle of a driver's call it may not even die, so it is not waited for long."""
+    if child.poll() is None:
+        child.kill()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=1)
+    if child.stderr is not None:
+        child.stderr.close()
+
+
+def _ending(status: int) -> str:
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

@@ -1,0 +1,101 @@
+"""Registering in a child process first: which file system a file is on, and how a child ends."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from qmm.errors import RegistrationError
+from qmm.loaders import probe as module
+from qmm.loaders.probe import FileSystem, probe
+
+MOUNTS = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+30 22 0:27 / /mnt rw,relatime - overlay first rw
+31 22 0:27 / /mnt/my\040models rw,relatime shared:3 master:1 - nfs4 server:/models rw,vers=4.2
+32 30 0:28 / /mnt rw,relatime - fuse.s3 second rw
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "weights.gguf"
+    path.write_bytes(bytes(10_000))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/model.gguf", ("ext4", "/dev/vda", "/")),
+        ("/mntother/model.gguf", ("ext4", "/dev/vda", "/")),
+        ("/mnt/my models/a.gguf", ("nfs4", "server:/models", "/mnt/my models")),
+        ("/mnt/a.gguf", ("fuse.s3", "second", "/mnt")),
+    ],
+)
+def test_the_innermost_and_last_mount_counts(
+    path: str, expected: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(MOUNTS)
+    monkeypatch.setattr(module, "MOUNTS", mounts)
+    assert FileSystem.of(path) == expected
+    mounts.unlink()
+    assert FileSystem.of(path) == ("unknown",) * 3
+
+
+def test_the_files_own_file_system_is_the_one_that_stat_means(file: Path) -> None:
+    found = FileSystem.of(file)
+    assert os.stat(found.mount_point).st_dev == os.stat(file).st_dev
+
+
+def with_child(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """Has the child run something else. No file here makes a registration hang or die."""
+    monkeypatch.setattr(module, "_child_source", lambda path, device: source)
+
+
+def test_a_child_that_does_not_return_is_an_error_in_time(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_child(monkeypatch, "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
+    started = time.monotonic()
+    with pytest.raises(RegistrationError) as caught:
+        probe(file, 3, seconds=0.5)
+    assert time.monotonic() - started < 5
+    message = str(caught.value)
+    assert message.startswith(f"{file}: ")
+    for part in ("CUDA device 3", "0.5 s", FileSystem.of(file).type, 'placement="device"', 'placement="host"'):
+        assert part in message
+
+
+def test_no_child_is_left_behind(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_child(monkeypatch, "import time; time.sleep(600)")
+    with pytest.raises(RegistrationError):
+        probe(file, seconds=0.2)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("import os; os.abort()", "was killed by SIGABRT"),
+        ("raise SystemExit('no such thing')", "ended with status 1: no such thing"),
+    ],
+)
+def test_a_child_that_dies_is_an_error_with_its_end(
+    file: Path, source: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_child(monkeypatch, source)
+    with pytest.raises(RegistrationError, match=says):
+        probe(file)
+
+
+def test_a_refusal_is_left_to_the_process_itself(file: Path) -> None:
+    """On a machine with a GPU there is no such device; on others there is none at all."""
+    assert probe(file, 4096) is False
+
+
+def test_a_file_that_is_gone_is_a_refusal(file: Path) -> None:
+    file.unlink()
+    assert probe(file) is False

@@ -1,0 +1,284 @@
+"""Models and engines on the CPU: files that change under them, and every way to the end of their life."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from children import command, run_python
+from gguf_files import random_blocks, write_gguf
+
+import qmm
+from qmm.errors import ClosedError, MappingError
+
+K, M = 256, 64
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def path(tmp_path: Path, rng: np.random.Generator) -> Path:
+    path = tmp_path / "model.gguf"
+    tensors = {name: ("Q8_0", (M, K), random_blocks("Q8_0", (M, K), rng)) for name in ("a", "b")}
+    write_gguf(path, tensors)
+    os.utime(path, ns=(1, 1))  # a clock of some milliseconds may not tell two writes apart
+    return path
+
+
+@pytest.fixture
+def x(rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal((3, K)).astype(np.float32)
+
+
+def is_mapped(path: Path) -> bool:
+    return f"{path}\n" in Path("/proc/self/maps").read_text()
+
+
+# Files that change ----------------------------------------------------------------------------------------------------
+
+
+def rewrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+
+
+def replace(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    os.utime(other, ns=(1, 1))
+    other.replace(path)
+
+
+CHANGES = {
+    "truncated": (lambda path: os.truncate(path, 5000), r"nbytes was \d+, is 5000"),
+    "rewritten": (rewrite, r"mtime_ns was 1, is \d+"),
+    "replaced": (replace, r"inode was \d+, is \d+"),
+    "removed": (Path.unlink, "is gone"),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), CHANGES.values(), ids=CHANGES)
+def test_a_file_that_changes_is_an_error_before_its_next_use(
+    path: Path, x: np.ndarray, change: Callable[[Path], object], says: str
+) -> None:
+    with qmm.open(path) as model, qmm.Engine(model, "cpu") as engine:
+        engine.matmul("a", x)
+        change(path)
+        for use in (
+            lambda: engine.matmul("a", x),
+            lambda: engine.dequantize("b"),
+            lambda: engine.address("a"),
+            lambda: model["b"].data,
+        ):
+            with pytest.raises(MappingError, match=f"model.gguf: .*{says}"):
+                use()
+    assert not is_mapped(path)
+
+
+def test_a_file_that_was_replaced_is_opened_anew(path: Path, x: np.ndarray) -> None:
+    with qmm.open(path) as old, qmm.Engine(old, "cpu") as engine:
+        expected = engine.matmul("a", x)
+        replace(path)
+        with qmm.open(path) as new, qmm.Engine(new, "cpu") as again:
+            np.testing.assert_array_equal(again.matmul("a", x), expected)
+        with pytest.raises(MappingError):
+            engine.matmul("a", x)
+
+
+# The end of an engine -------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_is_dropped_gives_up_its_file(path: Path, x: np.ndarray) -> None:
+    engine = qmm.Engine(qmm.open(path), "cpu")
+    engine.matmul("a", x)
+    assert is_mapped(path)
+    del engine
+    assert not is_mapped(path)
+
+
+def test_an_engine_that_is_dropped_in_a_cycle_gives_up_its_file(path: Path, x: np.ndarray) -> None:
+    engine = qmm.Engine(qmm.open(path), "cpu")
+    engine.itself = engine  # type: ignore[attr-defined]
+    engine.matmul("a", x)
+    del engine
+    assert is_mapped(path)
+    gc.collect()
+    assert not is_mapped(path)
+
+
+def test_an_error_in_the_block_passes_and_the_engine_is_closed(path: Path) -> None:
+    with pytest.raises(KeyError, match="mine"), qmm.open(path) as model, qmm.Engine(model, "cpu") as engine:
+        raise KeyError("mine")
+    assert engine.closed
+    assert model.closed
+    assert not is_mapped(path)
+
+
+def test_an_engine_that_could_not_be_made_leaves_nothing_behind(path: Path) -> None:
+    with qmm.open(path) as model:
+        for wrong in ({"device": "tpu"}, {"tensors": ["c"]}, {"activations": "int4"}):
+            with pytest.raises(qmm.QmmError):
+                qmm.Engine(model, **{"device": "cpu", **wrong})  # type: ignore[arg-type]
+    assert not is_mapped(path)
+
+
+def test_closing_waits_for_the_products_of_other_threads(path: Path, x: np.ndarray) -> None:
+    """Otherwise the pages would go from under a product, and the process with them."""
+    expected = None
+    for _ in range(20):
+        model = qmm.open(path)
+        engine = qmm.Engine(model, "cpu")
+        model.close()
+        expected = engine.matmul("a", x)
+        results: list[np.ndarray] = []
+        ends: list[str] = []
+
+        def work(engine: qmm.Engine = engine, results: list = results, ends: list = ends) -> None:
+            try:
+                while True:
+                    results.append(engine.matmul("a", x))
+            except ClosedError as error:
+                ends.append(str(error))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        closers = [threading.Thread(target=engine.close) for _ in range(2)]
+        for thread in closers:
+            thread.start()
+        for thread in threads + closers:
+            thread.join()
+        assert not is_mapped(path)
+        assert len(ends) == 4
+        assert all("Make another one" in end for end in ends)
+        assert all(np.array_equal(result, expected) for result in results)
+
+
+def test_a_forked_child_may_close_while_the_parents_threads_multiply(path: Path) -> None:
+    """They are not in the child, where nothing of theirs would ever end."""
+    code = """
+import os, signal, threading, warnings
+import numpy as np, qmm
+
+warnings.simplefilter("ignore", DeprecationWarning)
+engine = qmm.Engine(qmm.open(sys.argv[1]), "cpu")
+x = np.ones((512, 256), np.float32)
+engine.matmul("a", x)
+stop = threading.Event()
+
+def work():
+    while not stop.is_set():
+        engine.matmul("a", x)
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+[thread.start() for thread in threads]
+for _ in range(10):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        engine.matmul("b", x)
+        engine.close()
+        os._exit(7)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), end=" ")
+stop.set()
+"""
+    done = run_python(code, path)
+    assert (done.returncode, done.stdout) == (0, "7 " * 10), done.stderr
+
+
+def test_two_processes_multiply_by_one_file(path: Path, x: np.ndarray) -> None:
+    code = """
+import numpy as np, qmm
+
+with qmm.open(sys.argv[1]) as model, qmm.Engine(model, "cpu") as engine:
+    x = np.load(sys.argv[2])
+    print("ready", flush=True)
+    sys.stdin.read()
+    for _ in range(100):
+        y = engine.matmul("a", x)
+    np.save(sys.argv[3], y)
+"""
+    np.save(path.with_name("x.npy"), x)
+    outputs = [path.with_name(f"y{number}.npy") for number in range(2)]
+    children = [
+        subprocess.Popen(
+            command(code, path, path.with_name("x.npy"), out), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for out in outputs
+    ]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"  # both have it mapped before either multiplies
+    for child in children:
+        child.communicate(timeout=120)
+        assert child.returncode == 0
+    with qmm.open(path) as model, qmm.Engine(model, "cpu") as engine:
+        expected = engine.matmul("a", x)
+    for out in outputs:
+        np.testing.assert_array_equal(np.load(out), expected)
+
+
+def test_a_thousand_engines_leave_nothing_behind(path: Path, x: np.ndarray) -> None:
+    def cycle() -> None:
+        with qmm.open(path) as model, qmm.Engine(model, "cpu") as engine:
+            engine.matmul("a", x)
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), len(Path("/proc/self/maps").read_text().splitlines())
+
+    def anonymous_nbytes() -> int:
+        found = qmm.smoke.anonymous_nbytes()
+        assert found is not None
+        return found
+
+    import qmm.smoke
+
+    for _ in range(100):
+        cycle()
+    descriptors, mappings = held()
+    before = anonymous_nbytes()
+    for _ in range(1000):
+        cycle()
+    assert held()[0] == descriptors
+    assert held()[1] <= mappings + 2  # the allocator's own may come and go
+    assert anonymous_nbytes() - before < 1 << 20  # less than a page for each
+    assert not is_mapped(path)
+
+
+# Ctrl-C ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [(), ("--paranoid",)], ids=["verify", "paranoid"])
+def test_ctrl_c_ends_a_long_job_at_once_and_its_children(tmp_path: Path, options: tuple[str, ...]) -> None:
+    path = tmp_path / "long.gguf"
+    shape = (4096, 4096)
+    data = random_blocks("Q8_0", shape, np.random.default_rng(0))
+    write_gguf(path, {f"w{number}": ("Q8_0", shape, data) for number in range(6)})
+    arguments = [sys.executable, "-m", "qmm", "verify", str(path), "--device", "cpu", "--n", "1", *options]
+    child = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    assert child.stderr is not None
+    awaited = "between guards" if options else "on the CPU"
+    while awaited not in child.stderr.readline():
+        assert child.poll() is None
+    time.sleep(0.5)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    started = time.monotonic()
+    out, err = child.communicate(timeout=60)
+    assert time.monotonic() - started < 10
+    assert child.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)
