@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -35,7 +36,7 @@ PLAIN_WIDTH = 200
 EPILOG = (
     "Exit codes: 0, all is well; 1, a check failed (a product outside its tolerance, a step of smoke); 2, the command "
     "line is wrong; 3, an error, whose message is on stderr, and with --json on stdout too, as "
-    '{"error": {"type": ..., "message": ...}}.'
+    '{"error": {"type": ..., "message": ...}}; 130, interrupted by Ctrl-C.'
 )
 
 app = typer.Typer(
@@ -199,15 +200,20 @@ def verify(
     ] = CheckedActivations.both,
     device: DeviceOption = "auto",
     placement: PlacementOption = Placement.auto,
+    paranoid: Annotated[
+        bool, typer.Option("--paranoid", help="Then again between memory that faults, and among poison.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check every tensor: dequantized bit for bit against gguf, multiplied against float64.
 
-    Tensors of a type without a kernel are listed and do not fail.
+    Tensors of a type without a kernel are listed and do not fail. With --paranoid all is done again, in a child
+    process, with tensor, x and y at the very beginning and the very end of memory, and beside bytes that are NaN.
     """
     columns = _columns(n)
 
     def work(bar: Bar) -> Report:
+        from qmm.paranoid import Job, check_guarded
         from qmm.verify import verify as check_all
 
         modes = ["int8", "f16"] if activations.value == "both" else [activations.value]
@@ -218,8 +224,15 @@ def verify(
             with _engine(model, device, placement, [tensor.name for tensor in chosen]) as engine:
                 bar.stage(engine.explanation)
                 bar.start(len(chosen))
-                done = lambda tensor: bar.step(tensor.name)  # noqa: E731
-                return check_all(engine, model, chosen, columns, modes, seed, done)
+                report = check_all(engine, model, chosen, columns, modes, seed, lambda tensor: bar.step(tensor.name))
+                used = engine.device, engine.placement
+        if not paranoid:
+            return report
+        names = tuple(tensor.name for tensor in chosen)
+        bar.stage(f"between guards, {used[1]}")
+        bar.start(len(names))
+        job = Job(str(file), *used, names, columns, tuple(modes), seed)
+        return replace(report, guards=tuple(check_guarded(job, bar.step)))
 
     _present(work, as_json)
 
@@ -309,4 +322,4 @@ def _columns(text: str) -> tuple[int, ...]:
 def _engine(model: Model, device: str, placement: Placement, tensors: list[str]) -> Engine:
     from qmm.engine import Engine
 
-    return Engine(model, _device(device), placement.value, tensors=tensors)
+    return Engine(model, _device(device), placement.value, tensors=tensors, probe=True)

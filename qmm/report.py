@@ -16,7 +16,17 @@ from rich.text import Text
 
 from qmm.tables import dimensions, facts, mark, plain, scientific, significant, table, worst
 
-__all__ = ["DemoReport", "DemoRow", "Report", "RunReport", "SmokeReport", "Step", "TensorCheck", "VerifyReport"]
+__all__ = [
+    "DemoReport",
+    "DemoRow",
+    "GuardCheck",
+    "Report",
+    "RunReport",
+    "SmokeReport",
+    "Step",
+    "TensorCheck",
+    "VerifyReport",
+]
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,17 @@ class TensorCheck:
 
 
 @dataclass(frozen=True)
+class GuardCheck:
+    """One tensor between memory that faults (:mod:`qmm.paranoid`): what was run, and what went wrong, None if nothing
+    did."""
+
+    tensor: str
+    products: int
+    dequantizations: int
+    failure: str | None
+
+
+@dataclass(frozen=True)
 class VerifyReport(Report):
     """``qmm verify``: every tensor against ``gguf.quants.dequantize``. Unsupported ones do not fail."""
 
@@ -118,11 +139,12 @@ class VerifyReport(Report):
     tolerances: Mapping[str, float]
     seconds: float
     checks: tuple[TensorCheck, ...]
+    guards: tuple[GuardCheck, ...] | None = None
 
     @property
     def ok(self) -> bool:
         """Whether no tensor failed."""
-        return all(check.ok for check in self.checks)
+        return all(check.ok for check in self.checks) and not any(guard.failure for guard in self.guards or ())
 
     def renderables(self) -> Iterator[RenderableType]:
         """The report for people."""
@@ -148,6 +170,23 @@ class VerifyReport(Report):
         yield Text(
             f"{len(self.checks) - without} tensors checked in {self.seconds:.1f} s, {without} without a kernel, "
             f"{len(failed)} failed{': ' + ', '.join(failed) if failed else ''}. NMSE may be at most {limits}."
+        )
+        if self.guards is not None:
+            yield from self._proof(self.guards)
+
+    def _proof(self, guards: Sequence[GuardCheck]) -> Iterator[RenderableType]:
+        """What the guards proved, or which tensors they did not hold for."""
+        failed = [(guard.tensor, guard.failure) for guard in guards if guard.failure]
+        if failed:
+            yield table("between guards", ("tensor", "failed"), failed)
+        held = [guard for guard in guards if not guard.failure and guard.products + guard.dequantizations]
+        products = sum(guard.products for guard in held)
+        dequantizations = sum(guard.dequantizations for guard in held)
+        yield Text(
+            f"Between guards: {products:,} products and {dequantizations:,} dequantizations with {len(held)} tensors "
+            "read no byte before a tensor's first or x's, and none behind the last; there, memory faults. None wrote "
+            "beside y. Beside bytes of 0x00 and beside bytes of 0xFF, which are NaN, the results were the same to the "
+            f"bit. {len(failed)} tensors failed."
         )
 
 

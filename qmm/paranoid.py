@@ -1,0 +1,322 @@
+"""``qmm verify --paranoid``: a user's own tensors between memory that faults, and among poison.
+
+A tensor's bytes are copied to memory with nothing before its first byte and nothing behind its last
+(:mod:`qmm.loaders.guards`), once so that the tensor begins where that memory begins, once so that it ends where it
+ends; ``x`` and ``y`` lie in such memory too, likewise. Products and dequantization run there. What is left of the
+memory on the open side is filled with zeros, then with 0xFF, which is NaN as float16, bfloat16 and float32. It holds if
+
+* nothing faults;
+* the results are the same bits with either neighbour, and the neighbours of ``y`` are as they were;
+* where the tensor begins its memory, as aligned as in the file, they are the bits that the engine gives; where it ends
+  it, with whatever alignment that makes, the weights are, and products but for the order of float32 sums.
+
+A fault ends the process, or its use of the GPU: all this runs in a child process, which is started again behind the
+tensor that ended it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qmm.arrays import View
+from qmm.engine import Engine
+from qmm.errors import QmmError
+from qmm.loaders.closing import Closing
+from qmm.loaders.guards import DeviceGuard, Guard, HostGuard
+from qmm.model import Tensor, open_model
+from qmm.report import GuardCheck
+from qmm.verify import BLOCK_WEIGHTS, activations, modes_of, same_bits
+
+__all__ = ["Job", "check_guarded", "work"]
+
+CHILD = "from qmm.paranoid import work; sys.exit(work())"
+SIDES = ("first", "last")
+"""Where a tensor lies in its memory: from the first byte on, or up to the last."""
+FILLERS = (0x00, 0xFF)
+REACH = 64 << 10
+"""Bytes of neighbours, at most."""
+OF_SUMS = 1e-10
+"""What the order of float32 sums may change of a product, as NMSE: (2**-24)**2 = 4e-15 each, and few of them."""
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a child process is to check; the fields of :func:`check_guarded`, as JSON holds them."""
+
+    file: str
+    device: str
+    placement: str
+    tensors: tuple[str, ...]
+    columns: tuple[int, ...]
+    modes: tuple[str, ...]
+    seed: int
+
+
+def check_guarded(job: Job, done: Callable[[str], None] = lambda tensor: None) -> list[GuardCheck]:
+    """Check tensors in child processes; ``done`` is called after each.
+
+    Raises:
+        QmmError: a child could not begin at all; the message is its own.
+    """
+    checks: list[GuardCheck] = []
+    left = list(job.tensors)
+    while left:
+        for found in _run_child(Job(**{**asdict(job), "tensors": tuple(left)})):
+            checks.append(found)
+            left.remove(found.tensor)
+            done(found.tensor)
+    return checks
+
+
+def _run_child(job: Job) -> Iterator[GuardCheck]:
+    """What one child process finds, up to the first tensor that ends it, or the last."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {CHILD}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    where: dict[str, Any] = {}
+    with child:
+        try:
+            child.stdin.write(json.dumps(asdict(job)))
+            child.stdin.close()
+            for line in child.stdout:
+                said = json.loads(line)
+                if "check" in said:
+                    where = {}
+                    yield GuardCheck(**said["check"])
+                else:
+                    where = said
+            status = child.wait()
+        finally:
+            child.kill()
+        if status and "tensor" not in where:
+            assert child.stderr is not None
+            raise QmmError(f"{job.file}: the child process that checks it {_ending(status)}: {child.stderr.read()}")
+    if where:
+        failure = f"{where['step']}: {where.get('failure') or 'the process ' + _ending(status)}"
+        yield GuardCheck(where["tensor"], where["products"], where["dequantizations"], failure)
+
+
+def _ending(status: int) -> str:
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+
+def work() -> int:
+    """The child: reads a job from stdin, says on stdout what it does and finds; its exit status."""
+    job = Job(**json.load(sys.stdin))
+    with open_model(job.file) as model:
+        tensors = [model[name] for name in job.tensors]
+        with Engine(model, job.device, job.placement, tensors=job.tensors) as engine:
+            try:
+                with _Bench(engine, tensors, job) as bench:
+                    for tensor in tensors:
+                        _say({"check": asdict(bench.check(tensor))})
+            except QmmError as reason:  # what faults on a GPU takes the GPU from the process
+                _say({**bench.where, "failure": str(reason)})
+                sys.stdout.flush()
+                os._exit(1)
+    return 0
+
+
+def _say(what: dict[str, Any]) -> None:
+    print(json.dumps(what), flush=True)
+
+
+class _FailedError(Exception):
+    """A check did not hold."""
+
+
+class _Bench(Closing):
+    """The memory that tensors are checked in, and the one check at hand: ``where`` says how far it is."""
+
+    def __init__(self, engine: Engine, tensors: Sequence[Tensor], job: Job) -> None:
+        self.engine = engine
+        self.job = job
+        self.where: dict[str, Any] = {}
+        self._made = ExitStack()
+        known = [tensor for tensor in tensors if tensor.supported]
+        widest = max(job.columns)
+        outputs = [max(widest * tensor.m, _rows_at_once(tensor) * tensor.k) for tensor in known]
+        try:
+            self.weights = self._guard(max((tensor.nbytes for tensor in known), default=0), engine.placement)
+            self.x = self._guard(max((4 * widest * tensor.k for tensor in known), default=0), engine.placement, False)
+            self.y = self._guard(4 * max(outputs, default=0), engine.placement, False)
+        except BaseException:
+            self._made.close()
+            raise
+
+    def _guard(self, nbytes: int, placement: str, of_weights: bool = True) -> Guard:
+        gpu = self.engine.gpu
+        made: Guard
+        if gpu is None:
+            made = HostGuard(nbytes)
+        elif placement == "mapped" and of_weights:
+            made = HostGuard(nbytes, gpu.device)
+        else:
+            made = DeviceGuard(nbytes, gpu.device)
+        return self._made.enter_context(made)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._made.close()
+
+    def check(self, tensor: Tensor) -> GuardCheck:
+        """Everything about one tensor."""
+        self.where = {"tensor": tensor.name, "step": "", "products": 0, "dequantizations": 0}
+        if not tensor.supported:
+            return GuardCheck(tensor.name, 0, 0, None)
+        failure = None
+        try:
+            for side in SIDES:
+                self._check_side(tensor, side)
+        except _FailedError as reason:
+            failure = f"{self.where['step']}: {reason}"
+        return GuardCheck(tensor.name, self.where["products"], self.where["dequantizations"], failure)
+
+    def _check_side(self, tensor: Tensor, side: str) -> None:
+        at = _place(self.weights, tensor.nbytes, side)
+        self.weights.put(at, tensor.data)
+        for n, mode in itertools.product(self.job.columns, modes_of(tensor, self.job.modes)):
+            x = activations(tensor, n, self.job.seed)
+            own = np.asarray(self.engine.matmul(tensor, x, activations=mode)).reshape(n, tensor.m)
+            results = []
+            for filler in FILLERS:
+                self._step(tensor, "products", f"product of n = {n}, {mode}, {_described(side, filler)}")
+                _surround(self.weights, at, tensor.nbytes, filler)
+                results.append(self._product(tensor, at, x, mode, side, filler))
+            self._compare(results, own, exact=side == "first")
+        rows = _rows_at_once(tensor)
+        for first in range(0, tensor.m, rows):
+            last = min(first + rows, tensor.m)
+            own = self.engine.dequantize(tensor, first, last)
+            results = []
+            for filler in FILLERS:
+                step = f"dequantization of rows {first} to {last}, {_described(side, filler)}"
+                self._step(tensor, "dequantizations", step)
+                _surround(self.weights, at, tensor.nbytes, filler)
+                results.append(self._dequantization(tensor, at, first, last, side, filler))
+            self._compare(results, own, exact=True)
+
+    def _step(self, tensor: Tensor, counted: str, step: str) -> None:
+        self.where["step"] = step
+        self.where[counted] += 1
+        _say(self.where)
+
+    def _product(self, tensor: Tensor, at: int, x: Floats, mode: str, side: str, filler: int) -> Floats:
+        n, m, k = len(x), tensor.m, tensor.k
+        x_at, y_at = _place(self.x, x.nbytes, side), _place(self.y, 4 * n * m, side)
+        self.x.put(x_at, x)
+        _surround(self.x, x_at, x.nbytes, filler)
+        self.y.fill(y_at, 4 * n * m, 0xFF)
+        _surround(self.y, y_at, 4 * n * m, filler)
+        address = self.weights.address + at if tensor.nbytes else 0
+        gpu = self.engine.gpu
+        if not n * m:
+            pass
+        elif gpu is None:
+            from qmm.kernels import cpu
+
+            x_there, y_there = _array(self.x, x_at, (n, k)), _array(self.y, y_at, (n, m))
+            cpu.matmul(tensor.format, address, m, k, x_there, y_there, mode)
+        else:
+            x_view = View((n, k), (4 * k, 4), "float32", self.x.address + x_at, gpu.device)
+            y_view = View((n, m), (4 * m, 4), "float32", self.y.address + y_at, gpu.device)
+            int8 = mode == "int8" and not tensor.format.plain
+            gpu.matmul(tensor.format, address, m, k, x_view, y_view, int8, gpu.stream)
+            gpu.synchronize(gpu.stream)
+        return self._result(y_at, (n, m), filler)
+
+    def _dequantization(self, tensor: Tensor, at: int, first: int, last: int, side: str, filler: int) -> Floats:
+        rows, k = last - first, tensor.k
+        y_at = _place(self.y, 4 * rows * k, side) & -16  # where the kernel stores 16 bytes at a time
+        self.y.fill(y_at, 4 * rows * k, 0xFF)
+        _surround(self.y, y_at, 4 * rows * k, filler)
+        address = self.weights.address + at + first * tensor.format.row_nbytes(k)
+        gpu = self.engine.gpu
+        if not rows * k:
+            pass
+        elif gpu is None:
+            from qmm.kernels import cpu
+
+            cpu.dequantize(tensor.format, address, rows, k, _array(self.y, y_at, (rows, k)))
+        else:
+            gpu.dequantize(tensor.format, address, rows, k, self.y.address + y_at, gpu.stream)
+            gpu.synchronize(gpu.stream)
+        return self._result(y_at, (rows, k), filler)
+
+    def _result(self, y_at: int, shape: tuple[int, int], filler: int) -> Floats:
+        """What lies where the results should, once it is seen that nothing else was written."""
+        nbytes = 4 * math.prod(shape)
+        for start, count in _neighbours(self.y, y_at, nbytes):
+            if (self.y.get(start, count) != filler).any():
+                raise _FailedError("bytes beside the results were written")
+        return self.y.get(y_at, nbytes).view(np.float32).reshape(shape)
+
+    def _compare(self, results: Sequence[Floats], own: Floats, exact: bool) -> None:
+        one, other = results
+        own = own.reshape(one.shape)
+        if not same_bits(other, one):
+            raise _FailedError("the results depend on what lies beside the tensor, x or y")
+        if exact and not same_bits(one, own):
+            raise _FailedError("the results are not the engine's")
+        numbers = np.isfinite(one) & np.isfinite(own)
+        a, b = (values[numbers].astype(np.float64) for values in (one, own))
+        if not (np.sum((a - b) ** 2) <= OF_SUMS * np.sum(b**2) and np.array_equal(np.isfinite(one), np.isfinite(own))):
+            raise _FailedError("the results are farther from the engine's than another order of sums explains")
+
+
+def _rows_at_once(tensor: Tensor) -> int:
+    """Rows that are dequantized at a time."""
+    return max(1, min(tensor.m, BLOCK_WEIGHTS // max(1, tensor.k)))
+
+
+def _described(side: str, filler: int) -> str:
+    return f"at the {side} byte that there is, beside 0x{filler:02X}"
+
+
+def _place(guard: Guard, nbytes: int, side: str) -> int:
+    """The offset of so many bytes at the beginning or at the end."""
+    return 0 if side == "first" else guard.nbytes - nbytes
+
+
+def _neighbours(guard: Guard, at: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Offset and size of what there is before and behind some bytes, as far as it is looked at."""
+    before, behind = min(at, REACH), min(guard.nbytes - at - nbytes, REACH)
+    if before:
+        yield at - before, before
+    if behind:
+        yield at + nbytes, behind
+
+
+def _surround(guard: Guard, at: int, nbytes: int, filler: int) -> None:
+    for start, count in _neighbours(guard, at, nbytes):
+        guard.fill(start, count, filler)
+
+
+def _array(guard: Guard, at: int, shape: tuple[int, int]) -> Floats:
+    """Host memory as a matrix of float32."""
+    import ctypes
+
+    made = (ctypes.c_float * math.prod(shape)).from_address(guard.address + at)
+    found: Floats = np.ctypeslib.as_array(made).reshape(shape)
+    return found

@@ -1,0 +1,119 @@
+"""``qmm verify --paranoid`` on the CPU: what it runs, and that it finds what it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf_files import random_blocks, write_gguf
+
+from qmm import paranoid
+from qmm.errors import QmmError
+from qmm.paranoid import Job, check_guarded
+
+IQ1_S = 19  # a type without a kernel
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(5)
+    shapes = {
+        "first": ("Q8_0", (5, 96)),
+        "none": ("Q8_0", (0, 64)),
+        "half": ("F16", (3, 37)),
+        "last": ("Q8_0", (2, 32)),
+    }
+    tensors: dict = {name: (kind, shape, random_blocks(kind, shape, rng)) for name, (kind, shape) in shapes.items()}
+    tensors["exotic"] = (IQ1_S, (1, 256), bytes(50))
+    path = tmp_path_factory.mktemp("paranoid") / "model.gguf"
+    write_gguf(path, tensors)
+    return path
+
+
+def job(path: Path, *tensors: str, columns: tuple[int, ...] = (1,), modes: tuple[str, ...] = ("f16",)) -> Job:
+    return Job(str(path), "cpu", "host", tensors, columns, modes, 0)
+
+
+def with_child(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """Breaks something in the child processes, and only there."""
+    code = f"{change}\nfrom qmm.paranoid import work; sys.exit(work())"
+    monkeypatch.setattr(paranoid, "CHILD", f"exec({code!r})")
+
+
+def test_every_tensor_is_checked_at_both_ends_beside_both_fillers(path: Path) -> None:
+    seen: list[str] = []
+    checks = check_guarded(
+        job(path, "first", "none", "half", "exotic", "last", columns=(1, 3), modes=("int8", "f16")), seen.append
+    )
+    assert seen == ["first", "none", "half", "exotic", "last"]
+    assert [check.failure for check in checks] == [None] * 5
+    # Two ends, two fillers; by columns and activations, of which F16 knows one kind.
+    assert [check.products for check in checks] == [16, 16, 8, 0, 16]
+    assert [check.dequantizations for check in checks] == [4, 0, 4, 0, 4]
+
+
+SHIFTED = "from qmm.kernels import cpu; kept = cpu.{name}; cpu.{name} = lambda f, a, *rest: kept(f, a + ({by}), *rest)"
+
+
+@pytest.mark.parametrize("name", ["matmul", "dequantize"])
+@pytest.mark.parametrize(("by", "place", "side"), [(1, 4096 - 510, "last"), (-1, 0, "first")])
+def test_a_kernel_that_reads_one_byte_too_far_is_named_and_the_others_are_still_checked(
+    path: Path, name: str, by: int, place: int, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is spared, and the open side, where poison would tell before the guard does."""
+    with_child(monkeypatch, SHIFTED.format(name=name, by=f"{by} if rest[0] == 5 and a % 4096 == {place} else 0"))
+    first, last = check_guarded(job(path, "first", "last"))
+    assert first.failure is not None
+    assert "the process was killed by SIGSEGV" in first.failure
+    assert f"at the {side} byte that there is" in first.failure
+    assert ("product" if name == "matmul" else "dequantization") in first.failure
+    assert last.failure is None
+
+
+def test_results_that_depend_on_neighbours_are_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change = (
+        "import ctypes; from qmm.kernels import cpu; kept = cpu.dequantize\n"
+        "def spoiled(form, address, m, k, out):\n"
+        "    kept(form, address, m, k, out)\n"
+        "    if address % 4096 == 0: out[0, 0] += ctypes.string_at(address + m * form.row_nbytes(k), 1)[0]\n"
+        "cpu.dequantize = spoiled"
+    )
+    with_child(monkeypatch, change)
+    (check,) = check_guarded(job(path, "first"))
+    assert check.failure is not None
+    assert "dequantization of rows 0 to 5" in check.failure
+    assert "depend on what lies beside" in check.failure
+
+
+def test_a_byte_written_beside_the_results_is_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change = (
+        "import ctypes; from qmm.kernels import cpu; kept = cpu.matmul\n"
+        "def spoiled(form, address, m, k, x, out, mode):\n"
+        "    kept(form, address, m, k, x, out, mode)\n"
+        "    if out.ctypes.data % 4096 == 0: ctypes.memset(out.ctypes.data + out.nbytes, 1, 1)\n"
+        "cpu.matmul = spoiled"
+    )
+    with_child(monkeypatch, change)
+    (check,) = check_guarded(job(path, "first"))
+    assert check.failure is not None
+    assert "bytes beside the results were written" in check.failure
+
+
+def test_other_results_than_the_engines_are_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change = (
+        "from qmm.kernels import cpu; kept = cpu.matmul\n"
+        "def spoiled(form, address, m, k, x, out, mode):\n"
+        "    kept(form, address, m, k, x, out, mode)\n"
+        "    out *= 1 + 2**-20 if address % 4096 in (0, 4096 - 510) else 1\n"
+        "cpu.matmul = spoiled"
+    )
+    with_child(monkeypatch, change)
+    (check,) = check_guarded(job(path, "first"))
+    assert check.failure is not None
+    assert "not the engine's" in check.failure
+
+
+def test_a_child_that_cannot_begin_says_why(path: Path) -> None:
+    with pytest.raises(QmmError, match=r"gone\.gguf.*No such file"):
+        check_guarded(job(path.with_name("gone.gguf"), "first"))
