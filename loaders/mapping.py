@@ -71,7 +71,7 @@ class FileMapping(Closing):
         """
         descriptor, identity = open_regular(Path(path), MappingError)
         try:
-            with _lock:
+            with _lock.now:
                 pages = _pages.get(identity)
                 if pages is None:
                     pages = _pages[identity] = _Pages(Path(path), descriptor, identity)

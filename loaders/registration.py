@@ -110,7 +110,7 @@ class HostRegistration(Closing):
             mapping.require(offset, nbytes)
         mapping.check()
         spans = covering_pages(ranges, mmap.PAGESIZE)
-        with undisturbed(), _lock:
+        with undisturbed(), _lock.now:
             # The table's own handle keeps the pages mapped for as long as one of them is registered.
             table = _tables.setdefault(mapping.address, _Table(mapping.share()))
             try:
@@ -186,7 +186,7 @@ class HostRegistration(Closing):
             RegistrationError: A call failed, most often because a kernel did: its error shows here first. Pages that
                 could not be unregistered stay mapped.
         """
-        with undisturbed(), _lock:
+        with undisturbed(), _lock.now:
             if self.closed:
                 self._mapping.close()
                 return

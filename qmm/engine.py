@@ -6,8 +6,7 @@ import functools
 import math
 import os
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,6 +85,7 @@ class Engine(Closing):
         self._uses: Uses | None = None
         self._check_activations(activations)
         self.model = model
+        self._was_closed = f"{model.path}: the engine was closed. Make another one."
         self.activations = activations
         chosen = [model[name] for name in (model if tensors is None else tensors)]
         choice = choose(device, placement, sum(tensor.nbytes for tensor in chosen))
@@ -115,7 +115,7 @@ class Engine(Closing):
             except BaseException:
                 self.gpu.close()
                 raise
-        self._uses = Uses()
+        self._uses = Uses(self._was_closed)
         self._closed = False
 
     @property
@@ -319,17 +319,10 @@ class Engine(Closing):
             return False
         return True
 
-    @contextmanager
-    def _under_way(self) -> Iterator[None]:
-        """In this block the engine stays as it is, whoever closes it."""
+    def _under_way(self) -> memoryview:
+        """What a call holds in a ``with`` block, in which the engine stays as it is, whoever closes it."""
         assert self._uses is not None
-        with self._uses as there:
-            if not there:
-                raise self._was_closed()
-            yield
-
-    def _was_closed(self) -> ClosedError:
-        return ClosedError(f"{self.model.path}: the engine was closed. Make another one.")
+        return self._uses.begin()
 
     def _matmul_host(self, tensor: Tensor, x: npt.NDArray[np.float32], int8: bool) -> npt.NDArray[np.float32]:
         address = self._weights.address(tensor)
@@ -347,7 +340,7 @@ class Engine(Closing):
 
     def _tensor(self, tensor: str | Tensor) -> Tensor:
         if self._closed:
-            raise self._was_closed()
+            raise ClosedError(self._was_closed)
         if self.gpu is not None and self.forked:
             raise ClosedError(
                 f"{self.model.path}: the engine was made in process {self._process}, and CUDA does not survive a fork "
@@ -450,7 +443,7 @@ def _note_fork() -> None:
     for engine in list(_engines):
         engine.forked = True
         if engine._uses is not None:
-            engine._uses = Uses()  # the parent's threads are not here, and what they use does not end
+            engine._uses = Uses(engine._was_closed)  # the parent's threads are not here, and what they use does not end
 
 
 if hasattr(os, "register_at_fork"):  # asking for the process number at each product would take a system call

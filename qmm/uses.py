@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
-import threading
-from types import TracebackType
+import time
+
+from qmm.errors import ClosedError
 
 __all__ = ["Uses"]
 
 
 class Uses:
-    """A count of ``with`` blocks that are under way in all threads.
+    """Counts the calls in all threads that use something, until it is closed.
 
-    The parent's blocks do not end in a forked child, which therefore needs one of its own.
+    A call holds a view of a bytearray, which refuses to change its size meanwhile: Python counts views itself, and lets
+    go of one however its ``with`` block ends. A count of ours could be left one too high by a Ctrl-C right before it
+    was changed, and closing would wait for ever.
     """
 
-    def __init__(self) -> None:
-        self._count = 0
-        self._ended = self._done = False
-        self._changed = threading.Condition(threading.Lock())
+    def __init__(self, closed: str) -> None:
+        """``closed`` is what is said to calls that come too late."""
+        self._closed = closed
+        self._viewed = bytearray()
+        self._ended = False
+        self._remaining = [None]
 
-    def __enter__(self) -> bool:
-        """Whether what is used still is there: :meth:`end` was not called."""
-        with self._changed:
-            self._count += 1
-            return not self._ended
+    def begin(self) -> memoryview:
+        """What a call holds in a ``with`` block.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with self._changed:
-            self._count -= 1
-            self._changed.notify_all()
+        Raises:
+            ClosedError: :meth:`end` was called.
+        """
+        view = memoryview(self._viewed)
+        if self._ended:
+            raise ClosedError(self._closed)
+        return view
 
     def end(self) -> bool:
-        """Let no new block begin well, and wait for those under way.
+        """Let no call begin any more, and wait for those under way.
 
         Returns:
-            True once, whichever thread it is that then does what remains to be done.
+            True once, to whichever thread then does what remains to be done.
         """
-        with self._changed:
-            self._ended = True
-            self._changed.wait_for(lambda: self._count == 0)
-            done, self._done = self._done, True
-            return not done
+        self._ended = True
+        while True:
+            try:
+                self._viewed.append(0)
+            except BufferError:
+                time.sleep(0.001)
+            else:
+                break
+        try:
+            self._remaining.pop()
+        except IndexError:
+            return False
+        return True

@@ -222,7 +222,7 @@ def test_a_forked_child_opens_files_whatever_other_threads_were_doing(file: Path
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with mapping_module._lock:
+        with mapping_module._lock.now:
             held.set()
             done.wait()
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +256,33 @@ def test_a_thousand_engines_leave_nothing_behind(path: Path, x: np.ndarray) -> N
 
 
 # Ctrl-C ---------------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_in_the_middle_of_products_leaves_an_engine_that_multiplies_and_closes(
+    path: Path, x: np.ndarray
+) -> None:
+    x = np.repeat(x, 20, axis=0)
+    interrupted = 0
+    with qmm.open(path) as model, qmm.Engine(model, "cpu") as engine:
+        expected = engine.matmul("a", x)
+        for round_ in range(200):
+            signal.setitimer(signal.ITIMER_REAL, 1e-4 + 1e-5 * (round_ % 50))
+            try:
+                while True:
+                    engine.matmul("a", x)
+            except KeyboardInterrupt:
+                interrupted += 1
+        np.testing.assert_array_equal(engine.matmul("a", x), expected)
+    assert interrupted == 200
+    assert not is_mapped(path)
+
+
+@pytest.fixture(autouse=True)
+def _alarms_are_ctrl_c() -> Iterator[None]:
+    """A timer can send an alarm, and nothing else."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("options", [(), ("--paranoid",)], ids=["verify", "paranoid"])
