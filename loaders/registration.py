@@ -177,6 +177,21 @@ class HostRegistration(Closing):
             )
         return bases.pop() + offset
 
+    def pieces(self, offset: int, nbytes: int) -> list[Span]:
+        """Bytes ``offset`` to ``offset + nbytes`` of the file in parts, each within what one call registered: CUDA's
+        copies take in no more (``cudaErrorInvalidValue``), while kernels do not care.
+
+        Raises:
+            RegistrationError, MappingError, ClosedError: as :meth:`address`.
+        """
+        self.address(offset, nbytes)
+        wanted = Span(offset, offset + nbytes)
+        return [
+            Span(max(chunk.span.start, wanted.start), min(chunk.span.end, wanted.end))
+            for chunk in self._chunks
+            if chunk.overlaps(wanted)
+        ]
+
     def close(self) -> None:
         """Wait for the device, unregister the pages that no other registration uses, then let the mapping go.
 

@@ -35,6 +35,7 @@ from qmm.arrays import View
 from qmm.engine import Engine
 from qmm.errors import QmmError
 from qmm.loaders.closing import Closing
+from qmm.loaders.cuda import CudaCallError
 from qmm.loaders.guards import DeviceGuard, Guard, HostGuard
 from qmm.model import Tensor, open_model
 from qmm.report import GuardCheck
@@ -126,15 +127,16 @@ def work() -> int:
     job = Job(**json.load(sys.stdin))
     with open_model(job.file) as model:
         tensors = [model[name] for name in job.tensors]
-        with Engine(model, job.device, job.placement, tensors=job.tensors) as engine:
+        with (
+            Engine(model, job.device, job.placement, tensors=job.tensors) as engine,
+            _Bench(engine, tensors, job) as bench,
+        ):
             try:
-                with _Bench(engine, tensors, job) as bench:
-                    for tensor in tensors:
-                        _say({"check": asdict(bench.check(tensor))})
-            except QmmError as reason:  # what faults on a GPU takes the GPU from the process
+                for tensor in tensors:
+                    _say({"check": asdict(bench.check(tensor))})
+            except (QmmError, CudaCallError) as reason:
                 _say({**bench.where, "failure": str(reason)})
-                sys.stdout.flush()
-                os._exit(1)
+                os._exit(1)  # what faults on a GPU takes the GPU from the process: nothing can be given back
     return 0
 
 

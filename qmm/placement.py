@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmm.errors import RegistrationError, TensorNotFoundError
+from qmm.errors import DeviceError, RegistrationError, TensorNotFoundError
 from qmm.loaders.mapping import FileMapping
 from qmm.loaders.registration import HostRegistration
 from qmm.model import Tensor
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from qmm.gpu import GPU
 
 __all__ = ["DeviceCopies", "HostWeights", "MappedWeights", "Weights"]
+
+PIECE_NBYTES = 64 << 20
+"""The most bytes of a file that are copied to other memory on their way to the GPU."""
 
 
 class Weights:
@@ -145,21 +148,29 @@ class DeviceCopies(Weights):
         mapping.check()
         target = self._gpu.allocate(tensor.nbytes, f"a copy of tensor {tensor.name!r}")
         try:
-            # From registered pages the copy engine runs at the link's speed, from others at a fifth of it; where
-            # registering is refused, the slow way still works.
-            with self._registered(mapping, tensor):
-                self._transfer(target, mapping.address + tensor.info.offset, tensor.nbytes)
+            self._fill(target, mapping, tensor.info.offset, tensor.nbytes)
         except BaseException:
-            self._gpu.free(target)
+            with suppress(DeviceError):  # the error at hand is the one to show
+                self._gpu.free(target)
             raise
         return target
 
-    def _registered(self, mapping: FileMapping, tensor: Tensor) -> AbstractContextManager[object]:
-        """The registration of the tensor's pages, if there can be one."""
+    def _fill(self, target: int, mapping: FileMapping, offset: int, nbytes: int) -> None:
+        """Copy bytes of a file. From registered pages the copy engine runs at the link's speed; where registering is
+        refused, a slower way still works."""
+        registration = None
         if self._registers:
             with suppress(RegistrationError):
-                return HostRegistration.of(mapping, [(tensor.info.offset, tensor.nbytes)], self._gpu.device)
-        return nullcontext()
+                registration = HostRegistration.of(mapping, [(offset, nbytes)], self._gpu.device)
+        if registration is not None:
+            with registration:
+                for piece in registration.pieces(offset, nbytes):
+                    self._transfer(target + piece.start - offset, mapping.address + piece.start, piece.nbytes)
+            return
+        # By way of memory of its own: some of the pages may be registered by others, and CUDA copies from no two kinds.
+        for start in range(offset, offset + nbytes, PIECE_NBYTES):
+            part = mapping.view(start, min(PIECE_NBYTES, offset + nbytes - start)).copy()
+            self._transfer(target + start - offset, part.ctypes.data, part.nbytes)
 
     def _transfer(self, target: int, source: int, nbytes: int) -> None:
         self._gpu.copy(target, source, nbytes, self._gpu.stream)

@@ -183,10 +183,10 @@ class VerifyReport(Report):
         products = sum(guard.products for guard in held)
         dequantizations = sum(guard.dequantizations for guard in held)
         yield Text(
-            f"Between guards: {products:,} products and {dequantizations:,} dequantizations with {len(held)} tensors "
-            "read no byte before a tensor's first or x's, and none behind the last; there, memory faults. None wrote "
-            "beside y. Beside bytes of 0x00 and beside bytes of 0xFF, which are NaN, the results were the same to the "
-            f"bit. {len(failed)} tensors failed."
+            f"Between guards: {products:,} products and {dequantizations:,} dequantizations with {len(held)} tensors; "
+            "tensor, x and y each lay at the first and at the last byte of memory that faults beyond, and nothing "
+            "beyond was touched. Beside bytes of 0x00 and beside bytes of 0xFF, which are NaN, the results were the same "
+            f"to the bit, and no byte beside y was written. {len(failed)} tensors failed."
         )
 
 

@@ -249,7 +249,7 @@ def test_rows_without_weights_give_zeros(engine: qmm.Engine, library) -> None:
         np.testing.assert_array_equal(engine.matmul("hollow", np.empty(shape, np.float32)), zeros)
         for dtype in library.dtypes:
             x = library.make(np.empty(shape, np.float32), dtype)
-            out = library.make(np.full((*shape[:-1], 10), np.nan, np.float32), dtype)[..., ::2]
+            out = library.make(np.full((*shape[:-1], 5), np.nan, np.float32), dtype)
             assert engine.matmul("hollow", x, out=out) is out
             np.testing.assert_array_equal(library.bring(out), zeros)
             with engine.plan([("hollow", x, out)]) as plan:

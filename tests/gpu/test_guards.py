@@ -144,7 +144,7 @@ def test_a_product_that_reads_one_byte_too_far_is_named(
         "from qmm.gpu import GPU; kept = GPU.matmul\n"
         f"GPU.matmul = lambda self, f, a, m, *rest: kept(self, f, a + ({by} if m == 67 and near(a) else 0), m, *rest)\n"
         # In the guard alone: the engine's own tensor lies among bytes that may be read.
-        f"near = lambda a: a % 4096 == {'4096 - 67 * 102' if by > 0 else '0'} % 4096"
+        f"near = lambda a: a % 4096 == ({'-67 * 11 * 34' if by > 0 else '0'}) % 4096"
     )
     monkeypatch.setattr(paranoid, "CHILD", f"exec({change!r}); from qmm.paranoid import work; sys.exit(work())")
     tensors = ("Q8_0 67 x 352", "Q8_0 1 x 32")

@@ -35,7 +35,9 @@ def watched(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, str(PROGRAM), *arguments]
     alone = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert alone.returncode == 0, alone.stderr
-    command = [found, "--tool", tool, "--error-exitcode", "9", *program]
+    # The bindings ask the driver for functions that an older one has not, which memcheck would report as API errors.
+    options = ["--tool", tool, "--error-exitcode", "9", *(["--report-api-errors", "no"] if tool == "memcheck" else [])]
+    command = [found, *options, *program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     print(done.stdout[-4000:], done.stderr[-2000:])
     return done

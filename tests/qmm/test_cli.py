@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import qmm
 import qmm.gpu
+import qmm.paranoid
 import qmm.smoke
 from qmm.cli import app
 from qmm.errors import DeviceError, RegistrationError
@@ -300,6 +301,29 @@ def test_verify_checks_all_tensors_and_lists_those_without_a_kernel(model: Path)
     for name in ("up", "down"):
         assert 0 < checks[name]["nmse"]["int8"] <= 5e-4
         assert checks[name]["nmse"]["f16"] <= 1e-6
+
+
+def test_verify_paranoid_says_what_it_proved(model: Path) -> None:
+    arguments = ("verify", model, "--device", "cpu", "--n", "1", "--activations", "f16", "--paranoid")
+    result = invoke(*arguments)
+    assert result.code == 0
+    # Three tensors with a kernel, two ends, two fillers.
+    assert "Between guards: 12 products and 12 dequantizations with 3 tensors" in result.out
+    assert "0 tensors failed" in result.out
+    assert "between guards, host" in result.err
+    guards = invoke(*arguments, "--tensors", "up", "--json").document["guards"]
+    assert guards == [{"tensor": "up", "products": 4, "dequantizations": 4, "failure": None}]
+
+
+def test_verify_paranoid_fails_where_a_guard_does(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = "import os; from qmm.kernels import cpu; cpu.dequantize = lambda *rest: os.abort()"
+    monkeypatch.setattr(qmm.paranoid, "CHILD", f"{broken}; from qmm.paranoid import work; sys.exit(work())")
+    arguments = ("verify", model, "--device", "cpu", "--n", "1", "--activations", "f16", "--tensors", "up")
+    assert "guards" not in invoke(*arguments).out
+    result = invoke(*arguments, "--paranoid")
+    assert result.code == 1
+    assert "killed by SIGABRT" in result.out
+    assert "1 tensors failed" in result.out
 
 
 def test_verify_table_has_every_tensor(model: Path) -> None:
