@@ -23,6 +23,7 @@ import gguf
 import numpy as np
 from gguf_files import random_blocks
 from lanes_machine import Block, LaneError, Memory, Region, Settings
+from lanes_masks import MASKS, without
 from lanes_twins import LaneTarget
 
 from qmm.arrays import View
@@ -48,12 +49,12 @@ WEIGHTS, OTHERS = 3 << 52, 1 << 52
 
 
 @functools.lru_cache(maxsize=256)
-def flat(kernel: CUDAKernel, whole_edges: bool = False) -> Callable[..., None]:
-    """The kernel's flat source, made of the twins; with the fault "edges" or without."""
+def flat(kernel: CUDAKernel, faults: frozenset[str] = frozenset()) -> Callable[..., None]:
+    """The kernel's flat source, made of the twins; without the masks that are among the faults."""
     module, _, function = kernel.key["template"].rpartition(".")
-    source = getattr(import_module(f"qmm.kernels.{module}"), function)
+    source = without(faults & MASKS.keys(), getattr(import_module(f"qmm.kernels.{module}"), function))
     constants = {name: LaneTarget.operation(value) for name, value in kernel.key["constants"].items()}
-    return specialize(source, constants, LaneTarget(kernel.key["alignment"], whole_edges))
+    return specialize(source, constants, LaneTarget(kernel.key["alignment"]))
 
 
 class Launch:
@@ -82,7 +83,7 @@ class Launch:
     def queue(self, stream: int) -> None:
         """Run it."""
         settings = self.gpu.settings
-        function = flat(self.kernel, "edges" in settings.faults)
+        function = flat(self.kernel, settings.faults)
         for index in range(self.blocks):
             block = Block(
                 self.gpu.memory, index, self.blocks, self.kernel.threads, self.shared_nbytes, not self.early, settings
@@ -113,7 +114,8 @@ class LaneGPU(GPU):
         self._scratch = {}
         self._areas = []
         self._products = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        self._stopped = False
         self._zeros = self.add("zeros", bytes(ZERO_NBYTES), constant=True).start
         self._patch = mock.patch.object(launch, "Launch", functools.partial(Launch, self))
 
@@ -205,6 +207,13 @@ def dequantized(block_format: Format, data: bytes, m: int, k: int) -> np.ndarray
     return gguf.quants.dequantize(rows, kind).reshape(m, k).astype(np.float32, copy=False)
 
 
+def require_alone(memory: Memory, weights: Region, nbytes: int) -> None:
+    """Memory begins with the first byte of the weights and ends with the last: nothing else is near."""
+    assert weights.end - weights.start == nbytes
+    far = OTHERS // 2
+    assert all(other is weights or other.end < weights.start - far for other in memory.regions)
+
+
 def expected_reads(block_format: Format, tiling: Tiling, address: int, m: int, k: int) -> np.ndarray:
     """How often each byte of a tensor is copied: once for each part of a row that has a byte in the same 16."""
     row_nbytes = block_format.row_nbytes(k)
@@ -278,6 +287,7 @@ def run_product(
         x_view = View((n, k), (item * k, item), dtype, source.start, 0)
         y_view = View((n, m), (item * m, item), dtype, target.start, 0)
         gpu.matmul(block_format, weights.start, m, k, x_view, y_view, int8, 0)
+        require_alone(gpu.memory, weights, len(data))
     seconds = time.perf_counter() - started
     y = _floats_of(target.data, dtype).reshape(n, m)
     matrix = dequantized(block_format, data, m, k).astype(np.float64)
@@ -312,6 +322,7 @@ def run_dequantization(
         weights = gpu.memory.add("weights", WEIGHTS + shift, data, constant=True)
         target = gpu.add("weights as float32", 4 * m * k)
         gpu.dequantize(block_format, weights.start, m, k, target.start, 0)
+        require_alone(gpu.memory, weights, len(data))
     seconds = time.perf_counter() - started
     tiling = Tiling.of_dequantization(
         block_format, launch.alignment_of(weights.start | block_format.row_nbytes(k)), machine

@@ -48,9 +48,9 @@ class Settings:
         late: whether asynchronous copies land as late as possible; else at once.
         slow: the number of a warp that has its turn only where no other can go on.
         seed: for the lots that decide whose turn it is.
-        faults: what the machine gets wrong on purpose, so that tests can show that they notice: "edges" (pieces of 16
-            bytes at a tensor's edges are copied whole), "waits" (lanes go on without waiting for a barrier), "warps"
-            (nor for their warp), "predecessors" (nor for the kernel before).
+        faults: what goes wrong on purpose, so that tests can show that they notice: "waits" (lanes go on without
+            waiting for a barrier), "warps" (nor for their warp), "predecessors" (nor for the kernel before), and the
+            masks of ``lanes_masks.py``, by name, which the kernels then lack.
     """
 
     late: bool = True

@@ -18,7 +18,7 @@ import numpy as np
 from greenlet import getcurrent
 from lanes_machine import SHARED_WINDOW, Copy, Delivery, LaneError, meet, together
 
-from qmm.kernels import primitives, ptx, ring
+from qmm.kernels import primitives, ptx
 
 __all__ = ["MAKERS", "TWINS", "LaneTarget"]
 
@@ -577,20 +577,16 @@ def largest_of_eight(arguments):
 
 
 class LaneTarget:
-    """Specializes kernels for :mod:`lanes_machine`, with block fields that keep to ``alignment`` bytes; with
-    ``whole_edges``, the fault "edges"."""
+    """Specializes kernels for :mod:`lanes_machine`, with block fields that keep to ``alignment`` bytes."""
 
     name = "lanes"
 
-    def __init__(self, alignment: int, whole_edges: bool = False) -> None:
+    def __init__(self, alignment: int) -> None:
         self._twins: dict[Any, Any] = {
             getattr(primitives, name): getattr(primitives, name) for name in primitives.__all__
         }
         self._twins |= field_loads(alignment)
         self._twins |= {getattr(ptx, name): function for name, function in TWINS.items()}
-        if whole_edges:
-            edge = TWINS[f"copy_edge{min(4, alignment)}"]
-            self._twins[ring.copy_edges] = _whole_edges(edge, min(4, alignment))
 
     def intrinsic(self, primitive: object) -> object | None:
         """The twin of an operation, or None for what is none.
@@ -629,13 +625,3 @@ class LaneTarget:
                 raise LaneError(f"ptx.{name} has no twin in {__name__}")
             return MAKERS[name](*arguments)
         return value
-
-
-def _whole_edges(copy_edge, nbytes):
-    """``copy_edges`` of ring.py, but for all 16 bytes, whether they belong to the tensor or not."""
-
-    def copy_edges(target, source, weights, end):
-        for i in range(0, 16, nbytes):
-            copy_edge(target + i, source + i)
-
-    return copy_edges

@@ -1,0 +1,228 @@
+"""A kernel reads a byte only if it belongs to its tensor, and each byte of a weight as often as it should.
+
+The kernels' own source, run lane by lane as in ``test_lanes.py``, over shapes that hypothesis draws
+(``lanes_cases.py``). Memory begins with the weight's first byte and ends with its last: nothing else is near, and a
+read of anything outside is a LaneError. ``run_product`` and ``run_dequantization`` assert that, compare what comes out
+with float64 and with gguf, and count how often each byte of the weight was read: once for each part of a row that
+shares its 16 bytes, so exactly once where all parts begin at multiples of 16.
+
+*Every schedule.* A product is run with one of the schedules that real GPUs take for real shapes
+(``lanes_schedules.py``), on a GPU of one to three multiprocessors and with rows just long enough. Of some 14,000 kinds
+the usual run takes SCHEDULES of each format, chosen so that every value of every attribute is among them (the test
+asserts it) and as many pairs of values as can be. Each is run with EXAMPLES drawn shapes, the same in each run. Then
+there are products as the host plans them for small shapes, and dequantizations.
+
+``QMM_LANES=<factor>`` takes so many times the schedules of each format, the further ones by lot, and draws anew in each
+run; 240 and more take all of them, which is some four hours. What fails names its Case, to be run again alone.
+
+*Masks.* The last tests take one mask from the kernels (``lanes_masks.py``) and have the same properties fail: with one
+format each in the usual run, with all formats where QMM_LANES is more than 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import Phase, given, seed, settings
+from hypothesis import strategies as st
+from lanes_cases import (
+    REACHES,
+    Case,
+    Reach,
+    depths_of_product,
+    dequantizations,
+    products,
+    usual_products,
+    work_of,
+)
+from lanes_machine import LaneError
+from lanes_masks import MASKS
+from lanes_schedules import MACHINES, Kind, Planned, alignments_of, attributes, covering, schedules_of, values_of
+
+from qmm.kernels.formats import FORMATS, Format
+from qmm.kernels.staging import COLUMN_TILES, Schedule
+
+FACTOR = int(os.environ.get("QMM_LANES", "1"))
+SCHEDULES = 8
+EXAMPLES = 2
+USUAL_PRODUCTS = 4
+DEQUANTIZATIONS = 5
+WORK = 1200
+"""The most of a case, as work_of() has it: about a second."""
+
+formats = pytest.mark.parametrize("name", FORMATS)
+drawn = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate])  # but for the seeds below
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must hold
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def require(cases: st.SearchStrategy[Case], examples: int, lots: random.Random, mask: str | None = None) -> list[Case]:
+    """Run drawn cases; with a mask, kernels lack it. Which they were."""
+    faults = frozenset() if mask is None else frozenset({mask})
+    ran: list[Case] = []
+
+    @seed(lots.getrandbits(32))
+    @settings(drawn, max_examples=examples)
+    @given(cases)
+    def holds(case: Case) -> None:
+        ran.append(case)
+        replace(case, settings=replace(case.settings, faults=faults)).run()
+
+    holds()
+    return ran
+
+
+def lots_of(name: str) -> random.Random:
+    """What schedules and shapes are drawn by."""
+    return random.Random(name if FACTOR == 1 else None)
+
+
+def require_products(name: str, mask: str | None = None) -> tuple[list[Case], Counter[str]]:
+    """Run the products of a format; which they were, and how often what was reached."""
+    planned, lots = schedules_of(FORMATS[name]), lots_of(name)
+    kinds = covering(planned, SCHEDULES, SCHEDULES * FACTOR, lots)
+    ran: list[Case] = []
+    met: Counter[str] = Counter()
+    for kind in kinds:
+        columns = columns_for(planned[kind].schedule, met)
+        reach = reach_for(FORMATS[name], planned[kind], columns, met)
+        ran += require(products(name, planned[kind], reach, columns), EXAMPLES, lots, mask)
+    return ran, met
+
+
+def require_usual_products(name: str, mask: str | None = None) -> None:
+    """Run products as the host plans them."""
+    require(usual_products(name), USUAL_PRODUCTS * FACTOR, lots_of(name), mask)
+
+
+def columns_for(schedule: Schedule, met: Counter[str]) -> range:
+    """Columns that a schedule is for: those of its tile; of the last tile, in turn, more than a launch takes."""
+    columns = schedule.activations.columns
+    if columns < COLUMN_TILES[-1]:
+        return range(columns // 2 + 1, columns + 1)
+    met["last tile"] += 1
+    return range(columns + 1, columns + 5) if met["last tile"] % 2 else range(columns // 2 + 1, columns + 1)
+
+
+def reach_for(block_format: Format, planned: Planned, columns: range, met: Counter[str]) -> Reach:
+    """The reach that was met least of those that are possible and not too much work; it is met now."""
+    possible = [name for name, reach in REACHES.items() if depths_of_product(block_format, planned, reach)]
+    within = [name for name in possible if work_of(block_format, planned.schedule, columns, REACHES[name]) <= WORK]
+    least = min(within or possible[-1:], key=lambda name: met[name])
+    met[least] += 1
+    return REACHES[least]
+
+
+def require_dequantizations(name: str, mask: str | None = None) -> list[Kind]:
+    """Run the dequantizations of a format; what was run."""
+    every = itertools.product(alignments_of(FORMATS[name]), MACHINES, REACHES)
+    lots = lots_of(name)
+    named = [tuple(zip(("alignment", "machine", "reach"), values, strict=True)) for values in every]
+    kinds = covering(named, DEQUANTIZATIONS, DEQUANTIZATIONS * FACTOR, lots)
+    for (_, alignment), (_, machine), (_, reach) in kinds:
+        require(dequantizations(name, alignment, MACHINES[machine], REACHES[reach]), EXAMPLES, lots, mask)
+    return kinds
+
+
+@formats
+def test_products_of_every_schedule(name: str) -> None:
+    ran, met = require_products(name)
+    kinds = {attributes(case.schedule) for case in ran if case.schedule is not None}
+    assert values_of(kinds) == values_of(schedules_of(FORMATS[name]))
+    assert len(ran) == EXAMPLES * len(kinds)
+    assert all(met[reach] for reach in REACHES)
+    assert {case.n > COLUMN_TILES[-1] for case in ran} == {False, True}
+    assert {case.start % 32 == 0 for case in ran} == {False, True}
+
+
+@formats
+def test_products_as_the_host_plans_them(name: str) -> None:
+    require_usual_products(name)
+
+
+@formats
+def test_dequantizations(name: str) -> None:
+    kinds = require_dequantizations(name)
+    assert len(values_of(kinds)) == len(alignments_of(FORMATS[name])) + len(MACHINES) + len(REACHES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What would not go unnoticed: each mask taken away
+# ---------------------------------------------------------------------------------------------------------------------
+
+OUTSIDE = r"bytes at .* are not within any of \[zeros"
+COUNTED = "how often each byte of the weights was read"
+WRONG = "NMSE"
+NOT_THERE = "nobody has written|are not within .* of its block|" + OUTSIDE
+PLAIN = [name for name in FORMATS if FORMATS[name].plain]
+QUANTIZED = [name for name in FORMATS if name not in PLAIN]
+SHORT = [name for name in FORMATS if FORMATS[name].short]
+LONG = [name for name in PLAIN if name not in SHORT]
+
+FOUND = {
+    "rows, bulk": (OUTSIDE + "|" + COUNTED, list(FORMATS)),
+    "rows, by 16": (OUTSIDE + "|" + COUNTED, list(FORMATS)),  # only rows at multiples of 16 are copied from outside
+    "lines, bulk": (COUNTED + "|" + WRONG, list(FORMATS)),
+    "depth, bulk": (OUTSIDE + "|" + COUNTED, list(FORMATS)),
+    "depth, by 16": (OUTSIDE + "|" + COUNTED, list(FORMATS)),
+    "first piece, bulk": (OUTSIDE, list(FORMATS)),
+    "last piece, bulk": (OUTSIDE, list(FORMATS)),
+    "only piece, bulk": (COUNTED, PLAIN),
+    "first piece, by 16": (OUTSIDE, list(FORMATS)),
+    "last piece, by 16": (OUTSIDE, list(FORMATS)),
+    "edge before": (OUTSIDE, list(FORMATS)),
+    "edge after": (OUTSIDE, list(FORMATS)),
+    "blocks": (WRONG, QUANTIZED),
+    "groups": (NOT_THERE, list(FORMATS)),
+    "tail": (WRONG, LONG),
+    "tail, short": (WRONG, SHORT),
+    "columns, short": (NOT_THERE, SHORT),
+    "sums, short": (WRONG, SHORT),
+    "rows of results": (OUTSIDE, list(FORMATS)),
+    "columns of results": (OUTSIDE, list(FORMATS)),
+    "copy of activations, read": (NOT_THERE, list(FORMATS)),
+    "copy of activations, written": (NOT_THERE, list(FORMATS)),
+    "columns of x": (OUTSIDE, list(FORMATS)),
+    "tail of x": (OUTSIDE, list(FORMATS)),
+    "columns of x, fused": (OUTSIDE, list(FORMATS)),
+    "tail of x, fused": (OUTSIDE, list(FORMATS)),
+    "blocks of weights": (OUTSIDE, QUANTIZED),
+    "rows of weights": (OUTSIDE, list(FORMATS)),
+    "tail of weights": (OUTSIDE, PLAIN),
+}
+"""What the absence of a mask shows as, in which formats."""
+ELSEWHERE = {"brought, before", "brought, after"}
+"""Masks of what a product brings into L2 for the next one: test_lanes.py."""
+
+
+def masks() -> list[tuple[str, str]]:
+    """Masks, each with a format, by turns; or with all of them."""
+    pairs = []
+    for number, (mask, (_, names)) in enumerate(FOUND.items()):
+        pairs += [(mask, name) for name in (names if FACTOR > 1 else [names[(5 * number + 5) % len(names)]])]
+    return pairs
+
+
+@pytest.mark.parametrize(("mask", "name"), masks())
+def test_without_a_mask_the_same_fails(mask: str, name: str) -> None:
+    require = require_dequantizations if mask.endswith("of weights") else require_both_products
+    with pytest.raises((LaneError, AssertionError), match=FOUND[mask][0]):
+        require(name, mask)
+
+
+def require_both_products(name: str, mask: str) -> None:
+    """Run what takes little time first."""
+    require_usual_products(name, mask)
+    require_products(name, mask)
+
+
+def test_every_mask_is_taken_away() -> None:
+    assert set(FOUND) | ELSEWHERE == set(MASKS)
