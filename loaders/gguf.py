@@ -15,13 +15,14 @@ from __future__ import annotations
 import functools
 import math
 import os
+import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from qmm.errors import GGUFError
-from qmm.loaders.header import COUNT_LIMIT, UINT32, UINT64, HeaderReader
+from qmm.loaders.header import COUNT_LIMIT, UINT32, HeaderReader, quote
 from qmm.loaders.metadata import Metadata
 from qmm.loaders.split import check_shard, check_total, shard_paths, split_count
 
@@ -32,6 +33,8 @@ VERSIONS: Final = (2, 3)
 DEFAULT_ALIGNMENT: Final = 32
 SMALLEST_ALIGNMENT: Final = 8  # gguf.md: "it must be a multiple of 8"; ggml: it must be a power of two
 DIMENSION_LIMIT: Final = 4  # GGML_MAX_DIMS
+# What follows a tensor's name, by its number of dimensions: these, a type and an offset.
+ENTRIES: Final = tuple(struct.Struct(f"<{dimensions}QIQ") for dimensions in range(DIMENSION_LIMIT + 1))
 SMALLEST_PAIR: Final = 8 + 4 + 1  # an empty key, a type and a value of one byte
 SMALLEST_TENSOR: Final = 8 + 4 + 4 + 8  # an empty name, no dimensions, a type and an offset
 
@@ -74,7 +77,7 @@ class GGUFIndex:
     Attributes:
         path: The file that was asked for.
         version: GGUF version, 2 or 3.
-        alignment: ``general.alignment`` in bytes, or 32.
+        alignment: ``general.alignment`` in bytes, or 32; that of the first file if the model is split.
         files: All files of the model in order; one unless it is split.
         tensors: By name, in file order.
         metadata: By key; arrays are read when they are asked for. That of the first file if the model is split.
@@ -110,12 +113,13 @@ class GGUFIndex:
         for tensor in (tensor for shard in shards for tensor in shard.tensors):
             if tensor.name in tensors:
                 raise GGUFError(
-                    f"{tensor.path}: tensor {tensor.name!r} is in {tensors[tensor.name].path} already. "
+                    f"{tensor.path}: tensor {quote(tensor.name)} is in {tensors[tensor.name].path} already. "
                     "The files of different models were mixed: fetch them again."
                 )
             tensors[tensor.name] = tensor
+        for shard, file in zip(paths, shards, strict=True):
+            check_total(shard, file.metadata, count, len(tensors))
         first = shards[0]
-        check_total(paths, first.metadata, len(tensors))
         return cls(path, first.version, first.alignment, paths, tensors, first.metadata)
 
 
@@ -162,7 +166,7 @@ def _read_file(path: Path) -> _File:
             start = header.position
             entry = _read_entry(header, f"tensor {index + 1} of {tensor_count}")
             if entry.name in entries:
-                header.fail(f"tensor {entry.name!r} occurs twice. The file is damaged.", position=start)
+                header.fail(f"tensor {quote(entry.name)} occurs twice. The file is damaged.", position=start)
             entries[entry.name] = entry
         data_start = -(-header.position // alignment) * alignment
         tensors = _place(path, header.nbytes, entries.values(), data_start, alignment)
@@ -172,24 +176,25 @@ def _read_file(path: Path) -> _File:
 def _read_version(header: HeaderReader) -> int:
     if header.nbytes < len(MAGIC) + UINT32.size or (magic := header.raw(len(MAGIC), "the magic")) != MAGIC:
         start = repr(magic) if header.nbytes >= len(MAGIC) + UINT32.size else f"only {header.nbytes} bytes"
-        raise GGUFError(f"{header.path}: is not a GGUF file: it has {start} where {MAGIC!r} and a version belong.")
+        header.fail(f"this is not a GGUF file: it has {start} where {MAGIC!r} and a version belong.", position=0)
     version: int = header.number(UINT32, "the version")
     if version & 0xFFFF == 0 and version:
-        raise GGUFError(
-            f"{header.path}: is big endian (version field 0x{version:08x}), and qmm reads blocks as they lie, little "
-            f"endian. Convert it in place with a script of the gguf package: gguf-convert-endian {header.path} little"
+        header.fail(
+            f"this is big endian (version field 0x{version:08x}), and qmm reads blocks as they lie, little endian. "
+            f"Convert it in place with a script of the gguf package: gguf-convert-endian {header.path} little",
+            position=len(MAGIC),
         )
     if version not in VERSIONS:
         advice = "Convert the model again with a current llama.cpp." if version < 2 else "A newer qmm may know it."
-        raise GGUFError(f"{header.path}: has GGUF version {version}; qmm reads versions 2 and 3. {advice}")
+        header.fail(f"this is GGUF version {version}; qmm reads versions 2 and 3. {advice}", position=len(MAGIC))
     return version
 
 
 def _alignment(path: Path, metadata: Metadata) -> int:
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < SMALLEST_ALIGNMENT or alignment & (alignment - 1):
+    alignment = metadata.integer("general.alignment", DEFAULT_ALIGNMENT)
+    if alignment < SMALLEST_ALIGNMENT or alignment & (alignment - 1):
         raise GGUFError(
-            f"{path}: general.alignment is {alignment!r}; GGUF wants a power of two of at least {SMALLEST_ALIGNMENT}. "
+            f"{path}: general.alignment is {alignment}; GGUF wants a power of two of at least {SMALLEST_ALIGNMENT}. "
             "The file is damaged, or its writer is wrong: convert it again."
         )
     return alignment
@@ -197,16 +202,15 @@ def _alignment(path: Path, metadata: Metadata) -> int:
 
 def _read_entry(header: HeaderReader, what: str) -> _Entry:
     name = header.text(f"the name of {what}")
-    what = f"tensor {name!r}"
+    what = f"tensor {quote(name)}"
     dimensions: int = header.number(UINT32, f"the number of dimensions of {what}")
     if dimensions > DIMENSION_LIMIT:
         header.fail(
             f"{what} has {dimensions} dimensions; ggml has at most {DIMENSION_LIMIT}. The file is damaged.",
             position=header.position - UINT32.size,
         )
-    ne = tuple(header.number(UINT64, f"dimension {axis} of {what}") for axis in range(dimensions))
-    kind: int = header.number(UINT32, f"the type of {what}")
-    return _Entry(name, ne or (1,), kind, header.number(UINT64, f"the offset of {what}"))
+    *ne, kind, offset = header.numbers(ENTRIES[dimensions], f"the shape, type and offset of {what}")
+    return _Entry(name, tuple(ne) or (1,), kind, offset)
 
 
 def _place(
@@ -216,24 +220,32 @@ def _place(
     infos: dict[str, TensorInfo] = {}
     end, above = file_nbytes, ""  # of what lies behind the tensor at hand: nothing yet
     for entry in sorted(entries, key=lambda entry: entry.offset, reverse=True):
-        where = f"{path}: tensor {entry.name!r}"
-        offset = data_start + entry.offset
         if entry.offset % alignment:
-            raise GGUFError(
-                f"{where} has offset {entry.offset}, which is no multiple of general.alignment {alignment}. "
-                "The file is damaged, or its writer is wrong: convert it again."
+            raise _refusal(
+                path,
+                entry,
+                f"has offset {entry.offset}, which is no multiple of general.alignment {alignment}. "
+                "The file is damaged, or its writer is wrong: convert it again.",
             )
-        if offset > file_nbytes:
-            raise GGUFError(_beyond(where, offset, 0, file_nbytes))
+        offset = data_start + entry.offset
         layout = _layouts().get(entry.type)
-        nbytes = _nbytes(where, entry, layout) if layout else end - offset
+        nbytes = _nbytes(path, entry, layout)
         if offset + nbytes > file_nbytes:
-            raise GGUFError(_beyond(where, offset, nbytes, file_nbytes))
-        if offset + nbytes > end:
-            raise GGUFError(
-                f"{where} takes bytes {offset} to {offset + nbytes}, but tensor {above!r} begins at byte {end}. "
-                "The file is damaged: fetch or convert it again."
+            raise _refusal(
+                path,
+                entry,
+                f"takes bytes {offset} to {offset + nbytes}, but the file ends at byte {file_nbytes}. "
+                "It is cut short (an unfinished download or copy?): fetch it again.",
             )
+        if offset + nbytes > end:
+            raise _refusal(
+                path,
+                entry,
+                f"takes bytes {offset} to {offset + nbytes}, but tensor {quote(above)} begins at byte {end}. "
+                "The file is damaged: fetch or convert it again.",
+            )
+        if layout is None and nbytes:
+            nbytes = end - offset
         if nbytes:  # a tensor without values shares its offset with the next
             end, above = offset, entry.name
         kind = layout.name if layout else f"unknown({entry.type})"
@@ -241,20 +253,27 @@ def _place(
     return [infos[entry.name] for entry in entries]
 
 
-def _beyond(where: str, offset: int, nbytes: int, file_nbytes: int) -> str:
-    return (
-        f"{where} takes bytes {offset} to {offset + nbytes}, but the file ends at byte {file_nbytes}. "
-        "It is cut short (an unfinished download or copy?): fetch it again."
-    )
-
-
-def _nbytes(where: str, entry: _Entry, layout: _Layout) -> int:
-    if entry.ne[0] % layout.values:
-        raise GGUFError(
-            f"{where} has rows of {entry.ne[0]} values, which is no multiple of the {layout.values} in a block of "
-            f"{layout.name}. The file is damaged."
+def _nbytes(path: Path, entry: _Entry, layout: _Layout | None) -> int:
+    """Its exact size; of an unknown type the least that it can be: one byte, if it has values."""
+    product = math.prod(filter(None, entry.ne))  # a Python integer: it cannot wrap, nor hide behind a dimension of 0
+    if product >= 1 << 63:
+        raise _refusal(
+            path,
+            entry,
+            f"has dimensions {' x '.join(map(str, entry.ne))}, whose product is {product}; ggml's is below 2^63. "
+            "The file is damaged.",
         )
-    values = math.prod(entry.ne)  # Python integers: a product that wraps 64 bits is seen as too large for the file
-    if max(entry.ne) >= 1 << 63:
-        raise GGUFError(f"{where} has a dimension of {max(entry.ne)}; ggml's are below 2^63. The file is damaged.")
-    return values // layout.values * layout.nbytes
+    if layout is None:
+        return min(entry.ne) and 1
+    if entry.ne[0] % layout.values:
+        raise _refusal(
+            path,
+            entry,
+            f"has rows of {entry.ne[0]} values, which is no multiple of the {layout.values} in a block of "
+            f"{layout.name}. The file is damaged.",
+        )
+    return math.prod(entry.ne) // layout.values * layout.nbytes
+
+
+def _refusal(path: Path, entry: _Entry, problem: str) -> GGUFError:
+    return GGUFError(f"{path}: tensor {quote(entry.name)} {problem}")

@@ -24,18 +24,20 @@ from qmm.errors import GGUFError
 from qmm.loaders.files import open_regular
 from qmm.loaders.strings import StringOverrunError, skip_strings
 
-__all__ = ["ArrayField", "HeaderReader", "ValueType"]
+__all__ = ["ArrayField", "HeaderReader", "ValueType", "quote"]
 
 # Beside each bound, what Gemma-3-270M takes: its vocabulary is among the largest in use.
-HEADER_LIMIT: Final = 256 << 20  # bytes up to the end of the tensor table: 6,525,112
-TEXT_LIMIT: Final = 8 << 20  # bytes of keys, tensor names and strings outside arrays: 6,206
+HEADER_LIMIT: Final = 128 << 20  # bytes up to the end of the tensor table: 6,525,112
+TEXT_LIMIT: Final = 4 << 20  # bytes of keys, tensor names and strings outside arrays: 6,206
 STRING_LIMIT: Final = 1 << 21  # strings in all arrays of the file: 262,148
-NESTED_LIMIT: Final = 1 << 16  # arrays inside arrays: 0
+NESTED_LIMIT: Final = 1 << 12  # arrays inside arrays: 0
 DEPTH_LIMIT: Final = 8  # arrays inside arrays inside arrays: 1
-COUNT_LIMIT: Final = 1 << 16  # keys, 33, and tensors, 236
+COUNT_LIMIT: Final = 1 << 15  # keys, 33, and tensors, 236
 
 FIRST_READ_NBYTES: Final = 64 * 1024  # doubled with each read, so that a small header reads little of what follows it
 LAST_READ_NBYTES: Final = 256 * 1024
+
+QUOTE_LENGTH: Final = 128  # twice what ggml allows a tensor's name
 
 UINT32: Final = struct.Struct("<I")
 UINT64: Final = struct.Struct("<Q")
@@ -78,6 +80,13 @@ SCALARS: Final[dict[int, struct.Struct]] = {
     ValueType.FLOAT64: struct.Struct("<d"),
 }
 SMALLEST: Final = {ValueType.STRING: 8, ValueType.ARRAY: 12}  # bytes of an empty string, of an empty array
+
+
+def quote(name: str) -> str:
+    """``name`` as messages show it: quoted, and cut if it is long, since a damaged one may have megabytes."""
+    if len(name) <= QUOTE_LENGTH:
+        return repr(name)
+    return f"{name[:QUOTE_LENGTH]!r}... ({len(name)} characters)"
 
 
 class ArrayField(NamedTuple):
@@ -133,6 +142,11 @@ class HeaderReader:
         """The next value of ``layout``, which has one field."""
         start = self._advance(layout.size, what)
         return layout.unpack_from(self._window, start)[0]
+
+    def numbers(self, layout: struct.Struct, what: str) -> tuple[Any, ...]:
+        """The next values of all fields of ``layout``."""
+        start = self._advance(layout.size, what)
+        return layout.unpack_from(self._window, start)
 
     def count(self, what: str, smallest: int, limit: int) -> int:
         """The next uint64 as the number of things of at least ``smallest`` bytes that follow, at most ``limit``."""
@@ -252,7 +266,7 @@ class HeaderReader:
         except StringOverrunError as overrun:
             self.position = overrun.position
             self._require(8 + overrun.length, f"a string in {what}")
-            raise  # not reached: the chain ends only where a string does not fit
+            self._fail_shortened(what)
 
     def _decode(self, data: bytes, position: int, what: str) -> str:
         try:
@@ -270,6 +284,9 @@ class HeaderReader:
         if self.position + nbytes > HEADER_LIMIT:
             self.fail(f"{what} needs {nbytes} bytes, which makes the header longer than {HEADER_LIMIT} bytes.")
 
+    def _fail_shortened(self, what: str) -> NoReturn:
+        self.fail(f"{what} could not be read: the file became shorter than its {self.nbytes} bytes meanwhile.")
+
     def _advance(self, nbytes: int, what: str) -> int:
         """Move past ``nbytes`` bytes and return where in the window they start."""
         start = self.position - self._window_start
@@ -279,7 +296,7 @@ class HeaderReader:
             self._window_start, start = self.position, 0
             self._read_nbytes = min(2 * self._read_nbytes, LAST_READ_NBYTES)
             if len(self._window) < nbytes:
-                self.fail(f"{what} could not be read: the file became shorter than its {self.nbytes} bytes meanwhile.")
+                self._fail_shortened(what)
         self.position += nbytes
         return start
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from qmm.errors import GGUFError
 from qmm.loaders.files import FileIdentity
-from qmm.loaders.header import ArrayField, HeaderReader
+from qmm.loaders.header import ArrayField, HeaderReader, quote
 
 __all__ = ["Metadata"]
 
@@ -40,8 +40,8 @@ class Metadata(Mapping[str, Any]):
             start = header.position
             key = header.text(f"key {index + 1} of {count}")
             if key in values:
-                header.fail(f"metadata key {key!r} occurs twice. The file is damaged.", position=start)
-            kind, value = header.value(f"metadata key {key!r}")
+                header.fail(f"metadata key {quote(key)} occurs twice. The file is damaged.", position=start)
+            kind, value = header.value(f"metadata key {quote(key)}")
             types[key] = f"{value.item.label}[{value.length}]" if isinstance(value, ArrayField) else kind.label
             values[key] = value
         return cls(header.path, header.identity, types, values)
@@ -69,11 +69,26 @@ class Metadata(Mapping[str, Any]):
         """The type stored under ``key``, such as ``"uint32"`` or ``"string[262144]"``; reads nothing from the file."""
         return self._types[key]
 
+    def integer(self, key: str, default: int) -> int:
+        """The integer under ``key``, or ``default`` if the key is absent. Never reads an array.
+
+        Raises:
+            GGUFError: There is something else.
+        """
+        value = self._values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise GGUFError(
+                f"{self._path}: metadata key {key!r} should be an integer, but is {self._types[key]}. "
+                "The file is damaged, or its writer is wrong: convert it again."
+            )
+        return value
+
     def _decode(self, key: str, field: ArrayField) -> Any:
         with HeaderReader(self._path) as header:
             if header.identity != self._identity:
                 raise GGUFError(
-                    f"{self._path}: metadata key {key!r} cannot be read: the file had {self._identity.nbytes} bytes "
-                    f"when it was indexed, has {header.nbytes} now, and was written or replaced since. Open it again."
+                    f"{self._path}: metadata key {quote(key)} cannot be read: the file had {self._identity.nbytes} "
+                    f"bytes when it was indexed, has {header.nbytes} now, and was written or replaced since. Open it "
+                    "again."
                 )
-            return header.array(field, f"metadata key {key!r}")
+            return header.array(field, f"metadata key {quote(key)}")

@@ -7,27 +7,33 @@ Shard ``i`` of ``n``, counted from 1, is named ``PREFIX-0000i-of-0000n.gguf``. E
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from qmm.errors import GGUFError
+from qmm.loaders.metadata import Metadata
 
 __all__ = ["check_shard", "check_total", "shard_paths", "split_count"]
 
-SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
 
 
-def split_count(path: Path, metadata: Mapping[str, Any]) -> int:
-    """The number of files that the model in ``path`` is split over; 1 for a whole file."""
-    return max(1, _integer(path, metadata, "split.count", default=1))
+def split_count(path: Path, metadata: Metadata) -> int:
+    """The number of files that the model in ``path`` is split over; 1 for a whole file.
+
+    Raises:
+        GGUFError: ``split.count`` is negative or no integer.
+    """
+    count = metadata.integer("split.count", default=1)
+    if count < 0:
+        raise GGUFError(f"{path}: metadata key 'split.count' is {count}. The file is damaged: fetch it again.")
+    return max(1, count)  # merged shards say 0
 
 
 def shard_paths(path: Path, count: int) -> tuple[Path, ...]:
     """The paths of all ``count`` shards, in order, from that of any one.
 
     Raises:
-        GGUFError: ``path`` has not a shard's name, its name disagrees with ``count``, or shards are missing.
+        GGUFError: ``path`` has not the name of one of ``count`` shards, or shards are missing.
     """
     match = SHARD_NAME.fullmatch(path.name)
     if match is None:
@@ -38,6 +44,11 @@ def shard_paths(path: Path, count: int) -> tuple[Path, ...]:
     if int(match["count"]) != count:
         raise GGUFError(
             f"{path}: its name says {int(match['count'])} shards, but split.count is {count}. "
+            "Give the file its original name, or fetch it again."
+        )
+    if not 1 <= int(match["number"]) <= count:
+        raise GGUFError(
+            f"{path}: its name says shard {int(match['number'])} of {count}, and they are counted from 1. "
             "Give the file its original name, or fetch it again."
         )
     # A counterfeit count is bounded by its five digits, and by the first shard that is missing.
@@ -51,14 +62,14 @@ def shard_paths(path: Path, count: int) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def check_shard(path: Path, metadata: Mapping[str, Any], index: int, count: int) -> None:
+def check_shard(path: Path, metadata: Metadata, index: int, count: int) -> None:
     """Check that ``path`` says of itself that it is shard ``index`` (from 0) of ``count``.
 
     Raises:
         GGUFError: It says something else.
     """
     theirs = split_count(path, metadata)
-    number = _integer(path, metadata, "split.no", default=-1)
+    number = metadata.integer("split.no", default=-1)
     if (theirs, number) != (count, index):
         raise GGUFError(
             f"{path}: should be shard {index} of {count} (split.no, split.count), but says {number} of {theirs}. "
@@ -66,18 +77,15 @@ def check_shard(path: Path, metadata: Mapping[str, Any], index: int, count: int)
         )
 
 
-def check_total(paths: tuple[Path, ...], metadata: Mapping[str, Any], total: int) -> None:
-    """Check the number of tensors in all shards against ``split.tensors.count`` of the first, if it is there."""
-    expected = _integer(paths[0], metadata, "split.tensors.count", default=total)
+def check_total(path: Path, metadata: Metadata, count: int, total: int) -> None:
+    """Check the number of tensors in all ``count`` shards against ``split.tensors.count`` of ``path``, if it is there.
+
+    Raises:
+        GGUFError: They differ.
+    """
+    expected = metadata.integer("split.tensors.count", default=total)
     if expected != total:
         raise GGUFError(
-            f"{paths[0]}: split.tensors.count is {expected}, but the {len(paths)} shards hold {total} tensors. "
+            f"{path}: split.tensors.count is {expected}, but the {count} shards hold {total} tensors. "
             "One of them comes from another version of the model: fetch them again."
         )
-
-
-def _integer(path: Path, metadata: Mapping[str, Any], key: str, *, default: int) -> int:
-    value = metadata.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise GGUFError(f"{path}: metadata key {key!r} should be an integer, but is {type(value).__name__}.")
-    return value
