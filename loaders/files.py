@@ -38,8 +38,9 @@ def open_regular(path: Path, error: type[QmmError]) -> tuple[int, FileIdentity]:
     try:
         # O_NONBLOCK: opening a FIFO would otherwise wait for a writer before anybody could say that it is a FIFO.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
-    except OSError as reason:
-        raise error(f"{path}: cannot be opened: {reason.strerror}. Check the path and its permissions.") from reason
+    except (OSError, ValueError) as reason:  # ValueError: a path with a zero byte
+        why = reason.strerror if isinstance(reason, OSError) else reason
+        raise error(f"{path}: cannot be opened: {why}. Check the path and its permissions.") from reason
     status = os.fstat(descriptor)
     problem = ""
     if not stat.S_ISREG(status.st_mode):

@@ -16,6 +16,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from qmm.kernels.formats import FORMATS
+from qmm.loaders.metadata import Metadata
 from qmm.model import Model, Tensor
 from qmm.report import Report
 from qmm.tables import dimensions, facts, mark, shortened, table
@@ -55,8 +56,8 @@ def describe(model: Model, pattern: str = "*", arrays: bool = False) -> InfoRepo
         files=tuple(map(str, model.files)),
         version=model.version,
         alignment=model.alignment,
-        architecture=_text(metadata.get("general.architecture")),
-        name=_text(metadata.get("general.name")),
+        architecture=_text(metadata, "general.architecture"),
+        name=_text(metadata, "general.name"),
         nbytes=model.nbytes,
         tensor_count=len(tensors),
         metadata=tuple(keys),
@@ -65,8 +66,9 @@ def describe(model: Model, pattern: str = "*", arrays: bool = False) -> InfoRepo
     )
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+def _text(metadata: Metadata, key: str) -> str | None:
+    """A string of the metadata; None where there is something else, such as an array, which is not read."""
+    return str(metadata[key]) if key in metadata and metadata.type_of(key) == "string" else None
 
 
 def _row(tensor: Tensor) -> TensorRow:

@@ -185,8 +185,8 @@ class VerifyReport(Report):
         yield Text(
             f"Between guards: {products:,} products and {dequantizations:,} dequantizations with {len(held)} tensors; "
             "tensor, x and y each lay at the first and at the last byte of memory that faults beyond, and nothing "
-            "beyond was touched. Beside bytes of 0x00 and beside bytes of 0xFF, which are NaN, the results were the same "
-            f"to the bit, and no byte beside y was written. {len(failed)} tensors failed."
+            "beyond was touched. Beside bytes of 0x00 and beside bytes of 0xFF, which are NaN, the results were the "
+            f"same to the bit, and no byte beside y was written. {len(failed)} tensors failed."
         )
 
 

@@ -1,7 +1,7 @@
 """Products and dequantizations over memory of exactly the tensor's size, for compute-sanitizer to watch.
 
-A program, ``python exact_products.py FORMAT... [--beyond]``: each format with odd rows at widths that are no multiple of
-512, with weights, x and y in allocations of their own. With ``--beyond`` a kernel reads one byte too much at the end.
+A program, ``python exact_products.py FORMAT... [--beyond]``: each format with odd rows at widths that are no multiple
+of 512, with weights, x and y in allocations of their own. With ``--beyond`` a kernel reads a byte too much at the end.
 """
 
 from __future__ import annotations

@@ -312,6 +312,11 @@ def test_what_is_no_file_is_refused(tmp_path: Path, make: str) -> None:
         GGUFIndex.read(path)
 
 
+def test_a_path_with_a_zero_byte_is_refused() -> None:
+    with pytest.raises(GGUFError, match="embedded null byte"):
+        GGUFIndex.read("a\0b.gguf")
+
+
 def sparse(path: Path, prefix: bytes) -> None:
     """``prefix``, then zeros up to 1 TiB that take no room on the disk."""
     path.write_bytes(prefix)
