@@ -16,7 +16,6 @@ from qmm.kernels.ptx import (
     store_part,
     store_run,
     synchronize_block,
-    synchronize_warp,
     thread_index,
 )
 from qmm.kernels.ring import following, prepare, produce
@@ -64,9 +63,7 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
                                 store_part(target, values, min(16, k - block * 16))
                             else:
                                 store_run(target + position(part, i) * 64, values)
-            synchronize_warp()
-            if lane == 0:
-                arrive(full + 64)
+            arrive(full + 64)
             row, chunk = following(row, chunk, chunks, row_step)
             stage += STAGE_NBYTES
             full += 8

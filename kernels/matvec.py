@@ -49,7 +49,6 @@ from qmm.kernels.ptx import (
     store_shared16,
     store_shared_float,
     synchronize_block,
-    synchronize_warp,
     thread_index,
     wait_for_predecessors,
     zero_words,
@@ -90,8 +89,8 @@ def matvec(
     if thread == 0:
         initialize_barrier(barriers + OF_X, 1)
     if thread < 2:
-        initialize_barrier(barriers + 128 + 8 * thread, WARPS)
-        initialize_barrier(barriers + 144 + 8 * thread, 1)
+        initialize_barrier(barriers + 128 + 8 * thread, 32 * WARPS)
+        initialize_barrier(barriers + 144 + 8 * thread, 32)
     if thread * 16 < ZERO_NBYTES:
         store_shared16(nothing + thread * 16, zero_words())
     fence_barriers()
@@ -189,9 +188,7 @@ def multiply(
                         address = nothing
                     runs[r] = unpack(part, *load(address, part))
                 if u == UNITS - 1:
-                    synchronize_warp()
-                    if lane == 0:
-                        arrive(full + 64)
+                    arrive(full + 64)
                 here = min(chunk * (CHUNK_BLOCKS // 4) + block_group, last_group) * QUAD_SCALE_BLOCKS
                 first = position(part, 0)
                 for i in unroll(range(0, RUNS, AT_ONCE)):
@@ -334,9 +331,7 @@ def multiply(
                 at = slot + (line * COLUMNS + (quad >> 1) * (COLUMNS // 2)) * 4
                 for c in unroll(COLUMNS // 2):
                     store_shared_float(at + 4 * c, share(kept[c], kept[c + COLUMNS // 2], 2, quad >> 1))
-        synchronize_warp()
-        if lane == 0:
-            arrive(barriers + 128 + 8 * buffer)
+        arrive(barriers + 128 + 8 * buffer)
         tile += 1
         row += row_step
 
@@ -357,9 +352,7 @@ def add_up(partials, barriers, row, row_step, m, n, y, y_pitch, lane):
             if r < m and c < n:
                 store_float(y + (c * y_pitch + r) * 4, total)
             item += 32
-        synchronize_warp()
-        if lane == 0:
-            arrive(barriers + 144 + 8 * buffer)
+        arrive(barriers + 144 + 8 * buffer)
         tile += 1
         row += row_step
 

@@ -29,10 +29,14 @@ __all__ = ["following", "prefetch_rows", "prepare", "produce"]
 
 
 def prepare(barriers, thread):
-    """Initializes the barriers: at ``barriers`` one a stage for "full", 64 bytes on one a stage for "empty"."""
+    """Initializes the barriers: at ``barriers`` one a stage for "full", 64 bytes on one a stage for "empty".
+
+    Each lane arrives for itself. One that did so for its warp, after a ``synchronize_warp``, was as right and no faster
+    (H100, 40 products: the same within 1%), but compute-sanitizer's racecheck took it for a race.
+    """
     if thread < STAGES:
         initialize_barrier(barriers + 8 * thread, 32 * PRODUCERS)
-        initialize_barrier(barriers + 64 + 8 * thread, WARPS)
+        initialize_barrier(barriers + 64 + 8 * thread, 32 * WARPS)
 
 
 def produce(ring, barriers, weights, row_nbytes, m, chunks, row, chunk, row_step, item, count, producer, lane):

@@ -24,9 +24,12 @@ def gemma_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests neither use nor fill the user's cache of compiled kernels."""
+    """Tests neither use nor fill the user's cache of compiled kernels; workers of pytest-xdist share one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QMM_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+        folder = tmp_path_factory.getbasetemp()
+        patch.setenv(
+            "QMM_CACHE_DIR", str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "kernels")
+        )
         yield
 
 

@@ -49,8 +49,8 @@ class Settings:
         slow: the number of a warp that has its turn only where no other can go on.
         seed: for the lots that decide whose turn it is.
         faults: what goes wrong on purpose, so that tests can show that they notice: "waits" (lanes go on without
-            waiting for a barrier), "warps" (nor for their warp), "predecessors" (nor for the kernel before), and the
-            masks of ``lanes_masks.py``, by name, which the kernels then lack.
+            waiting for a barrier), "predecessors" (nor for the kernel before), and the masks of ``lanes_masks.py``, by
+            name, which the kernels then lack.
     """
 
     late: bool = True

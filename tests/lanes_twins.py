@@ -209,8 +209,7 @@ def wait_for_predecessors():
 
 @twin
 def synchronize_warp():
-    if "warps" not in here().settings.faults:
-        together(_synchronize_warp)
+    together(_synchronize_warp)
 
 
 def _synchronize_warp(arguments):
