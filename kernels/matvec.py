@@ -187,7 +187,7 @@ def multiply(
                     if chunk * CHUNK_BLOCKS + place >= blocks:
                         address = nothing
                     runs[r] = unpack(part, *load(address, part))
-                if u == UNITS - 1:
+                if u == UNITS - 1 and lane < 32:  # always so: without a branch here ptxas moves loads, and spills
                     arrive(full + 64)
                 here = min(chunk * (CHUNK_BLOCKS // 4) + block_group, last_group) * QUAD_SCALE_BLOCKS
                 first = position(part, 0)

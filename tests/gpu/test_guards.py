@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,8 @@ def test_bytes_come_back_and_closing_gives_the_memory_back(make) -> None:
         assert set(guard.get(0, guard.nbytes - 8)) == {9}
         guard.close()
         guard.close()
-    assert call("cudaMemGetInfo")[0] >= free_nbytes
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # otherwise other processes take and give memory too
+        assert call("cudaMemGetInfo")[0] >= free_nbytes
 
 
 @pytest.fixture(scope="module")
