@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from children import command, run_python
-from gguf_files import random_blocks, write_gguf
 from numba import cuda
+from small_model import CHANGES, K, M, is_mapped, write_small_model
 
 import qmm
 import qmm.smoke
@@ -26,15 +26,13 @@ from qmm.loaders import FileMapping, HostRegistration, registration
 from qmm.loaders import cuda as cuda_module
 from qmm.loaders.cuda import call
 
-K, M = 256, 64
 PLACEMENTS = ("mapped", "device")
 
 
 @pytest.fixture
 def path(tmp_path: Path, rng: np.random.Generator) -> Path:
     path = tmp_path / "model.gguf"
-    write_gguf(path, {name: ("Q8_0", (M, K), random_blocks("Q8_0", (M, K), rng)) for name in ("a", "b")})
-    os.utime(path, ns=(1, 1))  # a clock of some milliseconds may not tell two writes apart
+    write_small_model(path, rng)
     return path
 
 
@@ -43,30 +41,7 @@ def x(rng: np.random.Generator) -> np.ndarray:
     return rng.standard_normal((3, K)).astype(np.float32)
 
 
-def is_mapped(path: Path) -> bool:
-    return f"{path}\n" in Path("/proc/self/maps").read_text()
-
-
 # Files that change while they are registered --------------------------------------------------------------------------
-
-
-def rewrite(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.write(b"GGUF")
-
-
-def replace(path: Path) -> None:
-    other = path.with_name("other")
-    other.write_bytes(path.read_bytes())
-    other.replace(path)
-
-
-CHANGES = {
-    "truncated": (lambda path: os.truncate(path, 5000), r"nbytes was \d+, is 5000"),
-    "rewritten": (rewrite, r"mtime_ns was 1, is \d+"),
-    "replaced": (replace, r"inode was \d+, is \d+"),
-    "removed": (Path.unlink, "is gone"),
-}
 
 
 @pytest.mark.parametrize(("change", "says"), CHANGES.values(), ids=CHANGES)

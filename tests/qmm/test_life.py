@@ -16,20 +16,18 @@ import numpy as np
 import pytest
 from children import command, run_python
 from gguf_files import random_blocks, write_gguf
+from small_model import CHANGES, K, is_mapped, replace_file, write_small_model
 
 import qmm
 from qmm.errors import ClosedError, MappingError
 
-K, M = 256, 64
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def path(tmp_path: Path, rng: np.random.Generator) -> Path:
     path = tmp_path / "model.gguf"
-    tensors = {name: ("Q8_0", (M, K), random_blocks("Q8_0", (M, K), rng)) for name in ("a", "b")}
-    write_gguf(path, tensors)
-    os.utime(path, ns=(1, 1))  # a clock of some milliseconds may not tell two writes apart
+    write_small_model(path, rng)
     return path
 
 
@@ -38,32 +36,7 @@ def x(rng: np.random.Generator) -> np.ndarray:
     return rng.standard_normal((3, K)).astype(np.float32)
 
 
-def is_mapped(path: Path) -> bool:
-    return f"{path}\n" in Path("/proc/self/maps").read_text()
-
-
 # Files that change ----------------------------------------------------------------------------------------------------
-
-
-def rewrite(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\x55")
-
-
-def replace(path: Path) -> None:
-    other = path.with_name("other")
-    other.write_bytes(path.read_bytes())
-    os.utime(other, ns=(1, 1))
-    other.replace(path)
-
-
-CHANGES = {
-    "truncated": (lambda path: os.truncate(path, 5000), r"nbytes was \d+, is 5000"),
-    "rewritten": (rewrite, r"mtime_ns was 1, is \d+"),
-    "replaced": (replace, r"inode was \d+, is \d+"),
-    "removed": (Path.unlink, "is gone"),
-}
 
 
 @pytest.mark.parametrize(("change", "says"), CHANGES.values(), ids=CHANGES)
@@ -87,7 +60,7 @@ def test_a_file_that_changes_is_an_error_before_its_next_use(
 def test_a_file_that_was_replaced_is_opened_anew(path: Path, x: np.ndarray) -> None:
     with qmm.open(path) as old, qmm.Engine(old, "cpu") as engine:
         expected = engine.matmul("a", x)
-        replace(path)
+        replace_file(path)
         with qmm.open(path) as new, qmm.Engine(new, "cpu") as again:
             np.testing.assert_array_equal(again.matmul("a", x), expected)
         with pytest.raises(MappingError):

@@ -71,47 +71,45 @@ def test_a_kernel_that_reads_one_byte_too_far_is_named_and_the_others_are_still_
     assert last.failure is None
 
 
-def test_results_that_depend_on_neighbours_are_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    change = (
-        "import ctypes; from qmm.kernels import cpu; kept = cpu.dequantize\n"
-        "def spoiled(form, address, m, k, out):\n"
-        "    kept(form, address, m, k, out)\n"
-        "    if address % 4096 == 0: out[0, 0] += ctypes.string_at(address + m * form.row_nbytes(k), 1)[0]\n"
-        "cpu.dequantize = spoiled"
-    )
-    with_child(monkeypatch, change)
+SPOILED = """
+import ctypes
+from qmm.kernels import cpu
+
+dequantize, matmul = cpu.dequantize, cpu.matmul
+
+def reads_beside(form, address, m, k, out):
+    dequantize(form, address, m, k, out)
+    if address % 4096 == 0:
+        out[0, 0] += ctypes.string_at(address + m * form.row_nbytes(k), 1)[0]
+
+def writes_beside(form, address, m, k, x, out, mode):
+    matmul(form, address, m, k, x, out, mode)
+    if out.ctypes.data % 4096 == 0:
+        ctypes.memset(out.ctypes.data + out.nbytes, 1, 1)
+
+def differs(form, address, m, k, x, out, mode):
+    matmul(form, address, m, k, x, out, mode)
+    out *= 1 + 2**-20 if address % 4096 in (0, 4096 - 510) else 1
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "step", "says"),
+    [
+        ("cpu.dequantize = reads_beside", "dequantization of rows 0 to 5", "depend on what lies beside"),
+        ("cpu.matmul = writes_beside", "product of n = 1", "bytes beside the results were written"),
+        ("cpu.matmul = differs", "product of n = 1", "not the engine's"),
+    ],
+)
+def test_what_does_not_fault_is_noticed_too(
+    path: Path, change: str, step: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_child(monkeypatch, SPOILED + change)
     (check,) = check_guarded(job(path, "first"))
     assert check.failure is not None
-    assert "dequantization of rows 0 to 5" in check.failure
-    assert "depend on what lies beside" in check.failure
-
-
-def test_a_byte_written_beside_the_results_is_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    change = (
-        "import ctypes; from qmm.kernels import cpu; kept = cpu.matmul\n"
-        "def spoiled(form, address, m, k, x, out, mode):\n"
-        "    kept(form, address, m, k, x, out, mode)\n"
-        "    if out.ctypes.data % 4096 == 0: ctypes.memset(out.ctypes.data + out.nbytes, 1, 1)\n"
-        "cpu.matmul = spoiled"
-    )
-    with_child(monkeypatch, change)
-    (check,) = check_guarded(job(path, "first"))
-    assert check.failure is not None
-    assert "bytes beside the results were written" in check.failure
-
-
-def test_other_results_than_the_engines_are_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    change = (
-        "from qmm.kernels import cpu; kept = cpu.matmul\n"
-        "def spoiled(form, address, m, k, x, out, mode):\n"
-        "    kept(form, address, m, k, x, out, mode)\n"
-        "    out *= 1 + 2**-20 if address % 4096 in (0, 4096 - 510) else 1\n"
-        "cpu.matmul = spoiled"
-    )
-    with_child(monkeypatch, change)
-    (check,) = check_guarded(job(path, "first"))
-    assert check.failure is not None
-    assert "not the engine's" in check.failure
+    assert step in check.failure
+    assert says in check.failure
 
 
 def test_a_child_that_cannot_begin_says_why(path: Path) -> None:

@@ -1,0 +1,49 @@
+"""A small model on disk, and what may become of its file while it is in use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from gguf_files import random_blocks, write_gguf
+
+__all__ = ["CHANGES", "K", "M", "is_mapped", "replace_file", "write_small_model"]
+
+K, M = 256, 64
+
+
+def write_small_model(path: Path, rng: np.random.Generator) -> None:
+    """Two matrices, ``a`` and ``b``, of Q8_0."""
+    write_gguf(path, {name: ("Q8_0", (M, K), random_blocks("Q8_0", (M, K), rng)) for name in ("a", "b")})
+    os.utime(path, ns=(1, 1))  # a clock of some milliseconds may not tell two writes apart
+
+
+def is_mapped(path: Path) -> bool:
+    """Whether this process has a mapping of the file."""
+    return f"{path}\n" in Path("/proc/self/maps").read_text()
+
+
+def rewrite_file(path: Path) -> None:
+    """Write one byte into it, and leave its size as it is."""
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+
+
+def replace_file(path: Path) -> None:
+    """Put another file of the same bytes and time in its place."""
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    os.utime(other, ns=(1, 1))
+    other.replace(path)
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda path: os.truncate(path, 5000), r"nbytes was \d+, is 5000"),
+    "rewritten": (rewrite_file, r"mtime_ns was 1, is \d+"),
+    "replaced": (replace_file, r"inode was \d+, is \d+"),
+    "removed": (Path.unlink, "is gone"),
+}
+"""By what happens: how, and what the error says."""
