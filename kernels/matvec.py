@@ -49,6 +49,7 @@ from qmm.kernels.ptx import (
     store_shared16,
     store_shared_float,
     synchronize_block,
+    synchronize_warp,
     thread_index,
     wait_for_predecessors,
     zero_words,
@@ -187,8 +188,10 @@ def multiply(
                     if chunk * CHUNK_BLOCKS + place >= blocks:
                         address = nothing
                     runs[r] = unpack(part, *load(address, part))
-                if u == UNITS - 1 and lane < 32:  # always so: without a branch here ptxas moves loads, and spills
-                    arrive(full + 64)
+                if u == UNITS - 1:
+                    synchronize_warp()  # this and the branch keep ptxas from moving loads, or it spills
+                    if lane < 32:  # always so
+                        arrive(full + 64)
                 here = min(chunk * (CHUNK_BLOCKS // 4) + block_group, last_group) * QUAD_SCALE_BLOCKS
                 first = position(part, 0)
                 for i in unroll(range(0, RUNS, AT_ONCE)):
