@@ -80,6 +80,7 @@ class HostRegistration(Closing):
         self._table = table
         self._chunks = chunks
         self._process = os.getpid()
+        self._closed = False  # not what its mapping says: collected together, either may be finalized first
 
     @classmethod
     def of(
@@ -129,7 +130,7 @@ class HostRegistration(Closing):
     @property
     def closed(self) -> bool:
         """Whether it was closed, or is the parent's of this process."""
-        return self._mapping.closed or self._process != os.getpid()
+        return self._closed or self._process != os.getpid()
 
     @property
     def nbytes_registered(self) -> int:
@@ -205,6 +206,7 @@ class HostRegistration(Closing):
             if self.closed:
                 self._mapping.close()
                 return
+            self._closed = True
             for chunk in self._chunks:
                 chunk.users -= 1
             failure = _release(self._table, [chunk for chunk in self._chunks if not chunk.users], self.device)

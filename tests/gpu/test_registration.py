@@ -208,6 +208,16 @@ def test_current_device_is_what_it_was(runtime: Any, mapping: FileMapping) -> No
     assert runtime.cudaGetDevice() == before
 
 
+def test_a_registration_whose_mapping_was_finalized_first_still_unregisters(runtime: Any, mapping: FileMapping) -> None:
+    """The collector finalizes what it finds in a cycle in any order."""
+    registered = HostRegistration.of(mapping, [(0, PAGE)])
+    registered._mapping.close()
+    assert is_registered(runtime, mapping.address)
+    registered.close()
+    assert not is_registered(runtime, mapping.address)
+    assert not registration._tables
+
+
 def test_nothing_to_register(mapping: FileMapping) -> None:
     with HostRegistration.of(mapping, []) as registered:
         assert registered.nbytes_registered == 0
