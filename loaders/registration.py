@@ -214,8 +214,7 @@ class HostRegistration(Closing):
             self._mapping.close()
         if failure is not None:
             raise RegistrationError(
-                f"{self.path}: closing its registration on device {self.device}: {failure}. If a kernel failed before, "
-                "this is that error, and the process cannot use the device any more: start a new one."
+                f"{self.path}: closing its registration on device {self.device}: {failure}"
             ) from failure
 
     def __repr__(self) -> str:

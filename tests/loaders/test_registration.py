@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qmm.errors import ClosedError, MappingError, RegistrationError
@@ -59,6 +60,15 @@ def test_changed_file_is_refused(file: Path) -> None:
         file.write_bytes(bytes(100))
         with pytest.raises(MappingError, match="changed since it was mapped"):
             HostRegistration.of(mapping, [(0, 1)])
+
+
+def test_no_other_mapping_can_be_registered(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FileMapping makes shared ones only; a private one would be copied page by page, or hang."""
+    monkeypatch.setattr(registration, "call", lambda *arguments: pytest.fail("CUDA was asked"))
+    private = np.memmap(file, mode="c")
+    for other in (private, private.base):
+        with pytest.raises(AttributeError):
+            HostRegistration.of(other, [(0, 1)])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("chunk_nbytes", [0, -4096, 1000])
