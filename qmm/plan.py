@@ -87,11 +87,12 @@ class Plan(Closing):
             MappingError: the file changed since it was mapped.
             DeviceError: CUDA failed.
         """
-        if self.closed:
+        first = self._first  # another thread may close the plan meanwhile
+        if self.closed or first is None:
             raise ClosedError(f"{self._engine.model.path}: the plan was closed, or its engine was. Make another one.")
         for check in self._checks:
             check()
-        self._graph.launch(self._kind.stream(self._first) if stream is None else stream_handle(stream))
+        self._graph.launch(self._kind.stream(first) if stream is None else stream_handle(stream))
 
     def close(self) -> None:
         """Wait for the device, and give up the graph and the arrays. Twice is harmless.
@@ -103,6 +104,7 @@ class Plan(Closing):
             return
         self._closed = True
         self._kept.clear()
+        self._first = None
         if self._engine.forked or not self._graph.end():
             return  # what CUDA holds is the parent's; or another thread closes it
         try:
