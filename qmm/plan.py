@@ -103,13 +103,13 @@ class Plan(Closing):
         if self._closed:
             return
         self._closed = True
-        self._kept.clear()
-        self._first = None
         if self._engine.forked or not self._graph.end():
             return  # what CUDA holds is the parent's; or another thread closes it
         try:
             self._gpu.drain()
         finally:
+            self._kept.clear()  # not before: their libraries would lend the memory to others while it is still used
+            self._first = None
             self._graph.close()
             if self._scratch:
                 self._gpu.free(self._scratch)
