@@ -232,6 +232,17 @@ class GPU:
             raise
         self.free(address)
 
+    @contextmanager
+    def fresh_stream(self) -> Iterator[int]:
+        """A stream of its own for the ``with`` block, on which no other thread puts work."""
+        with self.errors("making a stream"), current_device(self.device):
+            stream = int(call("cudaStreamCreateWithFlags", 1))  # cudaStreamNonBlocking
+        try:
+            yield stream
+        finally:
+            with suppress(DeviceError), self.errors("freeing a stream"), current_device(self.device):
+                call("cudaStreamDestroy", stream)
+
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         """Copy between any two addresses, on a stream."""
         with self.errors(f"copying {nbytes} bytes"), current_device(self.device):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qmm.arrays import ArrayKind, stream_handle
-from qmm.errors import ClosedError
+from qmm.errors import ClosedError, DeviceError
 from qmm.loaders.closing import Closing
 
 if TYPE_CHECKING:
@@ -55,15 +56,14 @@ class Plan(Closing):
 
         products = [(step.product, step.x, step.y) for step in steps if step.product is not None]
 
-        def work() -> None:
-            gpu.sequence(products, gpu.stream, self._scratch)
-
         try:
-            self._graph = gpu.capture(work, gpu.stream)
+            with gpu.fresh_stream() as stream:  # on the engine's, work of other threads would be captured too
+                self._graph = gpu.capture(lambda: gpu.sequence(products, stream, self._scratch), stream)
         except BaseException:
             self._closed = True
             if self._scratch:
-                gpu.free(self._scratch)
+                with suppress(DeviceError):  # the error at hand is the one to show
+                    gpu.free(self._scratch)
             raise
 
     def __len__(self) -> int:

@@ -253,6 +253,38 @@ def test_threads_share_an_engine_and_closing_waits_for_them(path: Path, x: np.nd
         assert call("cudaDeviceSynchronize") is None
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_plan_takes_in_nothing_of_what_other_threads_do(path: Path, x: np.ndarray, placement: str) -> None:
+    """Its products are captured while theirs run, and none of theirs is."""
+    with qmm.open(path) as model, qmm.Engine(model, "cuda", placement) as engine:
+        expected = {name: engine.matmul(name, x) for name in ("a", "b")}
+        x_there, y_there = cuda.to_device(x), cuda.device_array((3, M), np.float32)
+        stop = threading.Event()
+        failures: list[object] = []
+
+        def work(name: str) -> None:
+            try:
+                while not stop.is_set():
+                    if not np.array_equal(engine.matmul(name, x), expected[name]):
+                        failures.append(name)
+            except Exception as error:  # reported below, in the thread that pytest watches
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in "abab"]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(200):
+                with engine.plan([("a", x_there, y_there)] * 4) as plan:
+                    plan()
+                np.testing.assert_array_equal(y_there.copy_to_host(), expected["a"])
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert failures == []
+
+
 PAIRS = (
     ("cudaMalloc", "cudaFree"),
     ("cudaHostRegister", "cudaHostUnregister"),
