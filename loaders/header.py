@@ -24,11 +24,11 @@ from qmm.errors import GGUFError
 from qmm.loaders.files import open_regular
 from qmm.loaders.strings import StringOverrunError, skip_strings
 
-__all__ = ["ArrayField", "HeaderReader", "ValueType", "quote"]
+__all__ = ["ArrayField", "HeaderReader", "TextField", "ValueType", "quote"]
 
 # Beside each bound, what Gemma-3-270M takes: its vocabulary is among the largest in use.
 HEADER_LIMIT: Final = 128 << 20  # bytes up to the end of the tensor table: 6,525,112
-TEXT_LIMIT: Final = 4 << 20  # bytes of keys, tensor names and strings outside arrays: 6,206
+TEXT_LIMIT: Final = 4 << 20  # bytes of keys, tensor names and strings outside arrays, but for long ones: 6,206
 STRING_LIMIT: Final = 1 << 21  # strings in all arrays of the file: 262,148
 NESTED_LIMIT: Final = 1 << 12  # arrays inside arrays: 0
 DEPTH_LIMIT: Final = 8  # arrays inside arrays inside arrays: 1
@@ -37,6 +37,7 @@ COUNT_LIMIT: Final = 1 << 15  # keys, 33, and tensors, 236
 FIRST_READ_NBYTES: Final = 64 * 1024  # doubled with each read, so that a small header reads little of what follows it
 LAST_READ_NBYTES: Final = 256 * 1024
 
+LONG_TEXT: Final = 1 << 16  # bytes of a string that is left in the file until asked for, such as a whole tokenizer.json
 QUOTE_LENGTH: Final = 128  # twice what ggml allows a tensor's name
 
 UINT32: Final = struct.Struct("<I")
@@ -94,6 +95,13 @@ class ArrayField(NamedTuple):
 
     item: ValueType
     length: int
+    offset: int
+
+
+class TextField(NamedTuple):
+    """A long string that was passed over: its bytes and where the first of them is."""
+
+    nbytes: int
     offset: int
 
 
@@ -164,9 +172,15 @@ class HeaderReader:
 
     def text(self, what: str) -> str:
         """The next GGUF string: uint64 length, then UTF-8."""
+        return self._text(self._length(what), what)
+
+    def _length(self, what: str) -> int:
         length: int = self.number(UINT64, f"the length of {what}")
-        self._text_nbytes += length
         self._require(length, what)
+        return length
+
+    def _text(self, length: int, what: str) -> str:
+        self._text_nbytes += length
         if self._text_nbytes > TEXT_LIMIT:
             self.fail(f"{what} has {length} bytes; qmm reads at most {TEXT_LIMIT} bytes of names and text in a header.")
         start = self.position
@@ -183,18 +197,25 @@ class HeaderReader:
         return ValueType(number)
 
     def value(self, what: str) -> tuple[ValueType, Any]:
-        """The next value with its type before it: int, float, bool, str, or an :class:`ArrayField` that was skipped."""
+        """The next value with its type before it: int, float, bool, str, or a :class:`TextField` or :class:`ArrayField`
+        that was skipped."""
         kind = self.value_type(what)
         if kind == ValueType.ARRAY:
             return kind, self._skip_array(what, 1)
         if kind == ValueType.STRING:
-            return kind, self.text(what)
+            length = self._length(what)
+            return kind, self._text(length, what) if length <= LONG_TEXT else self._skip_text(length)
         number = self.number(SCALARS[kind], what)
         if kind == ValueType.BOOL:
             if number > 1:
                 self.fail(f"{what} is a bool of value {number}; only 0 and 1 are allowed.", position=self.position - 1)
             return kind, bool(number)
         return kind, number
+
+    def long_text(self, field: TextField, what: str) -> str:
+        """The string of ``field``, wherever the reader stands."""
+        self.position = field.offset
+        return self._decode(self.raw(field.nbytes, what), field.offset, what)
 
     def array(self, field: ArrayField, what: str) -> Any:
         """The elements of ``field``, wherever the reader stands.
@@ -236,6 +257,11 @@ class HeaderReader:
                 self._decode(data[start + 8 : stop], base + start + 8, f"element {index} of {what}")
             start = stop
         return strings
+
+    def _skip_text(self, length: int) -> TextField:
+        field = TextField(length, self.position)
+        self.position += length
+        return field
 
     def _skip_array(self, what: str, depth: int) -> ArrayField:
         if depth > DEPTH_LIMIT:

@@ -1,4 +1,4 @@
-"""The key/value metadata of a GGUF file, arrays left in the file until somebody asks for them."""
+"""The key/value metadata of a GGUF file; arrays and long strings are left there until somebody asks for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from qmm.errors import GGUFError
 from qmm.loaders.files import FileIdentity
-from qmm.loaders.header import ArrayField, HeaderReader, quote
+from qmm.loaders.header import ArrayField, HeaderReader, TextField, quote
 
 __all__ = ["Metadata"]
 
@@ -16,9 +16,10 @@ __all__ = ["Metadata"]
 class Metadata(Mapping[str, Any]):
     """Keys and values in file order.
 
-    Numbers are int, float or bool, strings are str. ``metadata[key]`` of an array reads it from the file the first time
-    and keeps it: numbers and bools as a read-only NumPy array of the type stored, strings as list[str], arrays as a
-    list of these. Iterating over values or items therefore reads every array; :meth:`type_of` reads none.
+    Numbers are int, float or bool, strings are str. ``metadata[key]`` of an array, or of a string of more than 64 KiB,
+    reads it from the file the first time and keeps it: numbers and bools as a read-only NumPy array of the type stored,
+    strings as list[str], arrays as a list of these. Iterating over values or items therefore reads every one of them;
+    :meth:`type_of` reads none, and :meth:`in_file` says which.
     """
 
     def __init__(self, path: Path, identity: FileIdentity, types: dict[str, str], values: dict[str, Any]) -> None:
@@ -48,7 +49,7 @@ class Metadata(Mapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
-        if isinstance(value, ArrayField):
+        if isinstance(value, ArrayField | TextField):
             # Two threads may both decode it; either result will do.
             value = self._values[key] = self._decode(key, value)
         return value
@@ -69,6 +70,10 @@ class Metadata(Mapping[str, Any]):
         """The type stored under ``key``, such as ``"uint32"`` or ``"string[262144]"``; reads nothing from the file."""
         return self._types[key]
 
+    def in_file(self, key: str) -> bool:
+        """Whether the value was not read yet: an array or a long string that nobody has asked for."""
+        return isinstance(self._values[key], ArrayField | TextField)
+
     def integer(self, key: str, default: int) -> int:
         """The integer under ``key``, or ``default`` if the key is absent. Never reads an array.
 
@@ -83,7 +88,7 @@ class Metadata(Mapping[str, Any]):
             )
         return value
 
-    def _decode(self, key: str, field: ArrayField) -> Any:
+    def _decode(self, key: str, field: ArrayField | TextField) -> Any:
         with HeaderReader(self._path) as header:
             if header.identity != self._identity:
                 raise GGUFError(
@@ -91,4 +96,5 @@ class Metadata(Mapping[str, Any]):
                     f"bytes when it was indexed, has {header.nbytes} now, and was written or replaced since. Open it "
                     "again."
                 )
-            return header.array(field, f"metadata key {quote(key)}")
+            what = f"metadata key {quote(key)}"
+            return header.array(field, what) if isinstance(field, ArrayField) else header.long_text(field, what)

@@ -142,7 +142,7 @@ def demo(
 def info(
     file: FileArgument,
     tensors: TensorsOption = "*",
-    arrays: Annotated[bool, typer.Option("--arrays", help="Read the metadata's arrays too.")] = False,
+    arrays: Annotated[bool, typer.Option("--arrays", help="Read the metadata's arrays and long texts too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """What a file holds: metadata, tensors, types, and which tensors ggml would have to pad on a GPU."""

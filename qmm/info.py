@@ -43,14 +43,14 @@ def describe(model: Model, pattern: str = "*", arrays: bool = False) -> InfoRepo
     Args:
         model: an open model.
         pattern: of the names of tensors to list, as a shell would match them.
-        arrays: whether to read the metadata's arrays.
+        arrays: whether to read the metadata's arrays, and its strings of more than 64 KiB.
     """
     tensors = [_row(tensor) for tensor in model.values()]
     metadata = model.metadata
     keys = []
     for key in metadata:
         kind = metadata.type_of(key)
-        keys.append(MetadataRow(key, kind, metadata[key] if arrays or not kind.endswith("]") else None))
+        keys.append(MetadataRow(key, kind, metadata[key] if arrays or not metadata.in_file(key) else None))
     return InfoReport(
         file=str(model.path),
         files=tuple(map(str, model.files)),
@@ -67,8 +67,9 @@ def describe(model: Model, pattern: str = "*", arrays: bool = False) -> InfoRepo
 
 
 def _text(metadata: Metadata, key: str) -> str | None:
-    """A string of the metadata; None where there is something else, such as an array, which is not read."""
-    return str(metadata[key]) if key in metadata and metadata.type_of(key) == "string" else None
+    """A string of the metadata; None where there is something else, or one that was left in the file."""
+    here = key in metadata and metadata.type_of(key) == "string" and not metadata.in_file(key)
+    return str(metadata[key]) if here else None
 
 
 def _row(tensor: Tensor) -> TensorRow:
@@ -102,7 +103,7 @@ def _summaries(rows: list[TensorRow]) -> Iterator[TypeRow]:
 
 @dataclass(frozen=True)
 class MetadataRow:
-    """One key; ``value`` is None for an array that was not asked for."""
+    """One key; ``value`` is None for an array or a long string that was not asked for."""
 
     key: str
     type: str

@@ -167,7 +167,8 @@ class _Reader:
 
     def text(self, kind: str) -> str:
         data = self.take(kind, self.number("length", "Q"))
-        self.file.usage.texts += len(data)
+        if kind != "string" or len(data) <= 1 << 16:  # longer ones qmm leaves in the file
+            self.file.usage.texts += len(data)
         return _decode(data)
 
     def value(self) -> tuple[str, Any]:

@@ -29,6 +29,7 @@ from qmm.loaders.header import (
     COUNT_LIMIT,
     HEADER_LIMIT,
     LAST_READ_NBYTES,
+    LONG_TEXT,
     NESTED_LIMIT,
     STRING_LIMIT,
     TEXT_LIMIT,
@@ -137,6 +138,37 @@ def test_arrays_are_read_once_and_only_when_asked_for(tmp_path: Path, monkeypatc
     assert reads
     with pytest.raises(KeyError):
         index.metadata["absent"]
+
+
+def test_a_long_text_is_read_when_asked_for_and_not_before(tmp_path: Path) -> None:
+    """A whole tokenizer.json, as some writers put it there, is longer than all else that a header may hold."""
+    path = tmp_path / "model.gguf"
+    long, short = "ö🎈" * (TEXT_LIMIT // 4), "x" * LONG_TEXT
+    write_gguf(path, {"w": F32_ROW}, metadata={"long": long, "short": short, "behind": 7})
+    tracemalloc.start()
+    try:
+        metadata = GGUFIndex.read(path).metadata
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
+    assert [metadata.in_file(key) for key in metadata] == [True, False, False]
+    assert (metadata.type_of("long"), metadata["short"], metadata["behind"]) == ("string", short, 7)
+    assert metadata["long"] == long
+    assert not metadata.in_file("long")
+    assert metadata["long"] is metadata["long"]
+
+
+def test_a_long_text_that_is_not_utf8_or_not_all_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, {}, metadata={"long": b"x" * 100_000 + b"\xff"})
+    metadata = GGUFIndex.read(path).metadata
+    with pytest.raises(GGUFError, match=r"at byte \d+: metadata key 'long' is not UTF-8: byte 0xff") as caught:
+        metadata["long"]
+    position = int(str(caught.value).split("at byte ")[1].split(":")[0])
+    assert path.read_bytes()[position] == 0xFF
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(GGUFError, match=r"metadata key 'long' needs 100001 bytes, but only 100000 bytes are left"):
+        GGUFIndex.read(path)
 
 
 def test_an_array_of_a_file_written_since_is_refused(tmp_path: Path) -> None:

@@ -180,12 +180,14 @@ def test_info_reads_arrays_when_asked(model: Path) -> None:
     assert "['a', 'b', 'c']" in invoke("info", model, "--arrays").out
 
 
-def test_info_takes_no_array_for_a_name(tmp_path: Path) -> None:
+def test_info_takes_no_array_for_a_name_and_leaves_long_texts(tmp_path: Path) -> None:
     path = tmp_path / "odd.gguf"
-    metadata = {"general.name": ["a", "b"], "general.architecture": 7}
+    metadata = {"general.name": ["a", "b"], "general.architecture": 7, "long": "x" * 100_000}
     gguf_files.write_gguf(path, {"w": ("F32", (1, 8), bytes(32))}, metadata=metadata)
     document = invoke("info", path, "--json").document
     assert (document["name"], document["architecture"]) == (None, None)
+    assert document["metadata"][-1] == {"key": "long", "type": "string", "value": None}
+    assert invoke("info", path, "--json", "--arrays").document["metadata"][-1]["value"] == "x" * 100_000
 
 
 def test_tables_are_whole_where_there_is_no_terminal(model: Path) -> None:
