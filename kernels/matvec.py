@@ -190,7 +190,7 @@ def multiply(
                     runs[r] = unpack(part, *load(address, part))
                 if u == UNITS - 1:
                     synchronize_warp()  # this and the branch keep ptxas from moving loads, or it spills
-                    if lane < 32:  # always so
+                    if stage != 0:  # always so
                         arrive(full + 64)
                 here = min(chunk * (CHUNK_BLOCKS // 4) + block_group, last_group) * QUAD_SCALE_BLOCKS
                 first = position(part, 0)

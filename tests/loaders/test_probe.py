@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,11 +72,18 @@ def test_a_child_that_does_not_return_is_an_error_in_time(file: Path, monkeypatc
 
 
 def test_no_child_is_left_behind(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[subprocess.Popen[str]] = []
+    usual = subprocess.Popen
+
+    def noted(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+        made.append(usual(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(module.subprocess, "Popen", noted)
     with_child(monkeypatch, "import time; time.sleep(600)")
     with pytest.raises(RegistrationError):
         probe(file, seconds=0.2)
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert [child.returncode for child in made] == [-signal.SIGKILL]
 
 
 @pytest.mark.parametrize(

@@ -252,10 +252,11 @@ def test_ctrl_c_in_the_middle_of_products_leaves_an_engine_that_multiplies_and_c
 
 @pytest.fixture(autouse=True)
 def _alarms_are_ctrl_c() -> Iterator[None]:
-    """A timer can send an alarm, and nothing else."""
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    """A timer can send an alarm, and nothing else. A job in the background ignores Ctrl-C, as its children would."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGALRM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGALRM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("options", [(), ("--paranoid",)], ids=["verify", "paranoid"])
@@ -266,7 +267,12 @@ def test_ctrl_c_ends_a_long_job_at_once_and_its_children(tmp_path: Path, options
     write_gguf(path, {f"w{number}": ("Q8_0", shape, data) for number in range(6)})
     arguments = [sys.executable, "-m", "qmm", "verify", str(path), "--device", "cpu", "--n", "1", *options]
     child = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
     )
     assert child.stderr is not None
     awaited = "between guards" if options else "on the CPU"
