@@ -189,8 +189,13 @@ def multiply(
                         address = nothing
                     runs[r] = unpack(part, *load(address, part))
                 if u == UNITS - 1:
-                    synchronize_warp()  # this and the branch keep ptxas from moving loads, or it spills
-                    if stage != 0:  # always so
+                    # Always true. The branch and the warp's barrier keep ptxas from moving loads, or it spills; it does
+                    # so all the same for Q2_K on sm_100 with the one address, for Q4_K with the other.
+                    synchronize_warp()
+                    if RUNS > 4 and HAS_MINIMUM:
+                        if full != 0:
+                            arrive(full + 64)
+                    elif stage != 0:
                         arrive(full + 64)
                 here = min(chunk * (CHUNK_BLOCKS // 4) + block_group, last_group) * QUAD_SCALE_BLOCKS
                 first = position(part, 0)
