@@ -258,6 +258,7 @@ def matvec_kernel(block_format: Format, schedule: Schedule) -> CUDAKernel:
     load_floats = "shared_floats" if schedule.x_shared else "cached_floats"
     constants = {
         **tiling.constants(block_format, schedule.bulk, product=True),
+        "ARRIVAL_BY_FULL": block_format.runs > 4 and block_format.has_minimum,  # else ptxas spills (Q2_K, sm_100)
         "AT_ONCE": activations.at_once(block_format),
         "COLUMNS": activations.columns,
         "FIRST_STAGES": schedule.first_stages,

@@ -189,10 +189,10 @@ def multiply(
                         address = nothing
                     runs[r] = unpack(part, *load(address, part))
                 if u == UNITS - 1:
-                    # Always true. The branch and the warp's barrier keep ptxas from moving loads, or it spills; it does
-                    # so all the same for Q2_K on sm_100 with the one address, for Q4_K with the other.
+                    # Neither address is ever 0: the branch and the warp's barrier keep ptxas from moving loads over the
+                    # arrival, or it spills (Q5_1, n = 8, sm_90; Q2_K, sm_80 and sm_100; Q4_K, n = 8, sm_100).
                     synchronize_warp()
-                    if RUNS > 4 and HAS_MINIMUM:
+                    if ARRIVAL_BY_FULL:
                         if full != 0:
                             arrive(full + 64)
                     elif stage != 0:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-__all__ = ["CudaCallError", "advice", "attribute", "call", "current_device", "runtime"]
+__all__ = ["CudaCallError", "advice", "attribute", "call", "current_device", "drive", "register_flags", "runtime"]
 
 # What calls that release something return when nothing is left to release: the driver or the device's context is on its
 # way out, or somebody called cudaDeviceReset.
@@ -80,9 +80,26 @@ def call(function: str, *arguments: Any) -> Any:
     error, *results = getattr(runtime(), function)(*arguments)
     if int(error) != 0:
         runtime().cudaGetLastError()
+    return _result(function, error, results)
+
+
+def drive(function: str, *arguments: Any) -> Any:
+    """The same of the driver: of ``cuda.bindings.driver.<function>(*arguments)``."""
+    error, *results = getattr(importlib.import_module("cuda.bindings.driver"), function)(*arguments)
+    return _result(function, error, results)
+
+
+def _result(function: str, error: Any, results: list[Any]) -> Any:
+    if int(error) != 0:
         message = f"{function} returned {error.name} ({int(error)}){advice(int(error))}"
         raise CudaCallError(message, error.name, int(error))
     return tuple(results) if len(results) > 1 else results[0] if results else None
+
+
+def register_flags() -> int:
+    """The flags under which ``cudaHostRegister`` takes a read-only, shared mapping, and no others."""
+    cuda = runtime()
+    return int(cuda.cudaHostRegisterPortable | cuda.cudaHostRegisterMapped | cuda.cudaHostRegisterReadOnly)
 
 
 def advice(number: int) -> str:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from qmm.errors import DeviceError, MappingError
 from qmm.loaders.closing import Closing
-from qmm.loaders.cuda import CudaCallError, call, current_device, runtime
+from qmm.loaders.cuda import CudaCallError, call, current_device, drive, register_flags, runtime
 
 __all__ = ["DeviceGuard", "Guard", "HostGuard"]
 
@@ -67,7 +67,6 @@ class HostGuard(Guard):
 
     def __init__(self, nbytes: int, device: int | None = None) -> None:
         self.nbytes = max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
-        self._device = device
         self._made = ExitStack()
         try:
             self.address = self._map()
@@ -101,11 +100,9 @@ class HostGuard(Guard):
         return int(found)
 
     def _register(self, device: int) -> None:
-        cuda = runtime()
-        flags = cuda.cudaHostRegisterPortable | cuda.cudaHostRegisterMapped | cuda.cudaHostRegisterReadOnly
         try:
             with current_device(device):
-                call("cudaHostRegister", self.address, self.nbytes, flags)
+                call("cudaHostRegister", self.address, self.nbytes, register_flags())
                 self._made.callback(call, "cudaHostUnregister", self.address)
                 self.address = int(call("cudaHostGetDevicePointer", self.address, 0))
         except CudaCallError as reason:
@@ -121,7 +118,11 @@ class HostGuard(Guard):
 
     def get(self, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """A copy of bytes from an offset on."""
-        return self._bytes[offset : offset + nbytes].copy()
+        return self.view(offset, nbytes).copy()
+
+    def view(self, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """The bytes from an offset on themselves, until it is closed."""
+        return self._bytes[offset : offset + nbytes]
 
     def close(self) -> None:
         """Unregister and unmap it. Twice is harmless."""
@@ -156,20 +157,20 @@ class DeviceGuard(Guard):
         there.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         there.location.id = self._device
         least = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        page = int(_drive("cuMemGetAllocationGranularity", there, least))
+        page = int(drive("cuMemGetAllocationGranularity", there, least))
         self.nbytes = max(1, -(-nbytes // page)) * page
         around = self.nbytes + 2 * page
-        start = int(_drive("cuMemAddressReserve", around, page, 0, 0))
-        self._made.callback(_drive, "cuMemAddressFree", start, around)
-        memory = _drive("cuMemCreate", self.nbytes, there, 0)
-        self._made.callback(_drive, "cuMemRelease", memory)
+        start = int(drive("cuMemAddressReserve", around, page, 0, 0))
+        self._made.callback(drive, "cuMemAddressFree", start, around)
+        memory = drive("cuMemCreate", self.nbytes, there, 0)
+        self._made.callback(drive, "cuMemRelease", memory)
         self.address = start + page
-        _drive("cuMemMap", self.address, self.nbytes, 0, memory, 0)
-        self._made.callback(_drive, "cuMemUnmap", self.address, self.nbytes)
+        drive("cuMemMap", self.address, self.nbytes, 0, memory, 0)
+        self._made.callback(drive, "cuMemUnmap", self.address, self.nbytes)
         access = driver.CUmemAccessDesc()
         access.location = there.location
         access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        _drive("cuMemSetAccess", self.address, self.nbytes, [access], 1)
+        drive("cuMemSetAccess", self.address, self.nbytes, [access], 1)
 
     def put(self, offset: int, data: npt.NDArray[Any]) -> None:
         """Store bytes from an offset on."""
@@ -196,11 +197,3 @@ class DeviceGuard(Guard):
         """Give it back. Twice is harmless."""
         with current_device(self._device):
             self._made.close()
-
-
-def _drive(function: str, *arguments: Any) -> Any:
-    """The result of a driver call, as :func:`qmm.loaders.cuda.call` has those of the runtime."""
-    error, *results = getattr(importlib.import_module("cuda.bindings.driver"), function)(*arguments)
-    if int(error):
-        raise CudaCallError(f"{function} returned {error.name} ({int(error)})", error.name, int(error))
-    return results[0] if results else None

@@ -8,14 +8,13 @@ a child can be given up.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from qmm.errors import QmmError, RegistrationError
+from qmm.loaders.children import ending, python
 from qmm.loaders.mapping import FileMapping
 from qmm.loaders.registration import WAY_OUT, HostRegistration
 
@@ -67,8 +66,9 @@ def probe(path: str | os.PathLike[str], device: int = 0, seconds: float = PROBE_
         RegistrationError: it did not return, or the child died of it.
     """
     what = f"{path}: registering it on CUDA device {device} was tried in a child process"
-    arguments = [sys.executable, "-c", _child_source(os.fspath(path), device)]
-    child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        python(_child_source(os.fspath(path), device)), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
         _, failed = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -80,15 +80,14 @@ def probe(path: str | os.PathLike[str], device: int = 0, seconds: float = PROBE_
     finally:
         _give_up(child)
     if child.returncode not in (0, REFUSED):
-        ended = _ending(child.returncode)
-        raise RegistrationError(f"{what}, which {ended}: {' '.join(failed.split())[-1000:] or 'no message'}. {WAY_OUT}")
+        said = " ".join(failed.split())[-1000:] or "no message"
+        raise RegistrationError(f"{what}, which {ending(child.returncode)}: {said}. {WAY_OUT}")
     return child.returncode == 0
 
 
 def _child_source(path: str, device: int) -> str:
-    """What the child runs, with the modules that this process would import."""
-    begin = f"import sys; sys.path[:] = {sys.path!r}"
-    return f"{begin}; from qmm.loaders import probe; sys.exit(probe.register({path!r}, {device}))"
+    """What the child runs."""
+    return f"from qmm.loaders import probe; sys.exit(probe.register({path!r}, {device}))"
 
 
 def register(path: str, device: int) -> int:
@@ -109,7 +108,3 @@ def _give_up(child: subprocess.Popen[str]) -> None:
             child.wait(timeout=1)
     if child.stderr is not None:
         child.stderr.close()
-
-
-def _ending(status: int) -> str:
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

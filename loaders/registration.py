@@ -16,7 +16,7 @@ from typing import Final
 
 from qmm.errors import ClosedError, RegistrationError
 from qmm.loaders.closing import Closing, undisturbed
-from qmm.loaders.cuda import CudaCallError, attribute, call, current_device, runtime
+from qmm.loaders.cuda import CudaCallError, attribute, call, current_device, register_flags
 from qmm.loaders.forks import ProcessLock
 from qmm.loaders.mapping import FileMapping
 from qmm.loaders.pages import Span, covering_pages, cut, gaps
@@ -249,11 +249,9 @@ def _register_missing(table: _Table, spans: list[Span], chunk_nbytes: int) -> No
 
 def _register(table: _Table, chunk: _Chunk) -> None:
     """Register a chunk of the table; if it is refused, it is none."""
-    cuda = runtime()
-    flags = cuda.cudaHostRegisterPortable | cuda.cudaHostRegisterMapped | cuda.cudaHostRegisterReadOnly
     host_address = table.mapping.address + chunk.span.start
     try:
-        call("cudaHostRegister", host_address, chunk.span.nbytes, flags)
+        call("cudaHostRegister", host_address, chunk.span.nbytes, register_flags())
     except CudaCallError:  # what is registered there is somebody else's, who unregisters it
         table.chunks.remove(chunk)
         raise

@@ -213,7 +213,6 @@ def verify(
     columns = _columns(n)
 
     def work(bar: Bar) -> Report:
-        from qmm.paranoid import Job, check_guarded
         from qmm.verify import verify as check_all
 
         modes = ["int8", "f16"] if activations.value == "both" else [activations.value]
@@ -228,6 +227,8 @@ def verify(
                 used = engine.device, engine.placement
         if not paranoid:
             return report
+        from qmm.paranoid import Job, check_guarded
+
         names = tuple(tensor.name for tensor in chosen)
         bar.stage(f"between guards, {used[1]}")
         bar.start(len(names))

@@ -113,7 +113,8 @@ class Graph:
             ClosedError: it was ended.
             DeviceError: CUDA refused.
         """
-        with self._gpu.working("launching a graph"):
+        with self._gpu.lock, self._gpu.ready("launching a graph"):
+            self._gpu.require_work()
             if self._ended:
                 raise ClosedError("the graph was closed meanwhile, by another thread. Make another one.")
             call("cudaGraphLaunch", self._executable, stream)
@@ -197,10 +198,11 @@ class GPU:
             ClosedError: it was stopped.
         """
         with self.lock, self.ready(doing):
-            self._require_work()
+            self.require_work()
             yield
 
-    def _require_work(self) -> None:
+    def require_work(self) -> None:
+        """Raise ClosedError after :meth:`stop`; for the thread that holds the lock."""
         if self._stopped:
             raise ClosedError(f"the engine on CUDA device {self.device} was closed. Make another one.")
 
@@ -348,7 +350,7 @@ class GPU:
 
     def _queue(self, product: Product, x: int, out: int, stream: int, scratch: int) -> None:
         with self.lock:
-            self._require_work()
+            self.require_work()
             if product.scratch_nbytes and not scratch:
                 scratch = self._scratch_for(stream, product.scratch_nbytes)
             bases = (x, out, scratch)

@@ -16,16 +16,18 @@ tensor that ended it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from subprocess import PIPE
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ import numpy.typing as npt
 from qmm.arrays import View
 from qmm.engine import Engine
 from qmm.errors import QmmError
+from qmm.loaders.children import ending, python
 from qmm.loaders.closing import Closing
 from qmm.loaders.cuda import CudaCallError
 from qmm.loaders.guards import DeviceGuard, Guard, HostGuard
@@ -77,7 +80,7 @@ def check_guarded(job: Job, done: Callable[[str], None] = lambda tensor: None) -
     checks: list[GuardCheck] = []
     left = list(job.tensors)
     while left:
-        for found in _run_child(Job(**{**asdict(job), "tensors": tuple(left)})):
+        for found in _run_child(replace(job, tensors=tuple(left))):
             checks.append(found)
             left.remove(found.tensor)
             done(found.tensor)
@@ -86,20 +89,17 @@ def check_guarded(job: Job, done: Callable[[str], None] = lambda tensor: None) -
 
 def _run_child(job: Job) -> Iterator[GuardCheck]:
     """What one child process finds, up to the first tensor that ends it, or the last."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {CHILD}"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdin is not None
-    assert child.stdout is not None
     where: dict[str, Any] = {}
-    with child:
+    with (
+        TemporaryFile("w+") as errors,  # a pipe that nobody reads would stop a child that says much
+        subprocess.Popen(python(CHILD), stdin=PIPE, stdout=PIPE, stderr=errors, text=True) as child,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
         try:
-            child.stdin.write(json.dumps(asdict(job)))
-            child.stdin.close()
+            with suppress(BrokenPipeError):  # it has ended, and its status says so
+                child.stdin.write(json.dumps(asdict(job)))
+                child.stdin.close()
             for line in child.stdout:
                 said = json.loads(line)
                 if "check" in said:
@@ -111,15 +111,11 @@ def _run_child(job: Job) -> Iterator[GuardCheck]:
         finally:
             child.kill()
         if status and "tensor" not in where:
-            assert child.stderr is not None
-            raise QmmError(f"{job.file}: the child process that checks it {_ending(status)}: {child.stderr.read()}")
+            errors.seek(0)
+            raise QmmError(f"{job.file}: the child process that checks it {ending(status)}: {errors.read()}")
     if where:
-        failure = f"{where['step']}: {where.get('failure') or 'the process ' + _ending(status)}"
+        failure = f"{where['step']}: {where.get('failure') or 'the process ' + ending(status)}"
         yield GuardCheck(where["tensor"], where["products"], where["dequantizations"], failure)
-
-
-def _ending(status: int) -> str:
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
 def work() -> int:
@@ -201,46 +197,45 @@ class _Bench(Closing):
         for n, mode in itertools.product(self.job.columns, modes_of(tensor, self.job.modes)):
             x = activations(tensor, n, self.job.seed)
             own = np.asarray(self.engine.matmul(tensor, x, activations=mode)).reshape(n, tensor.m)
-            results = []
-            for filler in FILLERS:
-                self._step(tensor, "products", f"product of n = {n}, {mode}, {_described(side, filler)}")
-                _surround(self.weights, at, tensor.nbytes, filler)
-                results.append(self._product(tensor, at, x, mode, side, filler))
-            self._compare(results, own, exact=side == "first")
+            what = f"product of n = {n}, {mode}, at the {side} byte that there is"
+            run = functools.partial(self._product, tensor, at, x, mode, side)
+            self._check(tensor, at, "products", what, run, own, exact=side == "first")
         rows = _rows_at_once(tensor)
         for first in range(0, tensor.m, rows):
             last = min(first + rows, tensor.m)
             own = self.engine.dequantize(tensor, first, last)
-            results = []
-            for filler in FILLERS:
-                step = f"dequantization of rows {first} to {last}, {_described(side, filler)}"
-                self._step(tensor, "dequantizations", step)
-                _surround(self.weights, at, tensor.nbytes, filler)
-                results.append(self._dequantization(tensor, at, first, last, side, filler))
-            self._compare(results, own, exact=True)
+            what = f"dequantization of rows {first} to {last}, at the {side} byte that there is"
+            run = functools.partial(self._dequantization, tensor, at, first, last, side)
+            self._check(tensor, at, "dequantizations", what, run, own, exact=True)
 
-    def _step(self, tensor: Tensor, counted: str, step: str) -> None:
-        self.where["step"] = step
-        self.where[counted] += 1
-        _say(self.where)
+    def _check(
+        self, tensor: Tensor, at: int, counted: str, what: str, run: Callable[[int], Floats], own: Floats, exact: bool
+    ) -> None:
+        """Run it beside each of FILLERS; the results must be the same, and the engine's."""
+        results = []
+        for filler in FILLERS:
+            self.where["step"] = f"{what}, beside 0x{filler:02X}"
+            self.where[counted] += 1
+            _say(self.where)
+            _surround(self.weights, at, tensor.nbytes, filler)
+            results.append(run(filler))
+        self._compare(results, own, exact)
 
     def _product(self, tensor: Tensor, at: int, x: Floats, mode: str, side: str, filler: int) -> Floats:
         n, m, k = len(x), tensor.m, tensor.k
-        x_at, y_at = _place(self.x, x.nbytes, side), _place(self.y, 4 * n * m, side)
+        x_at = _place(self.x, x.nbytes, side)
         self.x.put(x_at, x)
         _surround(self.x, x_at, x.nbytes, filler)
-        self.y.fill(y_at, 4 * n * m, 0xFF)
-        _surround(self.y, y_at, 4 * n * m, filler)
+        y_at = _place(self.y, 4 * n * m, side)
+        self._empty(y_at, 4 * n * m, filler)
         address = self.weights.address + at if tensor.nbytes else 0
         gpu = self.engine.gpu
-        if not n * m:
-            pass
-        elif gpu is None:
+        if n * m and gpu is None:
             from qmm.kernels import cpu
 
             x_there, y_there = _array(self.x, x_at, (n, k)), _array(self.y, y_at, (n, m))
             cpu.matmul(tensor.format, address, m, k, x_there, y_there, mode)
-        else:
+        elif n * m and gpu is not None:
             x_view = View((n, k), (4 * k, 4), "float32", self.x.address + x_at, gpu.device)
             y_view = View((n, m), (4 * m, 4), "float32", self.y.address + y_at, gpu.device)
             int8 = mode == "int8" and not tensor.format.plain
@@ -251,20 +246,22 @@ class _Bench(Closing):
     def _dequantization(self, tensor: Tensor, at: int, first: int, last: int, side: str, filler: int) -> Floats:
         rows, k = last - first, tensor.k
         y_at = _place(self.y, 4 * rows * k, side) & -16  # where the kernel stores 16 bytes at a time
-        self.y.fill(y_at, 4 * rows * k, 0xFF)
-        _surround(self.y, y_at, 4 * rows * k, filler)
+        self._empty(y_at, 4 * rows * k, filler)
         address = self.weights.address + at + first * tensor.format.row_nbytes(k)
         gpu = self.engine.gpu
-        if not rows * k:
-            pass
-        elif gpu is None:
+        if rows * k and gpu is None:
             from qmm.kernels import cpu
 
             cpu.dequantize(tensor.format, address, rows, k, _array(self.y, y_at, (rows, k)))
-        else:
+        elif rows * k and gpu is not None:
             gpu.dequantize(tensor.format, address, rows, k, self.y.address + y_at, gpu.stream)
             gpu.synchronize(gpu.stream)
         return self._result(y_at, (rows, k), filler)
+
+    def _empty(self, y_at: int, nbytes: int, filler: int) -> None:
+        """Make room for results: NaN, so that what is not stored shows, among the filler."""
+        self.y.fill(y_at, nbytes, 0xFF)
+        _surround(self.y, y_at, nbytes, filler)
 
     def _result(self, y_at: int, shape: tuple[int, int], filler: int) -> Floats:
         """What lies where the results should, once it is seen that nothing else was written."""
@@ -292,10 +289,6 @@ def _rows_at_once(tensor: Tensor) -> int:
     return max(1, min(tensor.m, BLOCK_WEIGHTS // max(1, tensor.k)))
 
 
-def _described(side: str, filler: int) -> str:
-    return f"at the {side} byte that there is, beside 0x{filler:02X}"
-
-
 def _place(guard: Guard, nbytes: int, side: str) -> int:
     """The offset of so many bytes at the beginning or at the end."""
     return 0 if side == "first" else guard.nbytes - nbytes
@@ -317,8 +310,5 @@ def _surround(guard: Guard, at: int, nbytes: int, filler: int) -> None:
 
 def _array(guard: Guard, at: int, shape: tuple[int, int]) -> Floats:
     """Host memory as a matrix of float32."""
-    import ctypes
-
-    made = (ctypes.c_float * math.prod(shape)).from_address(guard.address + at)
-    found: Floats = np.ctypeslib.as_array(made).reshape(shape)
-    return found
+    assert isinstance(guard, HostGuard)
+    return guard.view(at, 4 * math.prod(shape)).view(np.float32).reshape(shape)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
+
+from qmm.loaders.children import python
 
 __all__ = ["command", "run_python"]
 
 
 def command(code: str, *arguments: object) -> list[str]:
     """The command of a child that runs ``code`` with the modules of this process and ``sys.argv[1:]``."""
-    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{code}", *map(str, arguments)]
+    return [*python(code), *map(str, arguments)]
 
 
 def run_python(code: str, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
