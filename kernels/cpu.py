@@ -24,6 +24,7 @@ import numpy as np
 from qmm.kernels.cpu_target import (
     CPU,
     CPU_PRODUCTS,
+    CPUKernel,
     dot_run,
     fetch_add,
     load1,
@@ -40,6 +41,7 @@ from qmm.kernels.cpu_target import (
 )
 from qmm.kernels.formats import Format
 from qmm.kernels.primitives import masked, run_weights
+from qmm.kernels.signals import handlers_held
 from qmm.kernels.specialize import registers, specialize, unroll
 
 __all__ = [
@@ -221,7 +223,7 @@ def quantize_rows(x, k, n, q, scales, sums):
 
 
 @functools.cache
-def product_kernel(block_format: Format, int8: bool, tiled: bool) -> Callable[..., Any]:
+def product_kernel(block_format: Format, int8: bool, tiled: bool) -> CPUKernel:
     """The product with rows of a format, compiled in one to five seconds, once a process.
 
     Without ``tiled``, which takes COLUMN_TILE columns at once, it compiles in a third of the time.
@@ -241,13 +243,13 @@ def _product_of_row(block_format: Format, int8: bool, columns: int) -> Callable[
 
 
 @functools.cache
-def dequantize_kernel(block_format: Format) -> Callable[..., Any]:
+def dequantize_kernel(block_format: Format) -> CPUKernel:
     """The kernel that dequantizes rows of a format."""
     return CPU.kernel(specialize(dequantize_rows, block_format.constants(), CPU))
 
 
 @functools.cache
-def _quantize_kernel() -> Callable[..., Any]:
+def _quantize_kernel() -> CPUKernel:
     return CPU.kernel(quantize_rows)
 
 
@@ -292,13 +294,18 @@ def _over_rows(m: int, nbytes: int, work: Callable[[int, int], None]) -> None:
     span = max(1, -(-m // (8 * (helpers + 1))))  # a few spans a thread, so that a slow core holds nobody up
     next_row = np.zeros(1, np.int64)
     address = next_row.ctypes.data
-    started = [_threads.pool.submit(work, span, address) for _ in range(helpers)]
-    try:
+    if not helpers:
         work(span, address)
-    finally:
-        for future in started:
-            if not future.cancel():
-                future.result()
+        return
+    # A Ctrl-C here would leave threads at work on memory that is given back, and the pool's locks held.
+    with handlers_held():
+        started = [_threads.pool.submit(work, span, address) for _ in range(helpers)]
+        try:
+            work(span, address)
+        finally:
+            for future in started:
+                if not future.cancel():
+                    future.result()
 
 
 def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -314,6 +321,8 @@ def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     q = np.empty((n, k), np.int16)
     scales = np.empty((n, k // 32), np.float32)
     sums = np.empty((n, k // 16), np.float32)
+    x = x.view()
+    x.flags.writeable = False  # for all, or the kernel is compiled for either kind
     _quantize_kernel()(x, k, n, q, scales, sums)
     return q, scales, sums
 

@@ -16,11 +16,13 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
 from qmm.kernels import primitives
+from qmm.kernels.signals import handlers_held
 from qmm.kernels.vector import F32, I8, I16, I32, I64, Toolkit, define, splat, vector
 
 __all__ = [
     "CPU",
     "CPU_PRODUCTS",
+    "CPUKernel",
     "dot_run",
     "fetch_add",
     "load_float",
@@ -51,6 +53,24 @@ PARTIAL = VECTORS.make("Partial", vector(F32, 8))
 """Eight running sums of an integer product: one for each pair of weights of a run."""
 
 
+class CPUKernel:
+    """A function that is compiled at its first call, for arguments of these types.
+
+    A Ctrl-C is heard when it is compiled. Meanwhile LLVM calls back into Python, from where ctypes passes no exception
+    on: it would be printed and forgotten.
+    """
+
+    def __init__(self, dispatcher: Any) -> None:
+        self._dispatcher = dispatcher
+
+    def __call__(self, *arguments: Any) -> None:
+        """Run it."""
+        if not self._dispatcher.overloads:
+            with handlers_held():
+                self._dispatcher.compile(tuple(map(numba.typeof, arguments)))
+        self._dispatcher(*arguments)
+
+
 class CPUTarget:
     """Specializes kernels for the CPU that runs them.
 
@@ -71,7 +91,9 @@ class CPUTarget:
         """A function that kernels call."""
         return numba.njit(**self._options)(function)
 
-    kernel = device_function
+    def kernel(self, function: Callable[..., Any]) -> CPUKernel:
+        """A function that Python calls."""
+        return CPUKernel(self.device_function(function))
 
 
 CPU = CPUTarget()

@@ -32,7 +32,7 @@ TEXT_LIMIT: Final = 4 << 20  # bytes of keys, tensor names and strings outside a
 STRING_LIMIT: Final = 1 << 21  # strings in all arrays of the file: 262,148
 NESTED_LIMIT: Final = 1 << 12  # arrays inside arrays: 0
 DEPTH_LIMIT: Final = 8  # arrays inside arrays inside arrays: 1
-COUNT_LIMIT: Final = 1 << 15  # keys, 33, and tensors, 236
+COUNT_LIMIT: Final = 1 << 14  # keys, 33, and tensors, 236
 
 FIRST_READ_NBYTES: Final = 64 * 1024  # doubled with each read, so that a small header reads little of what follows it
 LAST_READ_NBYTES: Final = 256 * 1024

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import gguf
 import numpy as np
 import pytest
+from children import run_python
 from gguf_files import random_blocks
 
 from qmm.kernels import cpu
@@ -330,6 +331,39 @@ def test_a_failing_thread_is_heard_of() -> None:
         cpu.set_threads(2)
         with pytest.raises(RuntimeError, match="a helper's rows"):
             cpu._over_rows(100, cpu.HELPER_NBYTES, work)
+
+
+def test_ctrl_c_while_llvm_compiles_a_kernel_is_heard() -> None:
+    """LLVM calls Python then, from where no exception gets out: what is raised there is printed and forgotten."""
+    code = """
+import signal
+import numpy as np
+from llvmlite.binding import ExecutionEngine
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)  # a timer can send an alarm, and nothing else
+finalize = ExecutionEngine.finalize_object
+
+def finalize_in_an_alarm(self):
+    signal.setitimer(signal.ITIMER_REAL, 1e-3)
+    finalize(self)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+ExecutionEngine.finalize_object = finalize_in_an_alarm  # before Numba takes it over
+
+from qmm.kernels import cpu
+from qmm.kernels.formats import FORMATS
+
+form = FORMATS["Q4_K"]
+row, x, out = np.zeros(form.row_nbytes(256), np.uint8), np.ones((1, 256), np.float32), np.ones((1, 1), np.float32)
+try:
+    cpu.matmul(form, row.ctypes.data, 1, 256, x, out, "f16")
+except KeyboardInterrupt:
+    print("heard")
+cpu.matmul(form, row.ctypes.data, 1, 256, x, out, "f16")
+print(out[0, 0])
+"""
+    done = run_python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "heard\n0.0\n", "")
 
 
 def test_no_threads_are_refused() -> None:

@@ -231,34 +231,45 @@ def test_a_thousand_engines_leave_nothing_behind(path: Path, x: np.ndarray) -> N
 # Ctrl-C ---------------------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_in_the_middle_of_products_leaves_an_engine_that_multiplies_and_closes(
-    path: Path, x: np.ndarray
-) -> None:
-    x = np.repeat(x, 20, axis=0)
-    interrupted = 0
-    with qmm.open(path) as model, qmm.Engine(model, "cpu") as engine:
-        expected = engine.matmul("a", x)
-        for round_ in range(200):
-            signal.setitimer(signal.ITIMER_REAL, 1e-4 + 1e-5 * (round_ % 50))
-            try:
-                while True:
-                    engine.matmul("a", x)
-            except KeyboardInterrupt:
-                interrupted += 1
-        np.testing.assert_array_equal(engine.matmul("a", x), expected)
-    assert interrupted == 200
-    assert not is_mapped(path)
+def test_ctrl_c_in_the_middle_of_products_leaves_an_engine_that_multiplies_and_closes(path: Path) -> None:
+    """Threads that still multiplied then would read an unmapped file, and write into memory that is given back."""
+    code = """
+import signal
+import numpy as np, qmm
+from qmm.kernels import cpu
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)  # a timer can send an alarm, and nothing else
+cpu.HELPER_NBYTES = 1
+cpu.set_threads(3)
+x = np.ones((256, 256), np.float32)
+interrupted = 0
+for round_ in range(300):
+    engine = qmm.Engine(qmm.open(sys.argv[1]), "cpu")
+    expected = engine.matmul("a", x)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-4 + 1e-5 * (round_ % 100))  # may be over before it returns
+        for _ in range(1_000_000):
+            engine.matmul("a", x)
+    except KeyboardInterrupt:
+        interrupted += 1
+    assert np.array_equal(engine.matmul("a", x), expected)
+    engine.model.close()
+    engine.close()
+print(interrupted, sys.argv[1] + "\\n" in open("/proc/self/maps").read())
+"""
+    done = run_python(code, path)
+    assert (done.returncode, done.stdout) == (0, "300 False\n"), done.stderr
 
 
-@pytest.fixture(autouse=True)
-def _alarms_are_ctrl_c() -> Iterator[None]:
-    """A timer can send an alarm, and nothing else. A job in the background ignores Ctrl-C, as its children would."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGALRM, signal.SIGINT)}
+@pytest.fixture
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """A job in the background ignores Ctrl-C, as its children would."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.usefixtures("_ctrl_c_is_heard")
 @pytest.mark.parametrize("options", [(), ("--paranoid",)], ids=["verify", "paranoid"])
 def test_ctrl_c_ends_a_long_job_at_once_and_its_children(tmp_path: Path, options: tuple[str, ...]) -> None:
     path = tmp_path / "long.gguf"
@@ -283,7 +294,8 @@ def test_ctrl_c_ends_a_long_job_at_once_and_its_children(tmp_path: Path, options
     started = time.monotonic()
     out, err = child.communicate(timeout=60)
     assert time.monotonic() - started < 10
-    assert child.returncode == 130
+    # CPython sends itself the signal again at the end, if it came in the middle of text that eval() ran.
+    assert child.returncode in (130, -signal.SIGINT)
     assert out == ""
     assert "Traceback" not in err
     with pytest.raises(ProcessLookupError):
