@@ -16,6 +16,7 @@ from cuda.bindings import driver
 
 from qmm.kernels.cache import CachedKernel, Code
 from qmm.kernels.formats import Format
+from qmm.kernels.signals import handlers_held
 from qmm.kernels.staging import COLUMN_TILES, PRODUCERS, WARPS, Schedule, Tiling
 
 __all__ = [
@@ -127,7 +128,8 @@ class CUDAKernel:
         if found is not None:
             with suppress(RuntimeError):  # refused, whatever the reason: the code compiled here and now is tried next
                 return self._function_of(found, device)
-        from qmm.kernels import build
+        with handlers_held():  # a Ctrl-C would become an ImportError in Numba's C parts
+            from qmm.kernels import build
 
         code = Code(*build.compiled(self.function, self.arguments, self.threads, capability))
         function = self._function_of(code, device)

@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from qmm.arrays import KINDS, ArrayKind, View, kind_of, stream_handle
 from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
+from qmm.kernels.signals import handlers_held
 from qmm.loaders.closing import Closing
 from qmm.model import Model, Tensor
 from qmm.placement import DeviceCopies, HostWeights, MappedWeights, Weights
@@ -262,11 +264,9 @@ class Engine(Closing):
         with self._under_way():
             address = self._weights.address(tensor) + first_row * block_format.row_nbytes(tensor.k)
             if self.gpu is None:
-                from qmm.kernels import cpu
-
                 out = np.empty((rows, tensor.k), np.float32)
                 if out.size:
-                    cpu.dequantize(block_format, address, rows, tensor.k, out)
+                    _cpu().dequantize(block_format, address, rows, tensor.k, out)
             else:
                 out = self.gpu.dequantize_host(block_format, address, rows, tensor.k, self.gpu.stream)
         return out.reshape(tensor.shape) if whole else out
@@ -331,11 +331,9 @@ class Engine(Closing):
                 tensor.format, address, tensor.m, tensor.k, x, int8, self.gpu.stream
             )
             return result
-        from qmm.kernels import cpu
-
         y = np.empty((len(x), tensor.m), np.float32)
         if y.size:
-            cpu.matmul(tensor.format, address, tensor.m, tensor.k, x, y, "int8" if int8 else "f16")
+            _cpu().matmul(tensor.format, address, tensor.m, tensor.k, x, y, "int8" if int8 else "f16")
         return y
 
     def _tensor(self, tensor: str | Tensor) -> Tensor:
@@ -434,6 +432,14 @@ class Engine(Closing):
         if not view.writable or view.overlaps_itself:
             raise ArrayError(f"{what}: out is read-only, or a broadcast array whose elements share memory")
         return view.rows(len(x.shape) - 1)
+
+
+@functools.cache
+def _cpu() -> ModuleType:
+    """The CPU schedules. A Ctrl-C is heard once they are there: it would become an ImportError in Numba's C parts."""
+    with handlers_held():
+        from qmm.kernels import cpu
+    return cpu
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -261,6 +261,31 @@ print(interrupted, sys.argv[1] + "\\n" in open("/proc/self/maps").read())
     assert (done.returncode, done.stdout) == (0, "300 False\n"), done.stderr
 
 
+def test_ctrl_c_while_numba_is_imported_is_heard(path: Path) -> None:
+    """Its parts in C say of any exception in the modules that they need that they failed to import."""
+    code = """
+import importlib.abc, signal
+import numpy as np, qmm
+
+class Interrupting(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "numba._devicearray":
+            signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting())
+engine = qmm.Engine(qmm.open(sys.argv[1]), "cpu")
+x = np.ones((1, 256), np.float32)
+try:
+    engine.matmul("a", x)
+except KeyboardInterrupt:
+    print("heard")
+print(engine.matmul("a", x).shape)
+"""
+    done = run_python(code, path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "heard\n(1, 64)\n", "")
+
+
 @pytest.fixture
 def _ctrl_c_is_heard() -> Iterator[None]:
     """A job in the background ignores Ctrl-C, as its children would."""
