@@ -39,8 +39,16 @@ def handlers_held() -> Iterator[None]:
             signal.signal(number, note)
         yield
     finally:
-        holding = False  # from here on a handler may raise, and leave the others to `note`
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+        left, raised = list(usual.items()), None
+        while left:
+            try:
+                while left:
+                    signal.signal(*left[-1])
+                    left.pop()
+            except BaseException as error:  # of a handler that is back, whose signal came just now
+                raised = error
+        holding = False
+        if raised is not None:
+            raise raised
         for number, frame in noted:
             usual[number](number, frame)

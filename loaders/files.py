@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,29 +27,29 @@ class FileIdentity(NamedTuple):
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def open_regular(path: Path, error: type[QmmError]) -> tuple[int, FileIdentity]:
+def open_regular(path: Path, error: type[QmmError]) -> tuple[FileIO, FileIdentity]:
     """Open ``path`` for reading.
 
     Returns:
-        The file descriptor, which the caller closes, and the identity of the file behind it.
+        The file, unbuffered, and its identity. It closes itself when it is dropped, by whatever Ctrl-C.
 
     Raises:
         error: The file is absent, unreadable, empty, or not a regular file.
     """
     try:
-        # O_NONBLOCK: opening a FIFO would otherwise wait for a writer before anybody could say that it is a FIFO.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+        _require_regular(path, os.stat(path), error)  # before, since opening a FIFO waits for a writer
+        file = FileIO(path)
     except (OSError, ValueError) as reason:  # ValueError: a path with a zero byte
         why = reason.strerror if isinstance(reason, OSError) else reason
         raise error(f"{path}: cannot be opened: {why}. Check the path and its permissions.") from reason
-    status = os.fstat(descriptor)
-    problem = ""
+    status = os.fstat(file.fileno())
+    _require_regular(path, status, error)
+    return file, FileIdentity.of(status)
+
+
+def _require_regular(path: Path, status: os.stat_result, error: type[QmmError]) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        problem = f"{path}: is {kind}, which cannot be mapped. Give the path of the GGUF file itself."
-    elif status.st_size == 0:
-        problem = f"{path}: is empty (0 bytes). Was the download or copy finished?"
-    if problem:
-        os.close(descriptor)
-        raise error(problem)
-    return descriptor, FileIdentity.of(status)
+        raise error(f"{path}: is {kind}, which cannot be mapped. Give the path of the GGUF file itself.")
+    if status.st_size == 0:
+        raise error(f"{path}: is empty (0 bytes). Was the download or copy finished?")

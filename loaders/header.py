@@ -120,14 +120,14 @@ class HeaderReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.position = 0
-        self._descriptor, self.identity = open_regular(path, GGUFError)
+        self._file, self.identity = open_regular(path, GGUFError)
         self.nbytes = self.identity.nbytes
         self._window = b""
         self._window_start = 0
         self._read_nbytes = FIRST_READ_NBYTES
         self._text_nbytes = self._strings = self._nested = 0
         if hasattr(os, "posix_fadvise"):  # otherwise the kernel reads ahead of us, into the weights
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
 
     def __enter__(self) -> Self:
         return self
@@ -135,7 +135,7 @@ class HeaderReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        os.close(self._descriptor)
+        self._file.close()
 
     def fail(self, message: str, *, position: int | None = None) -> NoReturn:
         """Raise GGUFError with the file, the byte offset (``position``, or where the reader stands) and ``message``."""
@@ -329,7 +329,7 @@ class HeaderReader:
     def _pread(self, position: int, nbytes: int) -> bytes:
         """Up to ``nbytes`` bytes at ``position``, fewer only at the file's end."""
         try:
-            return os.pread(self._descriptor, nbytes, position)
+            return os.pread(self._file.fileno(), nbytes, position)
         except OSError as reason:
             raise GGUFError(
                 f"{self.path}: {nbytes} bytes at byte {position} cannot be read: {reason.strerror}. Is the disk well?"

@@ -69,15 +69,12 @@ class FileMapping(Closing):
         Raises:
             MappingError: The file is absent, unreadable, empty, not a regular file, or cannot be mapped.
         """
-        descriptor, identity = open_regular(Path(path), MappingError)
-        try:
-            with _lock.now:
-                pages = _pages.get(identity)
-                if pages is None:
-                    pages = _pages[identity] = _Pages(Path(path), descriptor, identity)
-            return cls(pages)
-        finally:
-            os.close(descriptor)  # mmap holds its own duplicate
+        file, identity = open_regular(Path(path), MappingError)
+        with file, _lock.now:  # mmap holds its own duplicate
+            pages = _pages.get(identity)
+            if pages is None:
+                pages = _pages[identity] = _Pages(Path(path), file.fileno(), identity)
+        return cls(pages)
 
     def share(self) -> FileMapping:
         """Another handle on the same mapping, to be closed on its own; the file is not looked up again."""

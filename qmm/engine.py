@@ -287,8 +287,14 @@ class Engine(Closing):
         if self._uses is None:
             return
         self._closed = True
-        if self.forked or not self._uses.end():
+        if self.forked:
             return
+        self._uses.end()
+        with handlers_held():  # half closed, it would never be closed, or before the device is done
+            if self._uses.last():
+                self._give_up()
+
+    def _give_up(self) -> None:
         try:
             if self.gpu is not None:
                 self.gpu.stop()

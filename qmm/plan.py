@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmm.arrays import ArrayKind, stream_handle
 from qmm.errors import ClosedError, DeviceError
+from qmm.kernels.signals import handlers_held
 from qmm.loaders.closing import Closing
 
 if TYPE_CHECKING:
@@ -100,9 +101,12 @@ class Plan(Closing):
         Raises:
             DeviceError: work that was still queued failed.
         """
-        if self._closed:
-            return
-        self._closed = True
+        with handlers_held():  # half closed, it would never be closed, or before the device is done
+            if not self._closed:
+                self._closed = True
+                self._give_up()
+
+    def _give_up(self) -> None:
         if self._engine.forked or not self._graph.end():
             return  # what CUDA holds is the parent's; or another thread closes it
         try:

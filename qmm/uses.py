@@ -35,12 +35,8 @@ class Uses:
             raise ClosedError(self._closed)
         return view
 
-    def end(self) -> bool:
-        """Let no call begin any more, and wait for those under way.
-
-        Returns:
-            True once, to whichever thread then does what remains to be done.
-        """
+    def end(self) -> None:
+        """Let no call begin any more, and wait for those under way. A Ctrl-C may end the wait; call it again."""
         self._ended = True
         while True:
             try:
@@ -48,7 +44,10 @@ class Uses:
             except BufferError:
                 time.sleep(0.001)
             else:
-                break
+                return
+
+    def last(self) -> bool:
+        """True once, to whichever thread then does what remains to be done."""
         try:
             self._remaining.pop()
         except IndexError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import threading
 from collections import Counter
@@ -334,6 +335,83 @@ def test_a_thousand_engines_leave_nothing_behind(
     assert grown < 4 << 20  # a page for each
     assert not is_mapped(path)
     assert not registration._tables
+
+
+# Ctrl-C ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_ctrl_c_while_closing_comes_when_all_is_closed(
+    path: Path, x: np.ndarray, placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+    closing = False
+
+    def interrupting(function: str, *arguments: object) -> object:
+        calls[function] += 1
+        if closing:
+            signal.raise_signal(signal.SIGINT)
+        return call(function, *arguments)
+
+    for module in (gpu_module, registration):
+        monkeypatch.setattr(module, "call", interrupting)
+    x_there, y_there = cuda.to_device(x), cuda.device_array((3, M), np.float32)
+    model = qmm.open(path)
+    engine = qmm.Engine(model, "cuda", placement)
+    model.close()
+    engine.plan([("a", x_there, y_there)])()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        closing = True
+        with pytest.raises(KeyboardInterrupt):
+            engine.close()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for made, undone in PAIRS:
+        assert calls[made] == calls[undone], (made, calls)
+    assert not is_mapped(path)
+    assert not registration._tables
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_ctrl_c_anywhere_from_opening_to_closing_leaves_nothing_registered(path: Path, placement: str) -> None:
+    code = """
+import gc, os, signal
+import numpy as np, qmm
+from numba import cuda
+from qmm.loaders import registration
+from qmm.loaders.cuda import call
+
+x = np.ones((3, 256), np.float32)
+x_there, y_there = cuda.to_device(x), cuda.device_array((3, 64), np.float32)
+
+def cycle():
+    with qmm.open(sys.argv[1]) as model, qmm.Engine(model, "cuda", sys.argv[2]) as engine:
+        y = engine.matmul("a", x)
+        engine.dequantize("b")
+        with engine.plan([("a", x_there, y_there)]) as plan:
+            plan()
+        return y
+
+expected = cycle()
+descriptors = len(os.listdir("/proc/self/fd"))
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+interrupted = 0
+for round_ in range(500):
+    try:
+        # Again and again: Python forgets an exception that comes in a __del__.
+        signal.setitimer(signal.ITIMER_REAL, 1e-4 + 1e-5 * round_, 0.2)
+        for _ in range(1_000_000):
+            cycle()
+    except KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        interrupted += 1
+gc.collect()
+print(interrupted, len(os.listdir("/proc/self/fd")) == descriptors, np.array_equal(cycle(), expected), end=" ")
+print(registration._tables, sys.argv[1] + "\\n" in open("/proc/self/maps").read(), call("cudaDeviceSynchronize"))
+"""
+    done = run_python(code, path, placement)
+    assert (done.returncode, done.stdout) == (0, "500 True True {} False None\n"), done.stderr
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------

@@ -286,12 +286,64 @@ print(engine.matmul("a", x).shape)
     assert (done.returncode, done.stdout, done.stderr) == (0, "heard\n(1, 64)\n", "")
 
 
+def test_ctrl_c_anywhere_from_opening_to_closing_leaves_nothing_open(path: Path) -> None:
+    code = """
+import gc, os, signal
+import numpy as np, qmm
+
+x = np.ones((3, 256), np.float32)
+
+def cycle():
+    with qmm.open(sys.argv[1]) as model, qmm.Engine(model, "cpu") as engine:
+        engine.matmul("a", x)
+        engine.dequantize("b")
+
+def held():
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")), sys.argv[1] + "\\n" in open("/proc/self/maps").read()
+
+cycle()
+before = held()
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+interrupted = 0
+for round_ in range(500):
+    try:
+        # Again and again: Python forgets an exception that comes in a __del__.
+        signal.setitimer(signal.ITIMER_REAL, 1e-4 + 2e-6 * round_, 0.1)
+        for _ in range(1_000_000):
+            cycle()
+    except KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        interrupted += 1
+print(interrupted, before == held())
+"""
+    done = run_python(code, path)
+    assert (done.returncode, done.stdout) == (0, "500 True\n"), done.stderr
+
+
 @pytest.fixture
 def _ctrl_c_is_heard() -> Iterator[None]:
     """A job in the background ignores Ctrl-C, as its children would."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_is_heard")
+def test_ctrl_c_while_closing_comes_when_all_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with qmm.open(path) as model:
+        engine = qmm.Engine(model, "cpu")
+    close = engine._weights.close
+
+    def interrupted() -> None:
+        signal.raise_signal(signal.SIGINT)
+        close()
+
+    monkeypatch.setattr(engine._weights, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.close()
+    assert not is_mapped(path)
+    engine.close()
 
 
 @pytest.mark.usefixtures("_ctrl_c_is_heard")
