@@ -359,7 +359,8 @@ def test_ctrl_c_while_closing_comes_when_all_is_closed(
     model = qmm.open(path)
     engine = qmm.Engine(model, "cuda", placement)
     model.close()
-    engine.plan([("a", x_there, y_there)])()
+    plan = engine.plan([("a", x_there, y_there)])
+    plan()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         closing = True
@@ -369,6 +370,7 @@ def test_ctrl_c_while_closing_comes_when_all_is_closed(
         signal.signal(signal.SIGINT, before)
     for made, undone in PAIRS:
         assert calls[made] == calls[undone], (made, calls)
+    assert plan.closed
     assert not is_mapped(path)
     assert not registration._tables
 
