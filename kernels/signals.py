@@ -10,27 +10,27 @@ from types import FrameType
 
 __all__ = ["handlers_held"]
 
-RAISING = [getattr(signal, name) for name in ("SIGINT", "SIGALRM", "SIGTERM") if hasattr(signal, name)]
-"""Signals whose handlers commonly raise: Ctrl-C, timeouts, and a polite kill."""
+RAISING = [getattr(signal, name) for name in ("SIGTERM", "SIGALRM", "SIGINT") if hasattr(signal, name)]
+"""Signals whose handlers commonly raise: a polite kill, timeouts, and Ctrl-C."""
 
 
 @contextmanager
 def handlers_held() -> Iterator[None]:
     """Call the handlers of RAISING at the end of this block, if their signals come meanwhile.
 
-    Python calls handlers in its main thread alone, and sets the signals of the whole process: elsewhere this does
-    nothing, and need not.
+    They are then given no frame: it may be this function's own, which would keep itself until the collector comes. In
+    other threads than the main one, where Python calls no handlers and lets none be set, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     usual = {number: handler for number in RAISING if callable(handler := signal.getsignal(number))}
-    noted: list[tuple[int, FrameType | None]] = []
+    noted: list[int] = []
     holding = True
 
     def note(number: int, frame: FrameType | None) -> None:
         if holding:
-            noted.append((number, frame))
+            noted.append(number)
         else:
             usual[number](number, frame)
 
@@ -39,16 +39,10 @@ def handlers_held() -> Iterator[None]:
             signal.signal(number, note)
         yield
     finally:
-        left, raised = list(usual.items()), None
-        while left:
-            try:
-                while left:
-                    signal.signal(*left[-1])
-                    left.pop()
-            except BaseException as error:  # of a handler that is back, whose signal came just now
-                raised = error
-        holding = False
-        if raised is not None:
-            raise raised
-        for number, frame in noted:
-            usual[number](number, frame)
+        try:
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+        finally:
+            holding = False  # a handler that is back may have raised, and left the others to `note`
+        for number in noted:
+            usual[number](number, None)

@@ -378,8 +378,9 @@ def test_ctrl_c_while_closing_comes_when_all_is_closed(
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_ctrl_c_anywhere_from_opening_to_closing_leaves_nothing_registered(path: Path, placement: str) -> None:
     code = """
-import gc, os, signal
+import gc, os
 import numpy as np, qmm
+from interrupts import interrupted
 from numba import cuda
 from qmm.loaders import registration
 from qmm.loaders.cuda import call
@@ -397,24 +398,15 @@ def cycle():
 
 expected = cycle()
 descriptors = len(os.listdir("/proc/self/fd"))
-signal.signal(signal.SIGALRM, signal.default_int_handler)
-interrupted = 0
-for round_ in range(500):
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 1e-4 + 1e-5 * round_)
-        for _ in range(20):
-            cycle()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    except KeyboardInterrupt:
-        interrupted += 1
+count = sum(interrupted(cycle, 1e-4 + 1e-5 * round_, 20) for round_ in range(500))
 gc.collect()
-print(interrupted, len(os.listdir("/proc/self/fd")) == descriptors, np.array_equal(cycle(), expected), end=" ")
+print(count, len(os.listdir("/proc/self/fd")) == descriptors, np.array_equal(cycle(), expected), end=" ")
 print(registration._tables, sys.argv[1] + "\\n" in open("/proc/self/maps").read(), call("cudaDeviceSynchronize"))
 """
     done = run_python(code, path, placement)
     assert done.returncode == 0, done.stderr
-    interrupted, after = done.stdout.split(" ", 1)
-    assert int(interrupted) > 400  # an exception in what Python calls when an object dies is forgotten
+    count, after = done.stdout.split(" ", 1)
+    assert int(count) > 400
     assert after == "True True {} False None\n"
 
 
