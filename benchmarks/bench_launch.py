@@ -149,7 +149,7 @@ def nodes_of_nothing(gpu: GPU) -> Callable[[], None]:
 
 def nodes_of_products(gpu: GPU) -> Callable[[], None]:
     """NODES products of 8 rows of 32 weights, as a plan has them."""
-    area = gpu.area(1024, "the smallest product")
+    area = gpu.allocate(1024, "the smallest product")
     x, y = (View((1, n), (4 * n, 4), "float32", area + at, gpu.device) for n, at in ((32, 0), (8, 256)))
     product = gpu.prepare(FORMATS["Q8_0"], area + 512, 8, 32, x, y, True)
     return lambda: gpu.sequence([(product, x.address, y.address)] * NODES, gpu.stream, 0)

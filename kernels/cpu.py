@@ -41,8 +41,8 @@ from qmm.kernels.cpu_target import (
 )
 from qmm.kernels.formats import Format
 from qmm.kernels.primitives import masked, run_weights
-from qmm.kernels.signals import handlers_held
 from qmm.kernels.specialize import registers, specialize, unroll
+from qmm.signals import handlers_held
 
 __all__ = [
     "available_cpus",

@@ -16,8 +16,8 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
 from qmm.kernels import primitives
-from qmm.kernels.signals import handlers_held
 from qmm.kernels.vector import F32, I8, I16, I32, I64, Toolkit, define, splat, vector
+from qmm.signals import handlers_held
 
 __all__ = [
     "CPU",

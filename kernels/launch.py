@@ -16,8 +16,8 @@ from cuda.bindings import driver
 
 from qmm.kernels.cache import CachedKernel, Code
 from qmm.kernels.formats import Format
-from qmm.kernels.signals import handlers_held
 from qmm.kernels.staging import COLUMN_TILES, PRODUCERS, WARPS, Schedule, Tiling
+from qmm.signals import handlers_held
 
 __all__ = [
     "CUDAKernel",

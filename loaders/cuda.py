@@ -125,9 +125,9 @@ def attribute(name: str, device: int) -> int:
 def current_device(device: int) -> Iterator[None]:
     """Make ``device`` this thread's current one inside the block."""
     before = call("cudaGetDevice")
-    # Also where it is current already: from CUDA 12 on this makes its primary context, and reports if it cannot.
-    call("cudaSetDevice", device)
     try:
+        # Also where it is current already: from CUDA 12 on this makes its primary context, and reports if it cannot.
+        call("cudaSetDevice", device)
         yield
     finally:
         if before != device:

@@ -20,6 +20,7 @@ from qmm.loaders.cuda import CudaCallError, attribute, call, current_device, reg
 from qmm.loaders.forks import ProcessLock
 from qmm.loaders.mapping import FileMapping
 from qmm.loaders.pages import Span, covering_pages, cut, gaps
+from qmm.signals import handlers_held
 
 __all__ = ["REQUIRED_ATTRIBUTES", "HostRegistration"]
 
@@ -111,7 +112,7 @@ class HostRegistration(Closing):
             mapping.require(offset, nbytes)
         mapping.check()
         spans = covering_pages(ranges, mmap.PAGESIZE)
-        with undisturbed(), _lock.now:
+        with undisturbed(), _lock.now, handlers_held():  # users, once counted, need a registration that uncounts them
             # The table's own handle keeps the pages mapped for as long as one of them is registered.
             table = _tables.setdefault(mapping.address, _Table(mapping.share()))
             try:
@@ -202,7 +203,7 @@ class HostRegistration(Closing):
             RegistrationError: A call failed, most often because a kernel did: its error shows here first. Pages that
                 could not be unregistered stay mapped.
         """
-        with undisturbed(), _lock.now:
+        with undisturbed(), _lock.now, handlers_held():
             if self.closed:
                 self._mapping.close()
                 return
@@ -233,13 +234,13 @@ def _check_device(device: int) -> None:
 
 
 def _register_missing(table: _Table, spans: list[Span], chunk_nbytes: int) -> None:
-    """Register all of ``spans`` that ``table`` does not have yet, or, if a call fails or is interrupted, nothing."""
+    """Register all of ``spans`` that ``table`` does not have yet, or, if a call fails, nothing."""
     taken = [chunk.span for chunk in table.chunks]
     try:
         for span in spans:
             for gap in gaps(span, taken):
                 for piece in cut(gap, chunk_nbytes):
-                    table.chunks.append(_Chunk(piece))  # before the call: Ctrl-C may come right behind it
+                    table.chunks.append(_Chunk(piece))
                     _register(table, table.chunks[-1])
     except BaseException:
         _unregister(table, [chunk for chunk in table.chunks if chunk.span not in taken])

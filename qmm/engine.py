@@ -16,12 +16,12 @@ import numpy.typing as npt
 
 from qmm.arrays import KINDS, ArrayKind, View, kind_of, stream_handle
 from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
-from qmm.kernels.signals import handlers_held
 from qmm.loaders.closing import Closing
 from qmm.model import Model, Tensor
 from qmm.placement import DeviceCopies, HostWeights, MappedWeights, Weights
 from qmm.plan import Plan, Step
 from qmm.platform import Choice, choose
+from qmm.signals import handlers_held
 from qmm.uses import Uses
 
 if TYPE_CHECKING:

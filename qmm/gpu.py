@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,8 +31,9 @@ from qmm.kernels.staging import (
     Tiling,
     scale_blocks_of,
 )
-from qmm.loaders.closing import undisturbed
+from qmm.loaders.closing import Closing, undisturbed
 from qmm.loaders.cuda import CudaCallError, advice, attribute, call, current_device, runtime
+from qmm.signals import handlers_held
 
 __all__ = ["GPU", "Graph", "Product"]
 
@@ -91,7 +93,7 @@ class Product:
         return least < out - x < most
 
 
-class Graph:
+class Graph(Closing):
     """A captured sequence of work, which can be launched again and again."""
 
     def __init__(self, gpu: GPU, graph: object) -> None:
@@ -127,12 +129,15 @@ class Graph:
 
     def close(self) -> None:
         """Free it, once the device is done with it. Twice is harmless."""
-        with self._gpu.errors("freeing a graph"), current_device(self._gpu.device):
+        with handlers_held(), self._gpu.errors("freeing a graph"), current_device(self._gpu.device):
             self._made.close()
 
 
-class GPU:
+class GPU(Closing):
     """One device as an engine uses it.
+
+    What it makes there, memory and streams, is written down before a Ctrl-C is heard, and freed at the latest when the
+    GPU is closed or dropped.
 
     Attributes:
         lock: held by the thread that puts work on the device.
@@ -140,22 +145,23 @@ class GPU:
 
     def __init__(self, device: int) -> None:
         self.device = device
+        self._process = os.getpid()
+        self._made: dict[tuple[str, int], None] = {}
+        self._scratch: dict[int, tuple[int, int]] = {}
         with self.errors("preparing the device"), current_device(device):
             self.multiprocessors = attribute("MultiProcessorCount", device)
             shared_nbytes = attribute("MaxSharedMemoryPerBlockOptin", device)
             bulk = attribute("ComputeCapabilityMajor", device) >= 9
             self.machine = Machine(self.multiprocessors, shared_nbytes, bulk)
-            self.stream = int(call("cudaStreamCreateWithFlags", 1))  # cudaStreamNonBlocking
+            self.stream = self._make("cudaStreamDestroy", "cudaStreamCreateWithFlags", 1)  # cudaStreamNonBlocking
             self._next_nbytes = attribute("L2CacheSize", device) // NEXT_OF_L2
             self._alone = call("cudaGetDeviceCount") == 1
             self._integrated = bool(attribute("Integrated", device))
         self._thread = threading.local()
-        self._scratch: dict[int, tuple[int, int]] = {}
-        self._areas: list[int] = []
         self._products: dict[Hashable, Product] = {}
         self.lock = threading.RLock()
         self._stopped = False
-        self._zeros = self.area(ZERO_NBYTES, "zeros")
+        self._zeros = self.allocate(ZERO_NBYTES, "zeros")
         with self.errors("preparing the device"), current_device(device):
             call("cudaMemset", self._zeros, 0, ZERO_NBYTES)
             call("cudaDeviceSynchronize")  # other streams than the default one would not wait for it
@@ -208,19 +214,33 @@ class GPU:
 
     # Memory -----------------------------------------------------------------------------------------------------------
 
+    def _make(self, undo: str, function: str, *arguments: int) -> int:
+        """The handle or address that a call makes, which the call ``undo`` frees."""
+        with handlers_held():
+            made = int(call(function, *arguments))
+            self._made[undo, made] = None
+        return made
+
+    def _unmake(self, undo: str, made: int) -> None:
+        """Free what :meth:`_make` made, unless that was done."""
+        with handlers_held():
+            if (undo, made) in self._made:
+                del self._made[undo, made]
+                call(undo, made)
+
     def allocate(self, nbytes: int, what: str) -> int:
-        """Device memory of exactly ``nbytes``.
+        """Device memory of exactly ``nbytes``, until it is freed, or the GPU closed.
 
         Raises:
             DeviceError: there is not enough.
         """
         with self.errors(f"{nbytes} bytes for {what}"), current_device(self.device):
-            return int(call("cudaMalloc", nbytes))
+            return self._make("cudaFree", "cudaMalloc", nbytes)
 
     def free(self, address: int) -> None:
-        """Give memory back, once the device is done with it."""
+        """Give memory back, once the device is done with it. Twice is harmless."""
         with self.errors("freeing memory"), current_device(self.device):
-            call("cudaFree", address)
+            self._unmake("cudaFree", address)
 
     @contextmanager
     def lent(self, nbytes: int, what: str) -> Iterator[int]:
@@ -238,12 +258,12 @@ class GPU:
     def fresh_stream(self) -> Iterator[int]:
         """A stream of its own for the ``with`` block, on which no other thread puts work."""
         with self.errors("making a stream"), current_device(self.device):
-            stream = int(call("cudaStreamCreateWithFlags", 1))  # cudaStreamNonBlocking
+            stream = self._make("cudaStreamDestroy", "cudaStreamCreateWithFlags", 1)  # cudaStreamNonBlocking
         try:
             yield stream
         finally:
             with suppress(DeviceError), self.errors("freeing a stream"), current_device(self.device):
-                call("cudaStreamDestroy", stream)
+                self._unmake("cudaStreamDestroy", stream)
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         """Copy between any two addresses, on a stream."""
@@ -267,23 +287,19 @@ class GPU:
             call("cudaDeviceSynchronize")
 
     def close(self) -> None:
-        """Free scratch memory and the stream, once the device is done with them."""
-        with self.errors("closing"), current_device(self.device):
-            for address in self._areas:
-                call("cudaFree", address)
-            self._areas.clear()
-            self._scratch.clear()
-            call("cudaStreamDestroy", self.stream)
-
-    def area(self, nbytes: int, what: str) -> int:
-        """Device memory that is kept until the end.
+        """Wait for the device, and free all that is left there. Twice is harmless.
 
         Raises:
-            DeviceError: there is not enough.
+            DeviceError: work that was still queued failed.
         """
-        address = self.allocate(nbytes, what)
-        self._areas.append(address)
-        return address
+        if not self._made or self._process != os.getpid():
+            return  # what CUDA holds in a forked child is the parent's
+        with handlers_held(), self.errors("closing"), current_device(self.device):
+            call("cudaDeviceSynchronize")
+            self._scratch.clear()
+            while self._made:
+                (undo, made), _ = self._made.popitem()
+                call(undo, made)
 
     def _scratch_for(self, stream: int, nbytes: int) -> int:
         """The address of scratch memory. Each stream has its own, which its later work may overwrite.
@@ -294,7 +310,7 @@ class GPU:
         address, held = self._scratch.get(stream, (0, 0))
         if held < nbytes:
             held = max(nbytes, 2 * held)
-            address = self.area(held, "scratch memory")
+            address = self.allocate(held, "scratch memory")
             self._scratch[stream] = (address, held)
         return address
 
@@ -568,7 +584,7 @@ class GPU:
             DeviceError: something in it cannot be captured.
         """
         mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        with self.errors("capturing a graph"), current_device(self.device), undisturbed():
+        with self.errors("capturing a graph"), current_device(self.device), undisturbed(), handlers_held():
             call("cudaStreamBeginCapture", stream, mode)
             try:
                 for _ in range(batch):
@@ -607,9 +623,9 @@ class GPU:
             The time of one call, as the mean of each replay.
         """
         with self.replay(work, stream, batch) as replay, self.errors("timing"), ExitStack() as made:
-            start, end = call("cudaEventCreate"), call("cudaEventCreate")
-            made.callback(call, "cudaEventDestroy", start)
-            made.callback(call, "cudaEventDestroy", end)
+            start, end = (self._make("cudaEventDestroy", "cudaEventCreate") for _ in range(2))
+            made.callback(self._unmake, "cudaEventDestroy", start)
+            made.callback(self._unmake, "cudaEventDestroy", end)
             times = []
             for _ in range(repeats + 1):
                 call("cudaEventRecord", start, stream)

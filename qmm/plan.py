@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from qmm.arrays import ArrayKind, stream_handle
 from qmm.errors import ClosedError, DeviceError
-from qmm.kernels.signals import handlers_held
 from qmm.loaders.closing import Closing
+from qmm.signals import handlers_held
 
 if TYPE_CHECKING:
     from qmm.engine import Engine
@@ -44,6 +44,7 @@ class Plan(Closing):
     """
 
     def __init__(self, engine: Engine, gpu: GPU, steps: Sequence[Step], kind: ArrayKind, first: Any) -> None:
+        self._closed = True  # until there is something to close
         self._engine = engine
         self._gpu = gpu
         self._kept = [step.kept for step in steps]
@@ -53,19 +54,17 @@ class Plan(Closing):
         # Of its own: engine.matmul may use the engine's on the same stream, between the plan's replays or in them.
         nbytes = max((step.product.scratch_nbytes for step in steps if step.product is not None), default=0)
         self._scratch = gpu.allocate(nbytes, "a plan's scratch memory") if nbytes else 0
-        self._closed = False
-
         products = [(step.product, step.x, step.y) for step in steps if step.product is not None]
 
         try:
             with gpu.fresh_stream() as stream:  # on the engine's, work of other threads would be captured too
                 self._graph = gpu.capture(lambda: gpu.sequence(products, stream, self._scratch), stream)
         except BaseException:
-            self._closed = True
             if self._scratch:
                 with suppress(DeviceError):  # the error at hand is the one to show
                     gpu.free(self._scratch)
             raise
+        self._closed = False
 
     def __len__(self) -> int:
         """How many products it has."""

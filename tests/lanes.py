@@ -112,7 +112,7 @@ class LaneGPU(GPU):
         self._thread = threading.local()
         self._thread.ready = True
         self._scratch = {}
-        self._areas = []
+        self._made = {}
         self._products = {}
         self.lock = threading.RLock()
         self._stopped = False

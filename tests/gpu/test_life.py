@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -180,21 +181,21 @@ def test_an_engine_that_is_dropped_while_another_registers_or_captures_waits_its
         np.testing.assert_array_equal(y_there.copy_to_host(), engine.matmul("a", x))
 
 
-def test_ctrl_c_while_registering_leaves_nothing_registered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_while_registering_leaves_nothing_registered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = registration.call
     calls: list[str] = []
 
-    def interrupted(function: str, *arguments: object) -> object:
+    def failing(function: str, *arguments: object) -> object:
         result = usual(function, *arguments)
         calls.append(function)
         if function == "cudaHostRegister" and calls.count(function) == 2:
-            raise KeyboardInterrupt
+            raise MemoryError
         return result
 
     with FileMapping.open(path) as mapping:
         with monkeypatch.context() as patch:
-            patch.setattr(registration, "call", interrupted)
-            with pytest.raises(KeyboardInterrupt):
+            patch.setattr(registration, "call", failing)
+            with pytest.raises(MemoryError):
                 HostRegistration.of(mapping, [(0, 12288)], chunk_nbytes=4096)
         assert not registration._tables
         for page in range(3):
@@ -408,6 +409,58 @@ print(registration._tables, sys.argv[1] + "\\n" in open("/proc/self/maps").read(
     count, after = done.stdout.split(" ", 1)
     assert int(count) > 400
     assert after == "True True {} False None\n"
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_ctrl_c_at_every_place_from_opening_to_closing_leaves_nothing_behind(path: Path, placement: str) -> None:
+    code = """
+import collections, json, os
+import numpy as np, qmm
+from interrupts import what_is_left
+from numba import cuda
+from qmm import gpu
+from qmm.loaders import registration
+from qmm.loaders.cuda import call
+
+PAIRS = json.loads(sys.argv[3])
+made, undone = collections.Counter(), collections.Counter()
+x = np.ones((3, 256), np.float32)
+x_there, y_there = cuda.to_device(x), cuda.device_array((3, 64), np.float32)
+
+def counting(function, *arguments):
+    made[function] += 1  # before, and what undoes it after: a Ctrl-C in between leaves a difference
+    result = call(function, *arguments)
+    undone[function] += 1
+    return result
+
+gpu.call = registration.call = counting
+
+def cycle():
+    with qmm.open(sys.argv[1]) as model, qmm.Engine(model, "cuda", sys.argv[2]) as engine:
+        y = engine.matmul("a", x)
+        engine.matmul("a", x_there, y_there)
+        engine.dequantize("b")
+        with engine.plan([("a", x_there, y_there)]) as plan:
+            plan()
+        engine.gpu.time(lambda: engine.matmul("a", x_there, y_there, engine.gpu.stream), engine.gpu.stream, 1, 2)
+        return y
+
+def held():
+    open_files = len(os.listdir("/proc/self/fd"))
+    mapped = sys.argv[1] + "\\n" in open("/proc/self/maps").read()
+    return open_files, mapped, len(registration._tables), [made[one] - undone[other] for one, other in PAIRS]
+
+expected = cycle()
+places, wrong = what_is_left(cycle, held)
+same = np.array_equal(cycle(), expected)
+print(json.dumps([places, wrong, held()[2:], same, call("cudaDeviceSynchronize")]))
+"""
+    done = run_python(code, path, placement, json.dumps([*PAIRS, ("cudaEventCreate", "cudaEventDestroy")]), timeout=300)
+    assert done.returncode == 0, done.stderr
+    places, wrong, *after = json.loads(done.stdout)
+    assert places > 2000
+    assert wrong == []
+    assert after == [[0, [0] * 6], True, None]
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------

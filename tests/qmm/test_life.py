@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -308,6 +309,32 @@ print(count, before == held())
     count, same = done.stdout.split()
     assert int(count) > 400
     assert same == "True"
+
+
+def test_ctrl_c_at_every_place_from_opening_to_closing_leaves_nothing_open(path: Path) -> None:
+    code = """
+import json, os
+import numpy as np, qmm
+from interrupts import what_is_left
+
+x = np.ones((3, 256), np.float32)
+
+def cycle():
+    with qmm.open(sys.argv[1]) as model, qmm.Engine(model, "cpu") as engine:
+        engine.matmul("a", x)
+        engine.dequantize("b")
+
+def held():
+    return len(os.listdir("/proc/self/fd")), sys.argv[1] + "\\n" in open("/proc/self/maps").read()
+
+cycle()
+print(json.dumps(what_is_left(cycle, held)))
+"""
+    done = run_python(code, path)
+    assert done.returncode == 0, done.stderr
+    places, wrong = json.loads(done.stdout)
+    assert places > 200
+    assert wrong == []
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from qmm.kernels.signals import RAISING, handlers_held
+from qmm.signals import RAISING, handlers_held
 
 
 @pytest.fixture(autouse=True)
