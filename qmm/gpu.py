@@ -115,11 +115,12 @@ class Graph(Closing):
             ClosedError: it was ended.
             DeviceError: CUDA refused.
         """
-        with self._gpu.lock, self._gpu.ready("launching a graph"):
-            self._gpu.require_work()
-            if self._ended:
-                raise ClosedError("the graph was closed meanwhile, by another thread. Make another one.")
-            call("cudaGraphLaunch", self._executable, stream)
+        self._gpu.put("launching a graph", self._launch, stream)
+
+    def _launch(self, stream: int) -> None:
+        if self._ended:
+            raise ClosedError("the graph was closed meanwhile, by another thread. Make another one.")
+        call("cudaGraphLaunch", self._executable, stream)
 
     def end(self) -> bool:
         """Let it be launched no more; whether this was the first call, whichever thread makes it."""
@@ -204,10 +205,23 @@ class GPU(Closing):
             ClosedError: it was stopped.
         """
         with self.lock, self.ready(doing):
-            self.require_work()
+            self._require_work()
             yield
 
-    def require_work(self) -> None:
+    def put(self, doing: str, work: Callable[..., object], *arguments: object) -> None:
+        """Call ``work``, which puts work on the device, as in a block of :meth:`working`, but 2 us faster."""
+        with self.lock:
+            self._require_work()
+            if not hasattr(self._thread, "ready"):
+                with self.ready(doing):
+                    work(*arguments)
+                return
+            try:
+                work(*arguments)
+            except (CudaCallError, RuntimeError) as reason:
+                raise self._failed(doing, reason) from reason
+
+    def _require_work(self) -> None:
         """Raise ClosedError after :meth:`stop`; for the thread that holds the lock."""
         if self._stopped:
             raise ClosedError(f"the engine on CUDA device {self.device} was closed. Make another one.")
@@ -355,25 +369,16 @@ class GPU(Closing):
             stream: a stream's handle.
             scratch: the address of ``product.scratch_nbytes`` bytes; else it is the stream's own scratch memory.
         """
-        if not hasattr(self._thread, "ready"):
-            with self.ready("a product"):
-                self._queue(product, x, out, stream, scratch)
-            return
-        try:  # what ready() would do, without its microsecond
-            self._queue(product, x, out, stream, scratch)
-        except RuntimeError as reason:
-            raise self._failed("a product", reason) from reason
+        self.put("a product", self._queue, product, x, out, stream, scratch)
 
     def _queue(self, product: Product, x: int, out: int, stream: int, scratch: int) -> None:
-        with self.lock:
-            self.require_work()
-            if product.scratch_nbytes and not scratch:
-                scratch = self._scratch_for(stream, product.scratch_nbytes)
-            bases = (x, out, scratch)
-            for made, arguments, (source, source_base, source_offset), (target, base, offset) in product.launches:
-                arguments[source] = bases[source_base] + source_offset
-                arguments[target] = bases[base] + offset
-                made.queue(stream)
+        if product.scratch_nbytes and not scratch:
+            scratch = self._scratch_for(stream, product.scratch_nbytes)
+        bases = (x, out, scratch)
+        for made, arguments, (source, source_base, source_offset), (target, base, offset) in product.launches:
+            arguments[source] = bases[source_base] + source_offset
+            arguments[target] = bases[base] + offset
+            made.queue(stream)
 
     def sequence(self, products: Sequence[tuple[Product, int, int]], stream: int, scratch: int) -> None:
         """Put products with their arrays' addresses on a stream, as :meth:`queue` does. While one ends, some of the
