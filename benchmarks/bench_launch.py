@@ -98,18 +98,18 @@ def arrays(n: int = 1) -> tuple[Any, Any]:
     return cuda.to_device(x), cuda.device_array((n, M), np.float32)
 
 
-@pytest.mark.parametrize("n", [1, 8])
-def test_call(engine: qmm.Engine, timed: Callable[..., None], n: int) -> None:
+@pytest.mark.parametrize(("what", "n"), [("tensor", 1), ("tensor", 8), ("name", 1)])
+def test_call(engine: qmm.Engine, timed: Callable[..., None], what: str, n: int) -> None:
     gpu = engine.gpu
     assert gpu is not None
-    tensors = list(engine.model.values())
+    tensors = list(engine.model if what == "name" else engine.model.values())
     x, y = arrays(n)
 
     def calls() -> None:
         for i in range(CALLS):
             engine.matmul(tensors[i % TENSORS], x, y, gpu.stream)
 
-    timed(f"engine.matmul(tensor, x, out, stream), n = {n}", calls, CALLS)
+    timed(f"engine.matmul({what}, x, out, stream), n = {n}", calls, CALLS)
 
 
 @pytest.mark.parametrize("products", [1, TENSORS])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -117,6 +118,7 @@ class Model(Closing, Mapping[str, Tensor]):
     def __init__(self, index: GGUFIndex) -> None:
         self._index = index
         self._mappings: dict[Path, FileMapping] = {}
+        self._tensors: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
         self._closed = False
         try:
             for path in index.files:
@@ -177,11 +179,14 @@ class Model(Closing, Mapping[str, Tensor]):
             mapping.close()
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor of that name.
+        """The tensor of that name: the same object for as long as somebody, such as an engine, holds it.
 
         Raises:
             TensorNotFoundError: there is none; the message suggests near ones.
         """
+        held = self._tensors.get(name)
+        if held is not None:
+            return held
         info = self._index.tensors.get(name)
         if info is None:
             near = difflib.get_close_matches(str(name), self._index.tensors, n=3)
@@ -189,7 +194,7 @@ class Model(Closing, Mapping[str, Tensor]):
             raise TensorNotFoundError(
                 f"{self.path}: has no tensor {name!r} among its {len(self._index.tensors)}. {advice}"
             )
-        return Tensor(self, info)
+        return self._tensors.setdefault(name, Tensor(self, info))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._index.tensors)

@@ -342,6 +342,15 @@ def test_out_may_lie_in_x_where_blocks_quantize_for_themselves(path: Path, libra
     file.unlink()
 
 
+def test_a_product_is_prepared_once_however_its_tensor_is_named(path: Path, library, rng: np.random.Generator) -> None:
+    with qmm.open(path) as model, qmm.Engine(model, "cuda", "device") as engine:
+        tensor = model["q4_k"]
+        x = library.make(rng.standard_normal((2, tensor.k)).astype(np.float32))
+        for named in ("q4_k", "q4_k", tensor, model["q4_k"]):
+            engine.matmul(named, x)
+        assert len(engine._calls) == 1
+
+
 def test_calls_with_other_arrays_of_the_same_kind(engine: qmm.Engine, library, rng: np.random.Generator) -> None:
     # The second call is not checked again: it must still use its own arrays.
     for n in (1, 3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import gguf_files
@@ -54,6 +55,16 @@ def test_tensor_says_what_it_is(path: Path) -> None:
         assert experts.format.name == "Q4_K"
         assert (model["norm"].m, model["norm"].k) == (1, 64)
         assert "2 x 5 x 256 Q4_K, 1440 bytes" in repr(experts)
+
+
+def test_tensor_is_the_same_object_while_it_is_held_and_holds_no_dropped_model(path: Path) -> None:
+    model = qmm.open(path)
+    up = model["up"]
+    assert model["up"] is up
+    assert next(tensor for tensor in model.values() if tensor.name == "up") is up
+    dropped = weakref.ref(model)
+    del up, model
+    assert dropped() is None  # at once, not when the collector comes
 
 
 def test_data_is_the_files_bytes_read_only_and_not_a_copy(path: Path, blocks: dict[str, bytes]) -> None:
