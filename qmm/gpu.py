@@ -130,6 +130,8 @@ class Graph(Closing):
 
     def close(self) -> None:
         """Free it, once the device is done with it. Twice is harmless."""
+        if self._gpu.forked:
+            return
         with handlers_held(), self._gpu.errors("freeing a graph"), current_device(self._gpu.device):
             self._made.close()
 
@@ -166,6 +168,11 @@ class GPU(Closing):
         with self.errors("preparing the device"), current_device(device):
             call("cudaMemset", self._zeros, 0, ZERO_NBYTES)
             call("cudaDeviceSynchronize")  # other streams than the default one would not wait for it
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a forked child: what CUDA holds is the parent's, and is not to be freed here."""
+        return self._process != os.getpid()
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
@@ -306,8 +313,8 @@ class GPU(Closing):
         Raises:
             DeviceError: work that was still queued failed.
         """
-        if not self._made or self._process != os.getpid():
-            return  # what CUDA holds in a forked child is the parent's
+        if not self._made or self.forked:
+            return
         with handlers_held(), self.errors("closing"), current_device(self.device):
             call("cudaDeviceSynchronize")
             self._scratch.clear()

@@ -608,10 +608,12 @@ def test_a_kernel_that_failed_elsewhere_is_said_at_each_use_and_the_cpu_still_wo
 
 
 FORKED = """
-import os, signal, warnings
+import gc, os, signal, warnings
 import numpy as np, qmm
+from numba import cuda as numba_cuda
+from qmm import gpu
 from qmm.errors import ClosedError, DeviceError, RegistrationError
-from qmm.loaders import FileMapping, HostRegistration
+from qmm.loaders import FileMapping, HostRegistration, cuda, registration
 
 warnings.simplefilter("ignore", DeprecationWarning)
 path, placement = sys.argv[1:]
@@ -621,6 +623,7 @@ engine = qmm.Engine(model, "cuda", placement)
 mapping = FileMapping.open(path)
 registered = HostRegistration.of(mapping, [(0, 100)])
 expected = engine.matmul("a", x)
+plan = engine.plan([("a", numba_cuda.to_device(x), numba_cuda.device_array((3, 64), np.float32))])
 child = os.fork()
 if child == 0:
     signal.alarm(60)
@@ -635,8 +638,14 @@ if child == 0:
             print("NO ERROR", flush=True)
         except (ClosedError, DeviceError, RegistrationError) as error:
             print(type(error).__name__, error, flush=True)
+    calls = []
+    cuda.call = gpu.call = registration.call = lambda function, *arguments: calls.append(function)
     registered.close()
+    del plan
     engine.close()
+    del engine, registered
+    gc.collect()
+    print("calls", calls)
     with qmm.Engine(model) as cpu:
         print(cpu.explanation, cpu.matmul("a", x).shape, flush=True)
     os._exit(0)
@@ -651,7 +660,7 @@ engine.close()
 def test_a_forked_child_is_told_so_and_the_parent_goes_on(path: Path, placement: str) -> None:
     done = run_python(FORKED, path, placement)
     assert done.returncode == 0, done.stderr
-    used, address, again, engine, cpu, child, parent = done.stdout.splitlines()
+    used, address, again, engine, calls, cpu, child, parent = done.stdout.splitlines()
     assert used.startswith("ClosedError")
     assert "fork" in used
     assert address.startswith("ClosedError")
@@ -659,6 +668,7 @@ def test_a_forked_child_is_told_so_and_the_parent_goes_on(path: Path, placement:
     for refused in (again, engine):
         assert "CUDA was in use when this process was forked" in refused
         assert "spawn" in refused
+    assert calls == "calls []"  # what is dropped is the parent's
     assert cpu.startswith("on the CPU")
     assert cpu.endswith("(3, 64)")
     assert (child, parent) == ("child 0", "True")
