@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import signal
 import sys
 from collections.abc import Callable
@@ -54,7 +53,8 @@ def what_is_left(work: Callable[[], object], held: Callable[[], object]) -> tupl
     signal.signal(signal.SIGINT, signal.default_int_handler)
     before = held()
     wrong = []
-    for number in itertools.count():
+    number = 0
+    while True:
         place, heard = _interrupted_at(work, number)
         if place is None:
             return number, wrong
@@ -66,7 +66,7 @@ def what_is_left(work: Callable[[], object], held: Callable[[], object]) -> tupl
             if now != before:
                 wrong.append(f"{place}: held {before}, now {now}")
             before = now
-    raise AssertionError("unreachable")
+        number += 1
 
 
 def _interrupted_at(work: Callable[[], object], number: int) -> tuple[str | None, bool]:

@@ -181,7 +181,10 @@ def test_an_engine_that_is_dropped_while_another_registers_or_captures_waits_its
         np.testing.assert_array_equal(y_there.copy_to_host(), engine.matmul("a", x))
 
 
-def test_an_exception_while_registering_leaves_nothing_registered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_exception_while_registering_leaves_nothing_registered(
+    path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
     usual = registration.call
     calls: list[str] = []
 
@@ -189,13 +192,13 @@ def test_an_exception_while_registering_leaves_nothing_registered(path: Path, mo
         result = usual(function, *arguments)
         calls.append(function)
         if function == "cudaHostRegister" and calls.count(function) == 2:
-            raise MemoryError
+            raise error
         return result
 
     with FileMapping.open(path) as mapping:
         with monkeypatch.context() as patch:
             patch.setattr(registration, "call", failing)
-            with pytest.raises(MemoryError):
+            with pytest.raises(error):
                 HostRegistration.of(mapping, [(0, 12288)], chunk_nbytes=4096)
         assert not registration._tables
         for page in range(3):
