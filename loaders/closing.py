@@ -7,15 +7,18 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
-from qmm.errors import QmmError
+from qmm.errors import CopyError, QmmError
 
 __all__ = ["Closing", "undisturbed"]
 
 
 class Closing:
-    """Closes itself at the end of a ``with`` block, or else when it is dropped."""
+    """Closes itself at the end of a ``with`` block, or else when it is dropped.
+
+    It cannot be pickled, nor copied where a class does not say how: the copy would use what only the original holds.
+    """
 
     def close(self) -> None:
         """Give up what is held. Twice is harmless."""
@@ -32,6 +35,17 @@ class Closing:
         except QmmError:
             if kind is None:  # otherwise the error that ended the block is the one to show
                 raise
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """What copy and pickle call.
+
+        Raises:
+            CopyError: always.
+        """
+        raise CopyError(f"{self!r} cannot be {self._why_not_copied()}")
+
+    def _why_not_copied(self) -> str:
+        return "copied or pickled: it stands for memory of this process. Make another one where it is needed."
 
     def __del__(self) -> None:
         try:

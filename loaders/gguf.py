@@ -22,17 +22,16 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from qmm.errors import GGUFError
-from qmm.loaders.header import COUNT_LIMIT, UINT32, HeaderReader, quote
+from qmm.loaders.files import KnownFile, OpenFile
+from qmm.loaders.header import COUNT_LIMIT, DIMENSION_LIMIT, UINT32, HeaderReader, quote
 from qmm.loaders.metadata import Metadata
-from qmm.loaders.split import check_shard, check_total, shard_paths, split_count
+from qmm.loaders.split import check_shard, check_total, is_whole, shard_paths, split_count
 
-__all__ = ["GGUFIndex", "TensorInfo"]
+__all__ = ["GGUFIndex", "TensorInfo", "read_model"]
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 DEFAULT_ALIGNMENT: Final = 32
-SMALLEST_ALIGNMENT: Final = 8  # gguf.md: "it must be a multiple of 8"; ggml: it must be a power of two
-DIMENSION_LIMIT: Final = 4  # GGML_MAX_DIMS
 # What follows a tensor's name, by its number of dimensions: these, a type and an offset.
 ENTRIES: Final = tuple(struct.Struct(f"<{dimensions}QIQ") for dimensions in range(DIMENSION_LIMIT + 1))
 SMALLEST_PAIR: Final = 8 + 4 + 1  # an empty key, a type and a value of one byte
@@ -78,7 +77,7 @@ class GGUFIndex:
         path: The file that was asked for.
         version: GGUF version, 2 or 3.
         alignment: ``general.alignment`` in bytes, or 32; that of the first file if the model is split.
-        files: All files of the model in order; one unless it is split.
+        known: All files of the model in order, and which files they were; one unless it is split.
         tensors: By name, in file order.
         metadata: By key; arrays are read when they are asked for. That of the first file if the model is split.
     """
@@ -86,41 +85,62 @@ class GGUFIndex:
     path: Path
     version: int
     alignment: int
-    files: tuple[Path, ...]
+    known: tuple[KnownFile, ...]
     tensors: dict[str, TensorInfo]
     metadata: Metadata
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The paths of all files of the model in order."""
+        return tuple(file.path for file in self.known)
+
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> GGUFIndex:
+    def read(cls, path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> GGUFIndex:
         """Index the model in ``path``, and in its other shards if it is one of several. No weight is read.
 
         Raises:
-            GGUFError: The file is absent, damaged, cut short, big endian or of another version; a shard is missing or
-                belongs to another model.
+            FileMissingError, FileAccessError: The file cannot be opened.
+            GGUFError: It is damaged, cut short, big endian or of another version; a shard is missing, belongs to
+                another model, or was replaced meanwhile.
         """
-        path = Path(path)
-        asked = _read_file(path)
-        count = split_count(path, asked.metadata)
-        if count == 1:
-            tensors = {tensor.name: tensor for tensor in asked.tensors}
-            return cls(path, asked.version, asked.alignment, (path,), tensors, asked.metadata)
-        paths = shard_paths(path, count)
-        shards = []
-        for number, shard in enumerate(paths):
-            shards.append(asked if shard == path else _read_file(shard))
-            check_shard(shard, shards[-1].metadata, number, count)
-        tensors = {}
-        for tensor in (tensor for shard in shards for tensor in shard.tensors):
-            if tensor.name in tensors:
-                raise GGUFError(
-                    f"{tensor.path}: tensor {quote(tensor.name)} is in {tensors[tensor.name].path} already. "
-                    "The files of different models were mixed: fetch them again."
-                )
-            tensors[tensor.name] = tensor
-        for shard, file in zip(paths, shards, strict=True):
-            check_total(shard, file.metadata, count, len(tensors))
-        first = shards[0]
-        return cls(path, first.version, first.alignment, paths, tensors, first.metadata)
+        index, _ = read_model(path)
+        return index
+
+
+def read_model(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> tuple[GGUFIndex, list[OpenFile]]:
+    """:meth:`GGUFIndex.read`, and the files, still open: mapped from these, the weights are those of the header.
+
+    Raises:
+        GGUFError: As there.
+    """
+    file = OpenFile.open(path, GGUFError)
+    path = file.path
+    asked = _read_file(file)
+    count = split_count(path, asked.metadata)
+    if count == 1 or is_whole(path, asked.metadata, count, len(asked.tensors)):
+        tensors = {tensor.name: tensor for tensor in asked.tensors}
+        return GGUFIndex(path, asked.version, asked.alignment, (file.known,), tensors, asked.metadata), [file]
+    paths = shard_paths(path, count)
+    files, shards = [], []
+    for number, shard in enumerate(paths):
+        files.append(file if shard == path else OpenFile.open(shard, GGUFError))
+        shards.append(asked if shard == path else _read_file(files[-1]))
+        check_shard(shard, shards[-1].metadata, number, count)
+    for opened in files:  # or some may be of the model that was there before, some of the one that replaced it
+        opened.known.check_name(GGUFError)
+    tensors = {}
+    for tensor in (tensor for shard in shards for tensor in shard.tensors):
+        if tensor.name in tensors:
+            raise GGUFError(
+                f"{tensor.path}: tensor {quote(tensor.name)} is in {tensors[tensor.name].path} already. "
+                "The files of different models were mixed: fetch them again."
+            )
+        tensors[tensor.name] = tensor
+    for named, read in zip(paths, shards, strict=True):
+        check_total(named, read.metadata, count, len(tensors))
+    first = shards[0]
+    known = tuple(opened.known for opened in files)
+    return GGUFIndex(path, first.version, first.alignment, known, tensors, first.metadata), files
 
 
 class _File(NamedTuple):
@@ -155,8 +175,9 @@ def _layouts() -> dict[int, _Layout]:
     return {int(kind): _Layout(kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
 
 
-def _read_file(path: Path) -> _File:
-    with HeaderReader(path) as header:
+def _read_file(file: OpenFile) -> _File:
+    path = file.path
+    with HeaderReader(file) as header:
         version = _read_version(header)
         tensor_count = header.count("tensors", SMALLEST_TENSOR, COUNT_LIMIT)
         metadata = Metadata.read(header, header.count("metadata keys", SMALLEST_PAIR, COUNT_LIMIT))
@@ -192,9 +213,10 @@ def _read_version(header: HeaderReader) -> int:
 
 def _alignment(path: Path, metadata: Metadata) -> int:
     alignment = metadata.integer("general.alignment", DEFAULT_ALIGNMENT)
-    if alignment < SMALLEST_ALIGNMENT or alignment & (alignment - 1):
+    # gguf.md wants a multiple of 8, ggml a power of two, gguf-py takes any; qmm's kernels read at any address.
+    if alignment < 1:
         raise GGUFError(
-            f"{path}: general.alignment is {alignment}; GGUF wants a power of two of at least {SMALLEST_ALIGNMENT}. "
+            f"{path}: general.alignment is {alignment}, and must be 1 at least. "
             "The file is damaged, or its writer is wrong: convert it again."
         )
     return alignment
@@ -206,7 +228,7 @@ def _read_entry(header: HeaderReader, what: str) -> _Entry:
     dimensions: int = header.number(UINT32, f"the number of dimensions of {what}")
     if dimensions > DIMENSION_LIMIT:
         header.fail(
-            f"{what} has {dimensions} dimensions; ggml has at most {DIMENSION_LIMIT}. The file is damaged.",
+            f"{what} has {dimensions} dimensions; qmm reads at most {DIMENSION_LIMIT}.",
             position=header.position - UINT32.size,
         )
     *ne, kind, offset = header.numbers(ENTRIES[dimensions], f"the shape, type and offset of {what}")
@@ -229,7 +251,11 @@ def _place(
             )
         offset = data_start + entry.offset
         layout = _layouts().get(entry.type)
+        kind = layout.name if layout else f"unknown({entry.type})"
         nbytes = _nbytes(path, entry, layout)
+        if not nbytes:  # without values it is nowhere: at the offset of the next tensor, or behind the file's end
+            infos[entry.name] = TensorInfo(entry.name, kind, entry.ne[::-1], offset, 0, path)
+            continue
         if offset + nbytes > file_nbytes:
             raise _refusal(
                 path,
@@ -244,11 +270,9 @@ def _place(
                 f"takes bytes {offset} to {offset + nbytes}, but tensor {quote(above)} begins at byte {end}. "
                 "The file is damaged: fetch or convert it again.",
             )
-        if layout is None and nbytes:
+        if layout is None:
             nbytes = end - offset
-        if nbytes:  # a tensor without values shares its offset with the next
-            end, above = offset, entry.name
-        kind = layout.name if layout else f"unknown({entry.type})"
+        end, above = offset, entry.name
         infos[entry.name] = TensorInfo(entry.name, kind, entry.ne[::-1], offset, nbytes, path)
     return [infos[entry.name] for entry in entries]
 

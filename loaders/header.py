@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple, NoReturn, Self
 import numpy as np
 
 from qmm.errors import GGUFError
-from qmm.loaders.files import open_regular
+from qmm.loaders.files import OpenFile
 from qmm.loaders.strings import StringOverrunError, skip_strings
 
 __all__ = ["ArrayField", "HeaderReader", "TextField", "ValueType", "quote"]
@@ -33,11 +33,13 @@ STRING_LIMIT: Final = 1 << 21  # strings in all arrays of the file: 262,148
 NESTED_LIMIT: Final = 1 << 12  # arrays inside arrays: 0
 DEPTH_LIMIT: Final = 8  # arrays inside arrays inside arrays: 1
 COUNT_LIMIT: Final = 1 << 14  # keys, 33, and tensors, 236
+DIMENSION_LIMIT: Final = 64  # dimensions of a tensor, 2: what NumPy and PyTorch can have
 
 FIRST_READ_NBYTES: Final = 64 * 1024  # doubled with each read, so that a small header reads little of what follows it
 LAST_READ_NBYTES: Final = 256 * 1024
 
 LONG_TEXT: Final = 1 << 16  # bytes of a string that is left in the file until asked for, such as a whole tokenizer.json
+MIDDLING_TEXT: Final = 1 << 10  # the same, where those before took half of TEXT_LIMIT
 QUOTE_LENGTH: Final = 128  # twice what ggml allows a tensor's name
 
 UINT32: Final = struct.Struct("<I")
@@ -83,6 +85,10 @@ SCALARS: Final[dict[int, struct.Struct]] = {
 SMALLEST: Final = {ValueType.STRING: 8, ValueType.ARRAY: 12}  # bytes of an empty string, of an empty array
 
 
+def _decoded(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
 def quote(name: str) -> str:
     """``name`` as messages show it: quoted, and cut if it is long, since a damaged one may have megabytes."""
     if len(name) <= QUOTE_LENGTH:
@@ -108,20 +114,23 @@ class TextField(NamedTuple):
 class HeaderReader:
     """A forward position in one GGUF file; every method reads there and moves on. A context manager.
 
+    Text is UTF-8; other bytes are kept, with Python's error handler ``surrogateescape``.
+
     Attributes:
         path: The file, for messages.
+        known: What finds the file again.
         nbytes: The file's size when it was opened.
-        identity: The file's identity when it was opened (:class:`qmm.loaders.files.FileIdentity`).
         position: Byte offset of what is read next.
 
     Every method raises GGUFError, naming the file, the byte and both numbers, when the file cannot hold what it claims.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, file: OpenFile) -> None:
+        self.path: Path = file.path
+        self.known = file.known
         self.position = 0
-        self._file, self.identity = open_regular(path, GGUFError)
-        self.nbytes = self.identity.nbytes
+        self._file = file
+        self.nbytes = file.identity.nbytes
         self._window = b""
         self._window_start = 0
         self._read_nbytes = FIRST_READ_NBYTES
@@ -135,7 +144,8 @@ class HeaderReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        if hasattr(os, "posix_fadvise"):  # the mapping of the file has the same descriptor, and wants its pages ahead
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_NORMAL)
 
     def fail(self, message: str, *, position: int | None = None) -> NoReturn:
         """Raise GGUFError with the file, the byte offset (``position``, or where the reader stands) and ``message``."""
@@ -183,15 +193,14 @@ class HeaderReader:
         self._text_nbytes += length
         if self._text_nbytes > TEXT_LIMIT:
             self.fail(f"{what} has {length} bytes; qmm reads at most {TEXT_LIMIT} bytes of names and text in a header.")
-        start = self.position
-        return self._decode(self.raw(length, what), start, what)
+        return _decoded(self.raw(length, what))
 
     def value_type(self, what: str) -> ValueType:
         """The next uint32 as the type of a value."""
         number = self.number(UINT32, f"the type of {what}")
         if number > ValueType.FLOAT64:
             self.fail(
-                f"{what} has value type {number}; GGUF knows 0 to {ValueType.FLOAT64:d}. The file is damaged.",
+                f"{what} has value type {number}; qmm knows 0 to {ValueType.FLOAT64:d}. The file is damaged or newer.",
                 position=self.position - 4,
             )
         return ValueType(number)
@@ -204,18 +213,15 @@ class HeaderReader:
             return kind, self._skip_array(what, 1)
         if kind == ValueType.STRING:
             length = self._length(what)
-            return kind, self._text(length, what) if length <= LONG_TEXT else self._skip_text(length)
+            short = LONG_TEXT if self._text_nbytes <= TEXT_LIMIT // 2 else MIDDLING_TEXT
+            return kind, self._text(length, what) if length <= short else self._skip_text(length)
         number = self.number(SCALARS[kind], what)
-        if kind == ValueType.BOOL:
-            if number > 1:
-                self.fail(f"{what} is a bool of value {number}; only 0 and 1 are allowed.", position=self.position - 1)
-            return kind, bool(number)
-        return kind, number
+        return kind, bool(number) if kind == ValueType.BOOL else number  # ggml takes any byte but 0 for true
 
     def long_text(self, field: TextField, what: str) -> str:
         """The string of ``field``, wherever the reader stands."""
         self.position = field.offset
-        return self._decode(self.raw(field.nbytes, what), field.offset, what)
+        return _decoded(self.raw(field.nbytes, what))
 
     def array(self, field: ArrayField, what: str) -> Any:
         """The elements of ``field``, wherever the reader stands.
@@ -233,13 +239,10 @@ class HeaderReader:
         if item == ValueType.STRING:
             return self._string_elements(count, what)
         layout = SCALARS[item]
-        start = self.position
         if item == ValueType.BOOL:
-            flags = np.frombuffer(self.raw(count, what), dtype=np.uint8)
-            if (flags > 1).any():
-                at = int((flags > 1).argmax())
-                self.fail(f"element {at} of {what} is a bool of value {flags[at]}.", position=start + at)
-            return flags.view(np.bool_)
+            flags = np.frombuffer(self.raw(count, what), dtype=np.uint8) != 0
+            flags.flags.writeable = False
+            return flags
         return np.frombuffer(self.raw(count * layout.size, what), dtype=np.dtype(layout.format))
 
     def _string_elements(self, count: int, what: str) -> list[str]:
@@ -249,12 +252,9 @@ class HeaderReader:
         data = self.raw(nbytes, what)
         strings: list[str] = []
         start = 0
-        for index in range(count):
+        for _ in range(count):
             stop = start + 8 + UINT64.unpack_from(data, start)[0]
-            try:
-                strings.append(data[start + 8 : stop].decode())
-            except UnicodeDecodeError:
-                self._decode(data[start + 8 : stop], base + start + 8, f"element {index} of {what}")
+            strings.append(_decoded(data[start + 8 : stop]))
             start = stop
         return strings
 
@@ -265,7 +265,7 @@ class HeaderReader:
 
     def _skip_array(self, what: str, depth: int) -> ArrayField:
         if depth > DEPTH_LIMIT:
-            self.fail(f"{what} nests arrays more than {DEPTH_LIMIT} deep. The file is damaged.")
+            self.fail(f"{what} nests arrays more than {DEPTH_LIMIT} deep; qmm reads no deeper ones.")
         item = self.value_type(f"the elements of {what}")
         smallest = SCALARS[item].size if item in SCALARS else SMALLEST[item]
         count = self.count(f"elements of {what}", smallest, HEADER_LIMIT // smallest)
@@ -293,12 +293,6 @@ class HeaderReader:
             self.position = overrun.position
             self._require(8 + overrun.length, f"a string in {what}")
             self._fail_shortened(what)
-
-    def _decode(self, data: bytes, position: int, what: str) -> str:
-        try:
-            return data.decode()
-        except UnicodeDecodeError as error:
-            self.fail(f"{what} is not UTF-8: byte 0x{data[error.start]:02x}.", position=position + error.start)
 
     def _require(self, nbytes: int, what: str) -> None:
         left = self.nbytes - self.position

@@ -8,16 +8,18 @@ return in 12 s even for 16 MiB).
 from __future__ import annotations
 
 import mmap
+import operator
 import os
 import weakref
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from qmm.errors import ClosedError, MappingError
 from qmm.loaders.closing import Closing
-from qmm.loaders.files import FileIdentity, open_regular
+from qmm.loaders.files import FileIdentity, OpenFile
 from qmm.loaders.forks import ProcessLock
 
 __all__ = ["FileMapping"]
@@ -30,14 +32,14 @@ class _Pages:
     it dies with the last of the handles and the views, each of which holds it.
     """
 
-    def __init__(self, path: Path, descriptor: int, identity: FileIdentity) -> None:
-        self.path = path
-        self.identity = identity
+    def __init__(self, file: OpenFile) -> None:
+        self.file = file
+        nbytes = file.identity.nbytes
         try:
-            memory = mmap.mmap(descriptor, identity.nbytes, access=mmap.ACCESS_READ)  # MAP_SHARED, PROT_READ
+            memory = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ)  # MAP_SHARED, PROT_READ
         except (OSError, ValueError, OverflowError) as reason:
             raise MappingError(
-                f"{path}: {identity.nbytes} bytes cannot be mapped: {reason}. Is the file on a file system without "
+                f"{file.path}: {nbytes} bytes cannot be mapped: {reason}. Is the file on a file system without "
                 "mmap, did it just become shorter, or is there a limit on address space (ulimit -v)?"
             ) from reason
         self.data: npt.NDArray[np.uint8] = np.frombuffer(memory, dtype=np.uint8)  # read-only, because memory is
@@ -56,29 +58,44 @@ class FileMapping(Closing):
     view stays valid after ``close`` for as long as somebody holds it; an ``address`` does not.
     """
 
-    def __init__(self, pages: _Pages) -> None:
-        """Use :meth:`open` or :meth:`share`."""
+    def __init__(self, pages: _Pages, path: Path) -> None:
+        """Use :meth:`open`, :meth:`of` or :meth:`share`."""
         self._pages: _Pages | None = pages
-        self.path = pages.path
-        self.nbytes = pages.identity.nbytes
+        self.path = path
+        self.nbytes = pages.file.identity.nbytes
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> FileMapping:
+    def open(cls, path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> FileMapping:
         """Map ``path``, or share the mapping that the process has of it already. No page is touched.
 
         Raises:
-            MappingError: The file is absent, unreadable, empty, not a regular file, or cannot be mapped.
+            FileMissingError, FileAccessError: The file cannot be opened.
+            MappingError: It is empty, not a regular file, or cannot be mapped.
         """
-        file, identity = open_regular(Path(path), MappingError)
-        with file, _lock.now:  # mmap holds its own duplicate
-            pages = _pages.get(identity)
+        return cls.of(OpenFile.open(path, MappingError))
+
+    @classmethod
+    def of(cls, file: OpenFile) -> FileMapping:
+        """The same of a file that is open.
+
+        Raises:
+            MappingError: It cannot be mapped.
+        """
+        with _lock.now:
+            pages = _pages.get(file.identity)
             if pages is None:
-                pages = _pages[identity] = _Pages(Path(path), file.fileno(), identity)
-        return cls(pages)
+                pages = _pages[file.identity] = _Pages(file)
+        return cls(pages, file.path)
 
     def share(self) -> FileMapping:
         """Another handle on the same mapping, to be closed on its own; the file is not looked up again."""
-        return FileMapping(self._open_pages())
+        return FileMapping(self._open_pages(), self.path)
+
+    def __copy__(self) -> FileMapping:
+        return self.share()
+
+    def __deepcopy__(self, memo: object) -> FileMapping:
+        return self.share()
 
     def close(self) -> None:
         """Give up this handle. The last one of a file unmaps it, as soon as no view is left."""
@@ -98,7 +115,7 @@ class FileMapping(Closing):
         """Host address of the file's first byte: a multiple of the page size, valid until this handle is closed."""
         return self._open_pages().address
 
-    def view(self, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
+    def view(self, offset: SupportsIndex, nbytes: SupportsIndex) -> npt.NDArray[np.uint8]:
         """Bytes ``offset`` to ``offset + nbytes`` of the file: (nbytes,) uint8, read-only, no copy, no page touched.
 
         Raises:
@@ -106,38 +123,35 @@ class FileMapping(Closing):
             ClosedError: The handle was closed.
         """
         data = self._open_pages().data
-        self.require(offset, nbytes)
-        return data[offset : offset + nbytes]
+        start, end = self.require(offset, nbytes)
+        return data[start:end]
 
-    def require(self, offset: int, nbytes: int) -> None:
-        """Raise MappingError unless bytes ``offset`` to ``offset + nbytes`` are all in the file."""
-        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
-            raise MappingError(
-                f"{self.path}: bytes {offset} to {offset + nbytes} were asked for, but the mapping has {self.nbytes}. "
-                "Take offsets and sizes from the GGUFIndex of this very file."
-            )
-
-    def check(self) -> None:
-        """Compare the file on disk with what was mapped: size, modification time and inode.
-
-        Pages past the end of a file that became shorter raise SIGBUS, and ones that were written hold new weights.
+    def require(self, offset: SupportsIndex, nbytes: SupportsIndex) -> tuple[int, int]:
+        """The ``start`` and ``end`` of these bytes, as Python's own integers.
 
         Raises:
-            MappingError: The file changed, was replaced or is gone.
+            MappingError: They are not all in the file.
+        """
+        start = operator.index(offset)
+        end = start + operator.index(nbytes)
+        if not 0 <= start <= end <= self.nbytes:
+            raise MappingError(
+                f"{self.path}: bytes {start} to {end} were asked for, but the mapping has {self.nbytes}. "
+                "Take offsets and sizes from the GGUFIndex of this very file."
+            )
+        return start, end
+
+    def check(self) -> None:
+        """Compare the file with what was mapped: size and modification time.
+
+        Pages past the end of a file that became shorter raise SIGBUS, and ones that were written hold new weights. A
+        file that was replaced by renaming another over it, or removed, is still there for those who have it open.
+
+        Raises:
+            MappingError: The file was written.
             ClosedError: The handle was closed.
         """
-        mapped = self._open_pages().identity
-        try:
-            now = FileIdentity.of(os.stat(self.path))
-        except OSError as reason:
-            raise MappingError(
-                f"{self.path}: was mapped, but is gone: {reason.strerror}. Put it back, or open another model."
-            ) from reason
-        for name, before, after in zip(FileIdentity._fields, mapped, now, strict=True):
-            if before != after:
-                raise MappingError(
-                    f"{self.path}: changed since it was mapped: {name} was {before}, is {after}. Open the model again."
-                )
+        self._open_pages().file.check(MappingError, self.path)
 
     def _open_pages(self) -> _Pages:
         if self._pages is None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from qmm.errors import GGUFError
-from qmm.loaders.files import FileIdentity
+from qmm.loaders.files import KnownFile
 from qmm.loaders.header import ArrayField, HeaderReader, TextField, quote
 
 __all__ = ["Metadata"]
@@ -16,15 +15,15 @@ __all__ = ["Metadata"]
 class Metadata(Mapping[str, Any]):
     """Keys and values in file order.
 
-    Numbers are int, float or bool, strings are str. ``metadata[key]`` of an array, or of a string of more than 64 KiB,
-    reads it from the file the first time and keeps it: numbers and bools as a read-only NumPy array of the type stored,
-    strings as list[str], arrays as a list of these. Iterating over values or items therefore reads every one of them;
-    :meth:`type_of` reads none, and :meth:`in_file` says which.
+    Numbers are int, float or bool, strings are str; what is no UTF-8 in them is kept as Python keeps such bytes of file
+    names (``text.encode("utf-8", "surrogateescape")`` gives them back). ``metadata[key]`` of an array or a long string
+    (:meth:`in_file` says which) reads it from the file the first time and keeps it: numbers and bools as a read-only
+    NumPy array of the type stored, strings as list[str], arrays as a list of these. Iterating over values or items
+    therefore reads every one of them; :meth:`type_of` reads none.
     """
 
-    def __init__(self, path: Path, identity: FileIdentity, types: dict[str, str], values: dict[str, Any]) -> None:
-        self._path = path
-        self._identity = identity
+    def __init__(self, file: KnownFile, types: dict[str, str], values: dict[str, Any]) -> None:
+        self._file = file
         self._types = types
         self._values = values
 
@@ -45,7 +44,7 @@ class Metadata(Mapping[str, Any]):
             kind, value = header.value(f"metadata key {quote(key)}")
             types[key] = f"{value.item.label}[{value.length}]" if isinstance(value, ArrayField) else kind.label
             values[key] = value
-        return cls(header.path, header.identity, types, values)
+        return cls(header.known, types, values)
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
@@ -64,14 +63,17 @@ class Metadata(Mapping[str, Any]):
         return key in self._values  # Mapping's own would decode the array to find out
 
     def __repr__(self) -> str:
-        return f"<Metadata of {self._path}: {len(self)} keys>"
+        return f"<Metadata of {self._file.path}: {len(self)} keys>"
 
     def type_of(self, key: str) -> str:
         """The type stored under ``key``, such as ``"uint32"`` or ``"string[262144]"``; reads nothing from the file."""
         return self._types[key]
 
     def in_file(self, key: str) -> bool:
-        """Whether the value was not read yet: an array or a long string that nobody has asked for."""
+        """Whether the value was not read yet: an array, or a long string, that nobody has asked for.
+
+        Strings are long from 64 KiB on, and behind 2 MiB of others from 1 KiB on.
+        """
         return isinstance(self._values[key], ArrayField | TextField)
 
     def integer(self, key: str, default: int) -> int:
@@ -83,18 +85,16 @@ class Metadata(Mapping[str, Any]):
         value = self._values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise GGUFError(
-                f"{self._path}: metadata key {key!r} should be an integer, but is {self._types[key]}. "
+                f"{self._file.path}: metadata key {key!r} should be an integer, but is {self._types[key]}. "
                 "The file is damaged, or its writer is wrong: convert it again."
             )
         return value
 
     def _decode(self, key: str, field: ArrayField | TextField) -> Any:
-        with HeaderReader(self._path) as header:
-            if header.identity != self._identity:
-                raise GGUFError(
-                    f"{self._path}: metadata key {quote(key)} cannot be read: the file had {self._identity.nbytes} "
-                    f"bytes when it was indexed, has {header.nbytes} now, and was written or replaced since. Open it "
-                    "again."
-                )
-            what = f"metadata key {quote(key)}"
+        what = f"metadata key {quote(key)}"
+        try:
+            file = self._file.open(GGUFError)
+        except GGUFError as reason:
+            raise GGUFError(f"{reason} So {what} cannot be read.") from reason
+        with HeaderReader(file) as header:
             return header.array(field, what) if isinstance(field, ArrayField) else header.long_text(field, what)

@@ -9,10 +9,11 @@ the runtime's last error set, so it is cleared; the device address may differ fr
 from __future__ import annotations
 
 import mmap
+import operator
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, SupportsIndex
 
 from qmm.errors import ClosedError, RegistrationError
 from qmm.loaders.closing import Closing, undisturbed
@@ -87,10 +88,10 @@ class HostRegistration(Closing):
     def of(
         cls,
         mapping: FileMapping,
-        ranges: Iterable[tuple[int, int]],
-        device: int = 0,
+        ranges: Iterable[tuple[SupportsIndex, SupportsIndex]],
+        device: SupportsIndex = 0,
         *,
-        chunk_nbytes: int = CHUNK_NBYTES,
+        chunk_nbytes: SupportsIndex = CHUNK_NBYTES,
     ) -> HostRegistration:
         """Register the pages under ``ranges`` for reading by the GPU.
 
@@ -105,13 +106,12 @@ class HostRegistration(Closing):
             MappingError: A range is not in the file, or the file changed since it was mapped.
             ClosedError: ``mapping`` was closed.
         """
+        device, chunk_nbytes = operator.index(device), operator.index(chunk_nbytes)
         if chunk_nbytes <= 0 or chunk_nbytes % mmap.PAGESIZE:
             raise ValueError(f"chunk_nbytes is {chunk_nbytes}; it must be a positive multiple of {mmap.PAGESIZE}")
-        ranges = list(ranges)
-        for offset, nbytes in ranges:
-            mapping.require(offset, nbytes)
+        wanted = [Span(*mapping.require(offset, nbytes)) for offset, nbytes in ranges]
         mapping.check()
-        spans = covering_pages(ranges, mmap.PAGESIZE)
+        spans = covering_pages([(span.start, span.nbytes) for span in wanted], mmap.PAGESIZE)
         with undisturbed(), _lock.now, handlers_held():  # users, once counted, need a registration that uncounts them
             # The table's own handle keeps the pages mapped for as long as one of them is registered.
             table = _tables.setdefault(mapping.address, _Table(mapping.share()))
@@ -138,7 +138,7 @@ class HostRegistration(Closing):
         """Bytes of registered pages that this registration uses, shared with others or not; 0 once closed."""
         return sum(chunk.span.nbytes for chunk in self._chunks)
 
-    def host_address(self, offset: int) -> int:
+    def host_address(self, offset: SupportsIndex) -> int:
         """The CPU's address of byte ``offset`` of the file.
 
         Raises:
@@ -146,10 +146,10 @@ class HostRegistration(Closing):
             ClosedError: The registration was closed.
         """
         self._require_open()
-        self._mapping.require(offset, 1)
-        return self._mapping.address + offset
+        start, _ = self._mapping.require(offset, 1)
+        return self._mapping.address + start
 
-    def address(self, offset: int, nbytes: int) -> int:
+    def address(self, offset: SupportsIndex, nbytes: SupportsIndex) -> int:
         """The device's address of bytes ``offset`` to ``offset + nbytes`` of the file, ``nbytes`` at least 1.
 
         It is what ``cudaHostGetDevicePointer`` says, good on every device of the process until ``close``.
@@ -161,8 +161,7 @@ class HostRegistration(Closing):
             ClosedError: The registration was closed.
         """
         self._require_open()
-        self._mapping.require(offset, nbytes)
-        wanted = Span(offset, offset + nbytes)
+        wanted = Span(*self._mapping.require(offset, nbytes))
         chunks = [chunk for chunk in self._chunks if chunk.overlaps(wanted)]
         missing = gaps(wanted, [chunk.span for chunk in chunks])
         if missing or not chunks:
@@ -177,9 +176,9 @@ class HostRegistration(Closing):
                 f"{self.path}: bytes {wanted.start} to {wanted.end} lie in {len(chunks)} registered chunks whose "
                 f"device addresses do not follow each other. {WAY_OUT}"
             )
-        return bases.pop() + offset
+        return bases.pop() + wanted.start
 
-    def pieces(self, offset: int, nbytes: int) -> list[Span]:
+    def pieces(self, offset: SupportsIndex, nbytes: SupportsIndex) -> list[Span]:
         """Bytes ``offset`` to ``offset + nbytes`` of the file in parts, each within what one call registered: CUDA's
         copies take in no more (``cudaErrorInvalidValue``), while kernels do not care.
 
@@ -187,7 +186,7 @@ class HostRegistration(Closing):
             RegistrationError, MappingError, ClosedError: as :meth:`address`.
         """
         self.address(offset, nbytes)
-        wanted = Span(offset, offset + nbytes)
+        wanted = Span(*self._mapping.require(offset, nbytes))
         return [
             Span(max(chunk.span.start, wanted.start), min(chunk.span.end, wanted.end))
             for chunk in self._chunks

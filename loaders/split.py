@@ -12,7 +12,7 @@ from pathlib import Path
 from qmm.errors import GGUFError
 from qmm.loaders.metadata import Metadata
 
-__all__ = ["check_shard", "check_total", "shard_paths", "split_count"]
+__all__ = ["check_shard", "check_total", "is_whole", "shard_paths", "split_count"]
 
 SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
 
@@ -27,6 +27,20 @@ def split_count(path: Path, metadata: Metadata) -> int:
     if count < 0:
         raise GGUFError(f"{path}: metadata key 'split.count' is {count}. The file is damaged: fetch it again.")
     return max(1, count)  # merged shards say 0
+
+
+def is_whole(path: Path, metadata: Metadata, count: int, total: int) -> bool:
+    """Whether a file of ``total`` tensors only has the keys left of ``count`` shards that it was made of.
+
+    Then ``split.tensors.count`` is its own number of tensors, and it does not lie beside other shards.
+    """
+    if metadata.integer("split.tensors.count", default=-1) != total:
+        return False
+    try:
+        shard_paths(path, count)
+    except GGUFError:
+        return True
+    return False
 
 
 def shard_paths(path: Path, count: int) -> tuple[Path, ...]:

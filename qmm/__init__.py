@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 from qmm.errors import (
     ArrayError,
     ClosedError,
+    CopyError,
     DeviceError,
+    FileAccessError,
+    FileMissingError,
     GGUFError,
     MappingError,
     QmmError,
@@ -31,8 +34,11 @@ __version__ = "0.1.0"
 __all__ = [
     "ArrayError",
     "ClosedError",
+    "CopyError",
     "DeviceError",
     "Engine",
+    "FileAccessError",
+    "FileMissingError",
     "GGUFError",
     "MappingError",
     "Model",

@@ -6,6 +6,7 @@ qmm imports none of the optional three: an array's own class leads to its librar
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
@@ -247,7 +248,7 @@ class CudaInterfaceArrays(ArrayKind):
     def view(self, array: Any) -> View:
         described = array.__cuda_array_interface__
         dtype = _check_dtype(np.dtype(array.dtype).name, f"a {self.name} array")
-        shape = tuple(described["shape"])
+        shape = tuple(map(int, described["shape"]))
         strides = described.get("strides")
         if strides is None:
             strides, step = [], ITEM_NBYTES[dtype]
@@ -255,7 +256,7 @@ class CudaInterfaceArrays(ArrayKind):
                 strides.insert(0, step)
                 step *= length
         address, read_only = described["data"]
-        return View(shape, tuple(strides), dtype, int(address or 0), self._device(array), not read_only)
+        return View(shape, tuple(map(int, strides)), dtype, int(address or 0), self._device(array), not read_only)
 
     def _device(self, array: Any) -> int:
         raise NotImplementedError
@@ -348,7 +349,7 @@ def _find_kind(made: type) -> ArrayKind:
 
 
 def stream_handle(stream: Any) -> int:
-    """The handle of a stream of any library; a handle is itself.
+    """The handle of a stream of any library; a handle, any whole number, is itself.
 
     Raises:
         DeviceError: it is no stream that qmm knows.
@@ -362,4 +363,6 @@ def stream_handle(stream: Any) -> int:
         value = getattr(stream, attribute, None)
         if value is not None:
             return int(getattr(value, "value", value) or 0)
+    if hasattr(stream, "__index__"):
+        return operator.index(stream)
     raise DeviceError(f"{stream!r} is no stream that qmm knows: pass one of PyTorch, CuPy, Numba, or its handle")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import os
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from qmm.arrays import KINDS, ArrayKind, View, kind_of, stream_handle
 from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
 from qmm.loaders.closing import Closing
-from qmm.model import Model, Tensor
+from qmm.model import Model, Tensor, open_model
 from qmm.placement import DeviceCopies, HostWeights, MappedWeights, Weights
 from qmm.plan import Plan, Step
 from qmm.platform import Choice, choose
@@ -44,17 +45,19 @@ class _Call(NamedTuple):
 class Engine(Closing):
     """Multiplies by the tensors of a model, on one device, from one placement. A context manager.
 
-    Threads may share it. One that closes it waits for the calls of the others.
+    Threads may share it. One that closes it waits for the calls of the others. A copy of it is itself.
 
     Args:
-        model: an open model. The engine holds its mappings on its own.
+        model: an open model. The engine holds its mappings on its own. Or the path of one, which the engine then opens,
+            and closes when it is closed.
         device: ``"auto"`` (the first GPU if there is one, else the CPU), ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or N.
         placement: where the GPU reads weights from. ``"mapped"``: the file's mapping, registered, through the link.
             ``"device"``: the quantized bytes, copied to the GPU at a tensor's first use, exactly ``nbytes`` of them.
             ``"host"``: no GPU. ``"auto"`` chooses; ``explanation`` says what and why.
         activations: ``"int8"`` (blocks of 32 with one scale, as ggml has them) or ``"f16"`` (unquantized; on the CPU
             they stay float32). Tensors of F32, F16 and BF16 are always multiplied by unquantized activations.
-        tensors: names of those that will be used, where that is not all; only their pages are registered.
+        tensors: names of those that will be used, or the name of one, where that is not all; only their pages are
+            registered.
         probe: whether registering is tried in a child process first, if the file is the first one on its file system.
             A registration that hangs or kills is an error then; under ``"device"``, copies are made without one.
 
@@ -75,21 +78,25 @@ class Engine(Closing):
 
     def __init__(
         self,
-        model: Model,
-        device: str | int = "auto",
+        model: Model | str | bytes | os.PathLike[str] | os.PathLike[bytes],
+        device: str | SupportsIndex = "auto",
         placement: str = "auto",
         *,
         activations: str = "int8",
-        tensors: Iterable[str] | None = None,
+        tensors: str | Iterable[str] | None = None,
         probe: bool = False,
     ) -> None:
         self._closed = True  # until there is something to close
         self._uses: Uses | None = None
         self._check_activations(activations)
+        self._own_model: Model | None = None
+        if not isinstance(model, Model):
+            model = self._own_model = open_model(model)
         self.model = model
         self._was_closed = f"{model.path}: the engine was closed. Make another one."
         self.activations = activations
-        chosen = [model[name] for name in (model if tensors is None else tensors)]
+        names = [tensors] if isinstance(tensors, str) else model if tensors is None else tensors
+        chosen = [model[name] for name in names]
         choice = choose(device, placement, sum(tensor.nbytes for tensor in chosen))
         self.gpu_info = choice.gpu
         self.placement = choice.placement
@@ -235,13 +242,13 @@ class Engine(Closing):
         return plan
 
     def dequantize(
-        self, tensor: str | Tensor, first_row: int = 0, last_row: int | None = None
+        self, tensor: str | Tensor, first_row: SupportsIndex = 0, last_row: SupportsIndex | None = None
     ) -> npt.NDArray[np.float32]:
         """The weights of a tensor as float32, bit for bit what ``gguf.quants.dequantize`` gives.
 
         Args:
             tensor: its name, or a tensor of this engine's model.
-            first_row: where to begin, of the tensor's ``m`` rows.
+            first_row: where to begin, of the tensor's ``m`` rows: any whole number, of NumPy's too.
             last_row: where to end, exclusive; None for all.
 
         Returns:
@@ -253,16 +260,22 @@ class Engine(Closing):
             QmmError: as :meth:`matmul`.
         """
         tensor = self._tensor(tensor)
-        whole = first_row == 0 and last_row is None
-        end = tensor.m if last_row is None else last_row
-        if not 0 <= first_row <= end <= tensor.m:
+        try:  # before they meet an address: a uint64 added to it may be a float64, an int32 overflows
+            first = operator.index(first_row)
+            end = tensor.m if last_row is None else operator.index(last_row)
+        except TypeError:
+            first, end = -1, -1
+        if not 0 <= first <= end <= tensor.m:
+            asked = f"{first_row!r} to {'the end' if last_row is None else repr(last_row)}"
             raise ArrayError(
-                f"{self.model.path}: tensor {tensor.name!r} has rows 0 to {tensor.m}, not {first_row} to {end}"
+                f"{self.model.path}: tensor {tensor.name!r} has rows 0 to {tensor.m}, not {asked}. Ask for whole "
+                f"numbers, the second at most {tensor.m}."
             )
-        rows = end - first_row
+        whole = first == 0 and last_row is None
+        rows = end - first
         block_format = tensor.format
         with self._under_way():
-            address = self._weights.address(tensor) + first_row * block_format.row_nbytes(tensor.k)
+            address = self._weights.address(tensor) + first * block_format.row_nbytes(tensor.k)
             if self.gpu is None:
                 out = np.empty((rows, tensor.k), np.float32)
                 if out.size:
@@ -306,6 +319,18 @@ class Engine(Closing):
             finally:
                 if self.gpu is not None:
                     self.gpu.close()
+                if self._own_model is not None:
+                    self._own_model.close()
+
+    def __copy__(self) -> Engine:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Engine:
+        return self
+
+    def _why_not_copied(self) -> str:
+        path = str(self.model.path)
+        return f"pickled: it works with memory of this process. Make it in the worker: qmm.Engine(qmm.open({path!r}))"
 
     def __repr__(self) -> str:
         return f"<Engine {self.explanation}{' (closed)' if self._closed else ''}>"

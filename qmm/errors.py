@@ -9,7 +9,10 @@ from __future__ import annotations
 __all__ = [
     "ArrayError",
     "ClosedError",
+    "CopyError",
     "DeviceError",
+    "FileAccessError",
+    "FileMissingError",
     "GGUFError",
     "MappingError",
     "QmmError",
@@ -29,6 +32,25 @@ class GGUFError(QmmError):
 
 class MappingError(QmmError):
     """The file could not be mapped, or is no longer the file that was mapped."""
+
+
+class FileAccessError(GGUFError, MappingError, OSError):
+    """The file could not be opened; ``errno``, ``strerror`` and ``filename`` are those of the operating system's error.
+
+    It is a GGUFError and a MappingError whichever opened it, so that either name catches it.
+    """
+
+    def __init__(self, message: str, reason: Exception | None = None) -> None:
+        super().__init__(message)
+        if isinstance(reason, OSError):
+            self.errno, self.strerror, self.filename = reason.errno, reason.strerror, reason.filename
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # OSError would show the number and the path instead
+
+
+class FileMissingError(FileAccessError, FileNotFoundError):
+    """There is no such file."""
 
 
 class RegistrationError(QmmError):
@@ -52,6 +74,10 @@ class UnsupportedTypeError(QmmError):
 
 class ArrayError(QmmError, ValueError):
     """An activation or output array has the wrong kind, shape, dtype or device."""
+
+
+class CopyError(QmmError, TypeError):
+    """Something was to be copied or pickled that is memory of this process, or of its GPU."""
 
 
 class ClosedError(QmmError):

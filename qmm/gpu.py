@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import operator
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -147,7 +148,7 @@ class GPU(Closing):
     """
 
     def __init__(self, device: int) -> None:
-        self.device = device
+        self.device = device = operator.index(device)
         self._process = os.getpid()
         self._made: dict[tuple[str, int], None] = {}
         self._scratch: dict[int, tuple[int, int]] = {}

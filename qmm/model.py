@@ -7,35 +7,41 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from qmm.errors import ClosedError, TensorNotFoundError, UnsupportedTypeError
+from qmm.errors import ClosedError, CopyError, MappingError, TensorNotFoundError, UnsupportedTypeError
 from qmm.kernels.formats import FORMATS, Format
 from qmm.loaders.closing import Closing
-from qmm.loaders.gguf import GGUFIndex, TensorInfo
+from qmm.loaders.gguf import GGUFIndex, TensorInfo, read_model
 from qmm.loaders.mapping import FileMapping
 from qmm.loaders.metadata import Metadata
 
 __all__ = ["Model", "Tensor", "open_model"]
 
 
-def open_model(path: str | os.PathLike[str]) -> Model:
+def open_model(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Model:
     """Index and map a GGUF model. It takes milliseconds, and no weight byte is read.
 
     Args:
         path: the file; of a split model any of its files.
 
     Raises:
-        GGUFError: the file is absent, damaged, cut short, big endian or of an unknown version.
+        FileMissingError: there is no such file. It is a GGUFError and a FileNotFoundError.
+        FileAccessError: it cannot be opened for another reason. It is a GGUFError and an OSError.
+        GGUFError: the file is damaged, cut short, big endian or of an unknown version.
         MappingError: it cannot be mapped.
     """
-    return Model(GGUFIndex.read(path))
+    index, files = read_model(path)
+    model = Model(index)
+    del files  # until here they were open, so that what was mapped is what was read, whatever became of their names
+    return model
 
 
 class Tensor:
-    """One tensor of an open model: what it is, and its bytes where they lie."""
+    """One tensor of an open model: what it is, and its bytes where they lie. A copy of it is itself."""
 
     def __init__(self, model: Model, info: TensorInfo) -> None:
         self.model = model
@@ -102,7 +108,19 @@ class Tensor:
         """
         mapping = self.model.mapping(self.info.path)
         mapping.check()
-        return mapping.view(self.info.offset, self.nbytes)
+        return mapping.view(self.info.offset if self.nbytes else 0, self.nbytes)
+
+    def __copy__(self) -> Tensor:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Tensor:
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise CopyError(
+            f"{self!r} cannot be pickled: its bytes are in a mapping of this process. Open the model in the worker: "
+            f"qmm.open({str(self.model.path)!r})[{self.name!r}]"
+        )
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape))
@@ -110,7 +128,7 @@ class Tensor:
 
 
 class Model(Closing, Mapping[str, Tensor]):
-    """The tensors of a model by name, in file order. A context manager.
+    """The tensors of a model by name, in file order. A context manager. A copy of it is itself.
 
     Engines hold the mappings that they need on their own: a model may be closed before them.
     """
@@ -121,8 +139,8 @@ class Model(Closing, Mapping[str, Tensor]):
         self._tensors: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
         self._closed = False
         try:
-            for path in index.files:
-                self._mappings[path] = FileMapping.open(path)
+            for file in index.known:
+                self._mappings[file.path] = FileMapping.of(file.open(MappingError))
         except BaseException:
             self.close()
             raise
@@ -177,6 +195,15 @@ class Model(Closing, Mapping[str, Tensor]):
         self._closed = True
         for mapping in self._mappings.values():
             mapping.close()
+
+    def __copy__(self) -> Model:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Model:
+        return self
+
+    def _why_not_copied(self) -> str:
+        return f"pickled: it is a mapping of this process. Open it in the worker: qmm.open({str(self.path)!r})"
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name: the same object for as long as somebody, such as an engine, holds it.

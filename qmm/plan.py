@@ -117,5 +117,8 @@ class Plan(Closing):
             if self._scratch:
                 self._gpu.free(self._scratch)
 
+    def _why_not_copied(self) -> str:
+        return "copied or pickled: it reads and writes the arrays that it was made with. Make another: engine.plan(...)"
+
     def __repr__(self) -> str:
         return f"<Plan of {self._steps} products on {self._engine.device}{' (closed)' if self.closed else ''}>"

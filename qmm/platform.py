@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 from qmm.errors import DeviceError
 from qmm.loaders.cuda import CudaCallError, attribute, call, current_device
@@ -75,7 +77,7 @@ def gpu_info(number: int) -> GPUInfo:
     )
 
 
-def choose(device: str | int, placement: str, nbytes: int) -> Choice:
+def choose(device: str | SupportsIndex, placement: str, nbytes: int) -> Choice:
     """Where to work, and where to keep ``nbytes`` of weights.
 
     Args:
@@ -136,10 +138,10 @@ def _placed(gpu: GPUInfo, nbytes: int) -> Choice:
     return Choice(None, "host", why + " and cannot register read-only memory")
 
 
-def _number(device: str | int) -> int | None:
+def _number(device: str | SupportsIndex) -> int | None:
     """CUDA's number of the device that is meant; None for the CPU."""
-    if isinstance(device, int) and not isinstance(device, bool):
-        return device
+    if not isinstance(device, str | bool) and hasattr(device, "__index__"):
+        return operator.index(device)
     if device == "cpu":
         return None
     if device in ("auto", "cuda"):

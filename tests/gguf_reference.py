@@ -1,9 +1,11 @@
 """A second opinion on GGUF files: a strict reader of ggml's ``docs/gguf.md`` that shares no code with qmm.
 
 It holds the whole file in memory, walks every string and compares every pair of tensors, so it is short and slow. Where
-the document leaves something open it takes what qmm documents: any integer type will do for ``general.alignment`` and
-``split.*``, tensors may lie in any order with gaps, and one of an unknown type has the room up to its neighbour. qmm's
-limits (qmm/loaders/header.py) are not the format's: :class:`Usage` says what a header would need of each.
+the document leaves something open, or files in use break it, it takes what qmm documents: any integer type will do for
+``general.alignment`` and ``split.*``, any alignment from 1 on, up to 64 dimensions, any byte but 0 is true, text may be
+no UTF-8, tensors may lie in any order with gaps, one of an unknown type has the room up to its neighbour, one without
+values may be anywhere, and a file that has all tensors of ``split.tensors.count`` by itself may have lost its shards.
+qmm's limits (qmm/loaders/header.py) are not the format's: :class:`Usage` says what a header would need of each.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ BLOCKS = {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.ite
 
 
 class InvalidError(Exception):
-    """The file breaks the format. As a value of metadata: its elements do, which is found when they are asked for."""
+    """The file breaks the format."""
 
 
 class Field(NamedTuple):
@@ -57,11 +59,12 @@ class Tensor(NamedTuple):
 
 @dataclass
 class Usage:
-    """What a header takes of each of qmm's limits."""
+    """What a header takes of each of qmm's limits; ``short_texts`` without those of over 1 KiB, which may be left."""
 
     keys: int = 0
     tensors: int = 0
     texts: int = 0
+    short_texts: int = 0
     strings: int = 0
     nested: int = 0
     depth: int = 0
@@ -100,11 +103,16 @@ def read_model(path: Path) -> Model:
         raise InvalidError(f"{count} shards")
     if count <= 1:
         return Model([path], [asked])
+    whole = _integer(asked, "split.tensors.count", -1) == len(asked.tensors)
     prefix, number = path.name[:-20], path.name[-19:-14]
     numbered = number.isascii() and number.isdecimal() and 1 <= int(number) <= count
     if not numbered or path.name != f"{prefix}-{number}-of-{count:05d}.gguf":
+        if whole:
+            return Model([path], [asked])
         raise InvalidError(f"not the name of one of {count} shards")
     paths = [path.with_name(f"{prefix}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    if whole and not all(each.exists() for each in paths):
+        return Model([path], [asked])
     files = [read_file(each) for each in paths]
     total = sum(len(file.tensors) for file in files)
     for index, file in enumerate(files):
@@ -149,7 +157,7 @@ class _Reader:
                 raise InvalidError(f"key {key!r} twice")
             file.metadata[key] = self.value()
         file.alignment = _integer(file, "general.alignment", 32)
-        if file.alignment < 8 or file.alignment.bit_count() != 1:
+        if file.alignment < 1:
             raise InvalidError("alignment")
         rows = [self.row() for _ in range(usage.tensors)]
         usage.nbytes = self.position
@@ -169,6 +177,8 @@ class _Reader:
         data = self.take(kind, self.number("length", "Q"))
         if kind != "string" or len(data) <= 1 << 16:  # longer ones qmm leaves in the file
             self.file.usage.texts += len(data)
+        if kind != "string" or len(data) <= 1 << 10:
+            self.file.usage.short_texts += len(data)
         return _decode(data)
 
     def value(self) -> tuple[str, Any]:
@@ -180,7 +190,7 @@ class _Reader:
         if kind not in CODES:
             raise InvalidError(f"value type {kind}")
         if CODES[kind] == "?":
-            return "bool", bool(_flags(self.take("value", 1))[0])
+            return "bool", self.take("value", 1) != b"\0"
         return NAMES[kind], self.number("value", CODES[kind])
 
     def array(self, depth: int) -> tuple[str, Any]:
@@ -192,17 +202,17 @@ class _Reader:
         label = f"{NAMES[kind]}[{count}]"
         if kind == ARRAY:
             usage.nested += count
-            return label, _first_error([self.array(depth + 1)[1] for _ in range(count)])
+            return label, [self.array(depth + 1)[1] for _ in range(count)]
         if kind == STRING:
             usage.strings += count
             raw = [self.take("element", self.number("length", "Q")) for _ in range(count)]
-            return label, _or_error(lambda: [_decode(data) for data in raw])
+            return label, [_decode(data) for data in raw]
         data = self.take("elements", count * struct.calcsize(f"<{CODES[kind]}"))
-        return label, _or_error(lambda: Numbers(NAMES[kind], _flags(data) if CODES[kind] == "?" else data))
+        return label, Numbers(NAMES[kind], bytes(map(bool, data)) if CODES[kind] == "?" else data)
 
     def row(self) -> tuple[str, list[int], int, int]:
         name, dimensions = self.text("name"), self.number("dimensions", "I")
-        if dimensions > 4:
+        if dimensions > 64:
             raise InvalidError(f"{dimensions} dimensions")
         ne = [self.number("dimension", "Q") for _ in range(dimensions)]
         return name, ne or [1], self.number("tensor type", "I"), self.number("offset", "Q")
@@ -214,7 +224,7 @@ class _Reader:
         taken = [(start + offset, start + offset + _least(ne, kind)) for _, ne, kind, offset in rows]
         for index, (begin, end) in enumerate(taken):
             others = taken[:index] + taken[index + 1 :]
-            if end > len(self.data) or rows[index][3] % self.file.alignment:
+            if (begin < end and end > len(self.data)) or rows[index][3] % self.file.alignment:
                 raise InvalidError(f"{rows[index]}: past the end, or misaligned")
             if begin < end and any(low < end and begin < high for low, high in others if low < high):
                 raise InvalidError(f"{rows[index]}: overlaps")
@@ -236,24 +246,4 @@ def _least(ne: list[int], kind: int) -> int:
 
 
 def _decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as reason:
-        raise InvalidError(f"not UTF-8: {data!r}") from reason
-
-
-def _flags(data: bytes) -> bytes:
-    if data.strip(b"\0\1"):
-        raise InvalidError(f"bools {data!r}")
-    return data
-
-
-def _or_error(elements: Any) -> Any:
-    try:
-        return elements()
-    except InvalidError as error:
-        return error
-
-
-def _first_error(elements: list[Any]) -> Any:
-    return next((element for element in elements if isinstance(element, InvalidError)), elements)
+    return data.decode("utf-8", "surrogateescape")

@@ -78,13 +78,14 @@ def excess(usage: reference.Usage) -> tuple[bool, bool]:
     """Whether a header may be refused for its size, and whether it must be."""
     must = (
         max(usage.keys, usage.tensors) > header.COUNT_LIMIT
-        or usage.texts > header.TEXT_LIMIT
+        or usage.short_texts > header.TEXT_LIMIT
         or usage.strings > header.STRING_LIMIT
         or usage.nested > header.NESTED_LIMIT
         or usage.depth > header.DEPTH_LIMIT
     )
-    # The header's length is looked at with every read of the file, not with every field.
-    return must or usage.nbytes > header.HEADER_LIMIT, must
+    # The header's length is looked at with every read of the file, not with every field; whether a text of more than
+    # 1 KiB counts depends on those before.
+    return must or usage.nbytes > header.HEADER_LIMIT or usage.texts > header.TEXT_LIMIT, must
 
 
 def check_message(path: Path, error: QmmError) -> None:
@@ -110,12 +111,7 @@ def check_index(path: Path, index: GGUFIndex, model: reference.Model) -> None:
     assert list(index.metadata) == list(first.metadata)
     for key, (kind, expected) in first.metadata.items():
         assert index.metadata.type_of(key) == kind
-        if isinstance(expected, reference.InvalidError):
-            with pytest.raises(QmmError) as caught:
-                index.metadata[key]
-            check_message(path, caught.value)
-        else:
-            check_value(index.metadata[key], expected)
+        check_value(index.metadata[key], expected)
 
 
 def check_value(ours: Any, expected: Any) -> None:
@@ -336,8 +332,8 @@ scalars = kinds.flatmap(lambda kind: st.builds(Value, st.just(kind), numbers(kin
 flat = listed("string", texts) | kinds.flatmap(lambda kind: listed(kind, numbers(kind)))
 arrays = st.recursive(flat, lambda inner: listed("array", inner), max_leaves=8)
 values = st.one_of(scalars, texts, arrays)
-alignments = st.sampled_from([8, 16, 32, 64])
-broken = st.sampled_from([b"\xff", Array("string", ["", b"a\xc3"]), Value("bool", 2), Array("bool", [0, 2])])
+alignments = st.sampled_from([1, 2, 4, 8, 24, 32, 64])
+unusual = st.sampled_from([b"\xff", Array("string", ["", b"a\xc3"]), Value("bool", 2), Array("bool", [0, 2])])
 
 
 class Shard(NamedTuple):
@@ -363,7 +359,7 @@ def shards(draw: st.DrawFn, number: int, count: int, total: int, counted: bool, 
     for index in range(total // count):
         kind = draw(st.sampled_from([*reference.BLOCKS, 0, 4, 99, 2**32 - 1]))
         _, block, nbytes = reference.BLOCKS.get(kind, ("", 1, 3))
-        shape = [*draw(st.lists(st.integers(0, 3), max_size=3)), draw(st.integers(0, 2)) * block]
+        shape = [*draw(st.lists(st.integers(0, 3), max_size=5)), draw(st.integers(0, 2)) * block]
         name = say("name", f"tensor {number}.{index}", texts)
         name = say("other shard", name, st.just(f"tensor {(number + 1) % count}.{index}"))
         tensors[name] = (kind, shape, bytes(math.prod(shape) // block * nbytes))
@@ -372,7 +368,7 @@ def shards(draw: st.DrawFn, number: int, count: int, total: int, counted: bool, 
         truth = Value("uint32", draw(alignments))
         metadata["general.alignment"] = say("alignment", truth, st.builds(Value, st.just("uint64"), odd) | values)
     if "bytes" in lies:
-        metadata[draw(st.sampled_from(["key", b"\xff"]))] = draw(broken)
+        metadata[draw(st.sampled_from(["key", b"\xff"]))] = draw(unusual)
     if count > 1:
         for key, truth in zip(SPLIT[: 2 + counted], (number, count, total)[: 2 + counted], strict=True):
             said = Value("uint16", say(key, truth, st.integers(0, 9)))
