@@ -75,9 +75,8 @@ def attributes(schedule: Schedule) -> Kind:
 
 
 def alignments_of(block_format: Format) -> list[int]:
-    """What a format's kernels are compiled for; numbers lie at multiples of their size."""
-    least = block_format.block_nbytes // block_format.block_weights if block_format.plain else 1
-    return [alignment for alignment in (1, 2, 4, 8, 16) if least <= alignment <= block_format.alignment]
+    """What a format's kernels are compiled for; ``general.alignment`` may be 1, so numbers too lie anywhere."""
+    return [alignment for alignment in (1, 2, 4, 8, 16) if alignment <= block_format.alignment]
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from children import command, run_python
 from numba import cuda
-from small_model import CHANGES, K, M, is_mapped, write_small_model
+from small_model import CHANGES, LOSSES, K, M, is_mapped, write_small_model
 
 import qmm
 import qmm.smoke
@@ -68,6 +68,23 @@ def test_a_file_that_changes_while_registered_is_an_error_before_its_next_use(
     assert not is_mapped(path)
     assert not registration._tables
     assert call("cudaDeviceSynchronize") is None
+
+
+@pytest.mark.parametrize("lose", LOSSES.values(), ids=LOSSES)
+def test_a_registered_file_is_used_when_its_name_is_gone(
+    path: Path, x: np.ndarray, lose: Callable[[Path], object]
+) -> None:
+    with qmm.open(path) as model, qmm.Engine(model, "cpu") as cpu:
+        exact = {name: cpu.dequantize(name) for name in model}
+        with qmm.Engine(model, "cuda", "mapped") as engine:
+            expected = engine.matmul("a", x)
+            lose(path)
+            np.testing.assert_array_equal(engine.matmul("a", x), expected)
+            np.testing.assert_array_equal(engine.dequantize("b"), exact["b"])
+        with qmm.Engine(model, "cuda", "mapped") as engine:  # registered when the name is gone
+            np.testing.assert_array_equal(engine.matmul("a", x), expected)
+    assert not is_mapped(path)
+    assert not registration._tables
 
 
 def test_a_copy_is_used_whatever_becomes_of_the_file(path: Path, x: np.ndarray) -> None:

@@ -58,7 +58,7 @@ def test_closed_mapping_is_refused(file: Path) -> None:
 def test_changed_file_is_refused(file: Path) -> None:
     with FileMapping.open(file) as mapping:
         file.write_bytes(bytes(100))
-        with pytest.raises(MappingError, match="changed since it was mapped"):
+        with pytest.raises(MappingError, match="changed since it was opened"):
             HostRegistration.of(mapping, [(0, 1)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import warnings
 from collections.abc import Iterator
@@ -327,6 +328,67 @@ def test_closing_everything_unmaps_the_file(path: Path, tmp_path: Path) -> None:
     assert str(copy) not in Path("/proc/self/maps").read_text()
 
 
+WHOLE_NUMBERS = [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64, np.array, bool]
+
+
+@pytest.mark.parametrize("kind", WHOLE_NUMBERS, ids=lambda kind: kind.__name__)
+def test_rows_may_be_whole_numbers_of_any_kind(engine: qmm.Engine, kind: Any) -> None:
+    """A token's id is often NumPy's; added to an address a uint64 was a float64, and others overflowed."""
+    right = engine.dequantize("legacy")
+    np.testing.assert_array_equal(
+        engine.dequantize("legacy", kind(1), kind(1) + kind(0) if kind is bool else 1), right[1:1]
+    )
+    np.testing.assert_array_equal(engine.dequantize("legacy", kind(1)), right[1:])
+    np.testing.assert_array_equal(engine.dequantize("legacy", 0, kind(1)), right[:1])
+    if kind is not bool:
+        np.testing.assert_array_equal(engine.dequantize("legacy", kind(5), kind(7)), right[5:7])
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ((np.int8(-1), 2), r"not np.int8\(-1\) to 2"),
+        ((0, np.uint64(8)), r"not 0 to np.uint64\(8\)"),
+        ((1.0, 2), "not 1.0 to 2"),
+    ],
+)
+def test_rows_that_there_are_not_are_refused_whatever_their_kind(
+    engine: qmm.Engine, rows: tuple[Any, Any], says: str
+) -> None:
+    with pytest.raises(ArrayError, match=rf"tensor 'legacy' has rows 0 to 7, {says}"):
+        engine.dequantize("legacy", *rows)
+
+
+def test_an_engine_may_be_made_for_one_name(model: qmm.Model) -> None:
+    with qmm.Engine(model, "cpu", tensors="legacy") as engine:
+        assert engine.matmul("legacy", np.zeros(96, np.float32)).shape == (7,)
+        with pytest.raises(TensorNotFoundError, match="made for 1 tensors, and 'first' is not among them"):
+            engine.matmul("first", np.zeros(96, np.float32))
+
+
+@pytest.mark.parametrize("kind", [str, os.fsencode, Path])
+def test_an_engine_may_be_made_of_a_path_and_closes_the_model_that_it_opened(
+    path: Path, tmp_path: Path, kind: Any
+) -> None:
+    path = Path(shutil.copy(path, tmp_path))
+    with qmm.Engine(kind(path), "cpu") as engine:
+        assert engine.model.path == path
+        assert engine.matmul(engine.model["legacy"], np.zeros(96, np.float32)).shape == (7,)
+    assert engine.model.closed
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    with pytest.raises(FileNotFoundError):
+        qmm.Engine(f"{path}.missing", "cpu")
+
+
+def test_a_device_may_be_a_whole_number_of_any_kind(model: qmm.Model) -> None:
+    for number in (99, np.int64(99), np.uint8(99)):
+        with pytest.raises(DeviceError, match=r"no CUDA device 99|CUDA cannot be used"):
+            qmm.Engine(model, number)
+    for wrong in (True, 0.0):
+        with pytest.raises(DeviceError, match="there is no device"):
+            qmm.Engine(model, wrong)  # type: ignore[arg-type]
+
+
 def test_a_file_that_changed_is_not_read(path: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(path.read_bytes())
@@ -334,7 +396,7 @@ def test_a_file_that_changed_is_not_read(path: Path, tmp_path: Path) -> None:
         engine.matmul("first", np.zeros(96, np.float32))
         with copy.open("r+b") as file:
             file.truncate(copy.stat().st_size // 2)  # reading the pages behind would end the process
-        with pytest.raises(MappingError, match="changed since it was mapped"):
+        with pytest.raises(MappingError, match="changed since it was opened"):
             engine.matmul("last", np.zeros(96, np.float32))
 
 
