@@ -4,12 +4,18 @@
 a lane a value. Two kinds:
 
 ``int8``
-    ``d = max|x| * (1 / 127)`` and ``q = round(x * (1 / d))``, plus ``d * sum(q)`` for each run of 16 or for the
-    block, which a format with minima needs. The error of a value is at most ``d / 2``, so that of a block is at most
-    ``32 / (4 * 127**2) = 4.96e-4`` of its energy.
+    ``d = max|x| * (1 / 127)`` and ``q = round(x * (1 / d))``, plus ``sum(q)`` for each run of 16 or for the block,
+    which a format with minima needs; times ``d`` it could overflow. The error of a value is at most ``d / 2``, so that
+    of a block is at most ``32 / (4 * 127**2) = 4.96e-4`` of its energy.
 ``f16``
     ``d`` is the largest power of two up to ``max|x|`` and ``q = float16(x / d)``: the rounding of float16 (2**-11),
     without its range, so that neither a bfloat16 activation of 1e6 nor one of 1e-9 is lost.
+
+    It is 2**-112 at least: float16's own subnormal numbers then end where those of TF32 do, with which tensor cores
+    multiply. So subnormal activations are rounded to multiples of 2**-136.
+
+The first holds from the largest float32 to the smallest subnormal. Where ``1 / d`` would overflow, ``d`` is a subnormal
+number, rounded up so that no ``q`` passes 127, and ``x`` and ``d`` are lifted by 2**24 before they are divided.
 
 A block with a NaN gets the scale NaN, one with an infinity the scale infinity: the product then says so. Rows are
 padded with zeros to whole blocks, in scratch memory of qmm's own; ``x`` itself is read exactly where it has values.
@@ -51,9 +57,11 @@ from qmm.kernels.specialize import registers, unroll
 __all__ = ["cast", "quantize", "quantize_block"]
 
 INFINITY = float("inf")
-SMALLEST_INT8 = 2.0**-119  # the reciprocal of d = SMALLEST / 127 is the largest that float32 holds
+SMALLEST_INT8 = 2.0**-119  # from here on d = SMALLEST / 127 is a normal number, and so is 1 / d
 OF_127 = 1.0 / 127.0
-SMALLEST_F16 = 2.0**-126
+LIFT = 2.0**24
+UNIT = 2.0**-149  # the smallest number
+SMALLEST_F16 = 2.0**-112
 
 
 def quantize(
@@ -87,17 +95,17 @@ def quantize(
         largest = largest_of_warp(value)
         at = ((block * 2 + half) * columns + c) * 16 + (lane & 15)
         if INT8:
-            scale, inverse = int8_scale(largest)
-            rounded = scaled_byte(value, inverse)
+            scale, inverse, lift = int8_scale(largest)
+            rounded = scaled_byte(value * lift, inverse)
             store_byte(values + at, rounded)
             if sum_count == 1:
                 total = sum_of_warp(rounded)
                 if lane == 0:
-                    store_float(sums + (block * columns + c) * 4, scale * np.float32(total))
+                    store_float(sums + (block * columns + c) * 4, np.float32(total))
             elif sum_count == 2:
                 total = sum_of_half_warp(rounded)
                 if lane & 15 == 0:
-                    store_float(sums + ((half * blocks + block) * columns + c) * 4, scale * np.float32(total))
+                    store_float(sums + ((half * blocks + block) * columns + c) * 4, np.float32(total))
         else:
             scale, inverse = f16_scale(largest)
             store_half(values + at * 2, value * inverse)
@@ -113,19 +121,20 @@ def place_of(block, spread):
 
 
 def int8_scale(largest):
-    """The scale of a block, and what its values are multiplied by."""
-    if largest < SMALLEST_INT8:
-        return 0.0, 0.0
+    """The scale of a block, and the two factors that its values are multiplied by."""
     scale = largest * OF_127
+    if largest < SMALLEST_INT8:
+        scale += UNIT
+        return scale, reciprocal(scale * LIFT), LIFT
     if largest < INFINITY:
-        return scale, reciprocal(scale)
-    return scale, 0.0
+        return scale, reciprocal(scale), 1.0
+    return scale, 0.0, 1.0
 
 
 def f16_scale(largest):
-    """The same for float16."""
+    """The scale of a block for float16, and the factor."""
     if largest < SMALLEST_F16:
-        return 0.0, 0.0
+        return SMALLEST_F16, reciprocal(SMALLEST_F16)
     if largest < INFINITY:
         scale = power_of_two_below(largest)
         return scale, reciprocal(scale)
@@ -162,8 +171,8 @@ def quantize_block(x, x_stride, n, k, blocks, values, thread):
                     largest = largest_of_eight(largest_of_values(v0, v1, v2, v3))
                     at_run = values + (block * 2 + half) * RUN_NBYTES + c * (RUN_NBYTES // COLUMNS)
                     if INT8:
-                        scale, inverse = int8_scale(largest)
-                        packed = scaled_bytes(v0, v1, v2, v3, inverse)
+                        scale, inverse, lift = int8_scale(largest)
+                        packed = scaled_bytes(v0 * lift, v1 * lift, v2 * lift, v3 * lift, inverse)
                         if here < blocks * 32:
                             store_shared_word(at_run + (here & 15), packed)
                     else:
@@ -174,11 +183,11 @@ def quantize_block(x, x_stride, n, k, blocks, values, thread):
                     if here & 31 == 0 and here < blocks * 32:
                         store_shared_float(scales + (block * COLUMNS + c) * 4, scale)
                     if SUMS == 1:
-                        total = scale * sum_of_eight_words(packed)
+                        total = sum_of_eight_words(packed)
                         if here & 31 == 0 and here < blocks * 32:
                             store_shared_float(sums + (block * COLUMNS + c) * 4, total)
                     if SUMS == 2:
-                        total = scale * sum_of_four_words(packed)
+                        total = sum_of_four_words(packed)
                         if here & 15 == 0 and here < blocks * 32:
                             store_shared_float(sums + ((half * blocks + block) * COLUMNS + c) * 4, total)
         at += ROUNDS * 4 * 32 * WARPS

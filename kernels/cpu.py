@@ -65,7 +65,7 @@ HELPER_NBYTES = 2 << 20
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def product_int8(row, blocks, k, x, x_scales, x_sums, column, scratch, y, y_pitch):
+def product_int8(row, blocks, k, x, x_scales, x_sums, x_units, column, scratch, y, y_pitch):
     """COLUMNS products of one row with int8 activations; ``y`` addresses the row's first output."""
     partial = registers(COLUMNS * CHAINS, zero_partial())
     offset = registers(COLUMNS * CHAINS, 0.0)
@@ -91,10 +91,10 @@ def product_int8(row, blocks, k, x, x_scales, x_sums, column, scratch, y, y_pitc
             total += sum_partial(partial[c * CHAINS + i])
         for i in unroll(CHAINS):
             total -= offset[c * CHAINS + i]
-        store_float(y, (column + c) * y_pitch, total)
+        store_float(y, (column + c) * y_pitch, total * load_float(x_units, (column + c) * 4))
 
 
-def product_float(row, blocks, k, x, x_scales, x_sums, column, scratch, y, y_pitch):
+def product_float(row, blocks, k, x, x_scales, x_sums, x_units, column, scratch, y, y_pitch):
     """COLUMNS products of one row with float32 activations, whose rows are padded with zeros to whole blocks."""
     total = registers(COLUMNS, zero_floats())
     pitch = blocks * (16 * BLOCK_RUNS)
@@ -117,7 +117,9 @@ def product_float(row, blocks, k, x, x_scales, x_sums, column, scratch, y, y_pit
         store_float(y, (column + c) * y_pitch, sum_floats(total[c]))
 
 
-def product_rows(weights, row_nbytes, m, blocks, k, n, x, x_scales, x_sums, scratch, y, y_pitch, span, next_row):
+def product_rows(
+    weights, row_nbytes, m, blocks, k, n, x, x_scales, x_sums, x_units, scratch, y, y_pitch, span, next_row
+):  # fmt: skip
     """The products of rows with every column; a row stays in the L1 cache while columns pass over it.
 
     Threads take spans of rows off the counter at ``next_row`` until there are none.
@@ -130,10 +132,10 @@ def product_rows(weights, row_nbytes, m, blocks, k, n, x, x_scales, x_sums, scra
             column = 0
             if TILED:
                 while column + COLUMN_TILE <= n:
-                    product_tile(address, blocks, k, x, x_scales, x_sums, column, scratch, out, y_pitch)
+                    product_tile(address, blocks, k, x, x_scales, x_sums, x_units, column, scratch, out, y_pitch)
                     column += COLUMN_TILE
             while column < n:
-                product_one(address, blocks, k, x, x_scales, x_sums, column, scratch, out, y_pitch)
+                product_one(address, blocks, k, x, x_scales, x_sums, x_units, column, scratch, out, y_pitch)
                 column += 1
         first = fetch_add(next_row, span)
 
@@ -184,32 +186,45 @@ def copy_bytes(source, count, target):
         store1(target, i, load1(source, i))
 
 
-def quantize_rows(x, k, n, q, scales, sums):
+def quantize_rows(x, k, n, q, scales, sums, units):
     """Activations as Q8_1 has them: for each 32 values one scale ``d = max|x| / 127`` and ``q = round(x / d)``.
 
+    ``sums[run]`` is ``d`` times the sum of the run's ``q``. All of a row is in units of ``units[row]``: 1, or a power
+    of two where its largest magnitude is so near an end of float32 that sums would overflow, or scales lose digits.
+
     The largest magnitude is found on the bit pattern, where a NaN is larger than everything and so is not lost: the
-    scale of a block with a NaN is NaN, of one with an infinity infinite, and the product says so. Magnitudes below
-    2**-119, whose reciprocal would overflow, count as zero. ``sums[run]`` is ``d`` times the sum of the run's ``q``.
+    scale of a block with a NaN is NaN, of one with an infinity infinite, and the product says so.
     """
     bits = x.view(np.uint32)
     for row in range(n):
+        most = np.uint32(0)
+        for i in range(k):
+            most = max(most, bits[row, i] & np.uint32(0x7FFFFFFF))
+        factor, units[row] = np.float32(1.0), np.float32(1.0)
+        if most < np.uint32((127 - 96) << 23):
+            factor, units[row] = np.float32(2.0**32), np.float32(2.0**-32)
+        elif most >= np.uint32((127 + 96) << 23) and most < np.uint32(0x7F800000):
+            factor, units[row] = np.float32(2.0**-32), np.float32(2.0**32)
         for block in range(k // 32):
             largest = np.uint32(0)
             for i in range(32):
                 largest = max(largest, bits[row, block * 32 + i] & np.uint32(0x7FFFFFFF))
-            d = np.uint32(largest).view(np.float32) / np.float32(127.0)
+            d = np.uint32(largest).view(np.float32) * factor / np.float32(127.0)
+            lifted = factor
             inverse = np.float32(0.0)
-            if largest >= np.uint32(8 << 23) and largest < np.uint32(0x7F800000):
+            if d < np.float32(2.0**-126):  # beside larger blocks: 1 / d may be too large, and d is rounded up
+                d += np.float32(2.0**-149)
+                lifted = factor * np.float32(2.0**24)
+                inverse = np.float32(1.0) / (d * np.float32(2.0**24))
+            elif largest < np.uint32(0x7F800000):
                 inverse = np.float32(1.0) / d
-            elif largest < np.uint32(8 << 23):
-                d = np.float32(0.0)
             scales[row, block] = d
             for half_block in range(2):
                 total = 0
                 for i in range(16):
                     j = block * 32 + half_block * 16 + i
                     if inverse > np.float32(0.0):
-                        value = int(np.rint(x[row, j] * inverse))
+                        value = int(np.rint(x[row, j] * lifted * inverse))
                     else:
                         value = 0
                     q[row, j] = value
@@ -308,23 +323,25 @@ def _over_rows(m: int, nbytes: int, work: Callable[[int, int], None]) -> None:
                     future.result()
 
 
-def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """int8 activations for :func:`matmul`.
 
     Args:
         x: ``(n, k)`` float32, row-major, ``k`` a multiple of 32.
 
     Returns:
-        ``q (n, k)`` int16 holding -127 to 127, ``scales (n, k / 32)`` and ``sums (n, k / 16)`` float32.
+        ``q (n, k)`` int16 holding -127 to 127; ``scales (n, k / 32)``, ``sums (n, k / 16)`` and ``units (n,)`` float32,
+        the last a power of two, which the other two are to be multiplied by.
     """
     n, k = x.shape
     q = np.empty((n, k), np.int16)
     scales = np.empty((n, k // 32), np.float32)
     sums = np.empty((n, k // 16), np.float32)
+    units = np.empty(n, np.float32)
     x = x.view()
     x.flags.writeable = False  # for all, or the kernel is compiled for either kind
-    _quantize_kernel()(x, k, n, q, scales, sums)
-    return q, scales, sums
+    _quantize_kernel()(x, k, n, q, scales, sums, units)
+    return q, scales, sums, units
 
 
 def matmul(
@@ -348,12 +365,12 @@ def matmul(
     int8 = activations == "int8" and not block_format.plain
     kernel = product_kernel(block_format, int8, n >= COLUMN_TILE)
     if int8:
-        values, scales, sums = quantize_activations(x)
+        values, scales, sums, units = quantize_activations(x)
     else:
         values = _padded(x, blocks * block_format.block_weights)
-        scales = sums = values
+        scales = sums = units = values
 
-    addresses = [array.ctypes.data for array in (values, scales, sums)]
+    addresses = [array.ctypes.data for array in (values, scales, sums, units)]
     result = out.ctypes.data
 
     def work(span: int, next_row: int) -> None:

@@ -276,19 +276,15 @@ def multiply(
                                         dot = fused(
                                             scale[above + below], dots[2 * below + e], scale[above + below] * BIAS
                                         )
+                                        if HAS_MINIMUM:
+                                            dot -= minimum[above + below] * sums_x[2 * pair + e]
+                                        if RUN_MINIMA:
+                                            dot -= other_minimum[above + below] * other_sums[2 * pair + e]
                                         total[(above + below) * COLUMNS + 2 * pair + e] = fused(
                                             scales_x[e if SCALES_APART else 2 * pair + e],
                                             dot,
                                             total[(above + below) * COLUMNS + 2 * pair + e],
                                         )
-                                        if HAS_MINIMUM:
-                                            total[(above + below) * COLUMNS + 2 * pair + e] -= (
-                                                minimum[above + below] * sums_x[2 * pair + e]
-                                            )
-                                        if RUN_MINIMA:
-                                            total[(above + below) * COLUMNS + 2 * pair + e] -= (
-                                                other_minimum[above + below] * other_sums[2 * pair + e]
-                                            )
                     else:
                         floats = registers(LANE_ROWS, 0.0)
                         for r in unroll(LANE_ROWS):

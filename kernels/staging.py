@@ -89,9 +89,9 @@ class Activations:
     """Where the activations of up to ``columns`` columns lie, once quantized, in one piece of memory.
 
     First the values, ``(scale blocks, 2, columns, 16)`` int8 or float16, then float32 scales ``(scale blocks,
-    columns)``, then the scaled sums of each block or run, ``(sums, scale blocks, columns)`` float32. A scale block is
-    32 values. Those of four weight blocks, which a quad of lanes takes at once, alternate: weight block ``4 g + t`` of
-    ``s`` scale blocks has the j-th of them at ``(g * s + j) * 4 + t``. So a quad reads neighbouring words.
+    columns)``, then the sums of each block's or run's values, ``(sums, scale blocks, columns)`` float32. A scale block
+    is 32 values. Those of four weight blocks, which a quad of lanes takes at once, alternate: weight block ``4 g + t``
+    of ``s`` scale blocks has the j-th of them at ``(g * s + j) * 4 + t``. So a quad reads neighbouring words.
     """
 
     columns: int

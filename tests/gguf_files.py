@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["FORMATS", "Array", "BlockFormat", "Value", "nbytes_of", "random_blocks", "write_gguf"]
+__all__ = ["FORMATS", "Array", "BlockFormat", "Value", "nbytes_of", "random_blocks", "small_blocks", "write_gguf"]
 
 
 class BlockFormat(NamedTuple):
@@ -83,6 +83,21 @@ def random_blocks(type_name: str, shape: Sequence[int], rng: np.random.Generator
             exponent = np.uint16(8) + (bits >> 10 & 1)  # 2^(8 - 15) or 2^(9 - 15); sign and fraction stay random
             halves = bits & np.uint16(0x83FF) | exponent << 10
         blocks[:, offset : offset + 2] = halves.astype("<u2").view(np.uint8).reshape(count, 2)
+    return blocks.tobytes()
+
+
+def small_blocks(type_name: str, shape: Sequence[int], rng: np.random.Generator) -> bytes:
+    """Random blocks whose weights are so small that their products with the largest float32 are finite."""
+    form = FORMATS[type_name]
+    blocks = np.frombuffer(random_blocks(type_name, shape, rng), np.uint8).reshape(-1, form.nbytes).copy()
+    if type_name in ("F32", "BF16"):
+        item = blocks.view(np.uint32 if type_name == "F32" else np.uint16)
+        item -= item.dtype.type(10 << (23 if type_name == "F32" else 7))  # 2^-10 of the standard normal values
+    for offset in form.halves:
+        fields = blocks[:, offset : offset + 2].copy().view(np.float16) * np.float16(
+            2**-8 if form.values < 256 else 2**-14
+        )
+        blocks[:, offset : offset + 2] = fields.view(np.uint8)
     return blocks.tobytes()
 
 

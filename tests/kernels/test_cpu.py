@@ -25,7 +25,7 @@ import gguf
 import numpy as np
 import pytest
 from children import run_python
-from gguf_files import random_blocks
+from gguf_files import random_blocks, small_blocks
 
 from qmm.kernels import cpu
 from qmm.kernels.formats import FORMATS, Format
@@ -205,14 +205,15 @@ def magnitudes(block_format: Format, weights: Weights) -> np.ndarray:
 
 
 def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """int8 activations by NumPy, in float32 as the kernel makes them: ``q (n, blocks, 32)``, scales and sums."""
+    """int8 activations by NumPy, in float32 as the kernel makes them: ``q (n, blocks, 32)``, scales and sums; of rows
+    whose largest magnitude is between 2**-96 and 2**96."""
     blocks = x.reshape(len(x), -1, 32)
-    largest = np.abs(blocks).max(axis=2)
-    d = np.where(largest < np.float32(2.0**-119), np.float32(0), largest / np.float32(127))
-    with np.errstate(all="ignore"):
-        q = np.rint(blocks * (np.float32(1) / d)[:, :, None])
-        q = np.where((d > 0)[:, :, None], q, np.float32(0))
-        sums = d[:, :, None] * q.reshape(len(x), -1, 2, 16).sum(axis=3)
+    d = np.abs(blocks).max(axis=2) / np.float32(127)
+    subnormal = d < np.float32(2.0**-126)
+    d = np.where(subnormal, d + np.float32(2.0**-149), d)
+    lift = np.where(subnormal, np.float32(2.0**24), np.float32(1))
+    q = np.rint(blocks * lift[:, :, None] * (np.float32(1) / (d * lift))[:, :, None])
+    sums = d[:, :, None] * q.reshape(len(x), -1, 2, 16).sum(axis=3)
     return q, d, sums.reshape(len(x), -1)
 
 
@@ -221,41 +222,74 @@ def test_activations_are_quantized_as_numpy_does(rng: np.random.Generator) -> No
     x[0, 32:64] = 0
     x[1, 64:96] = np.tile(np.arange(-3.5, 4.5), 4)  # ties, with the largest value below
     x[1, 64] = 127
-    x[2, :32] = np.float32(3.4028235e38)
-    x[3, :32] = np.linspace(-1, 1, 32, dtype=np.float32) * np.float32(2.0**-119)  # the smallest that count ...
-    x[4, :32] = np.nextafter(x[3, :32], np.float32(0))  # ... and the largest that do not
-    q, scales, sums = cpu.quantize_activations(x)
+    x[2, :32] = np.linspace(-1, 1, 32, dtype=np.float32) * np.float32(127 * 2.0**-126)  # the smallest of a normal scale
+    x[3, :32] = x[2, :32] * np.float32(1 - 2.0**-20)  # a subnormal one
+    x[4, :32] = np.arange(-16, 16) * np.float32(2.0**-149)
+    q, scales, sums, units = cpu.quantize_activations(x)
     expected_q, expected_scales, expected_sums = quantized(x)
     np.testing.assert_array_equal(q.reshape(expected_q.shape), expected_q)
     assert_same_bits(scales, expected_scales)
     assert_same_bits(sums, expected_sums)
     assert np.abs(q).max() == 127
-    assert scales[3, 0] > 0 == scales[4, 0]
+    assert scales[2, 0] >= np.float32(2.0**-126) > scales[3, 0]
+    assert q[4, :32].tolist() == list(range(-16, 16))  # in units of the smallest number: exact
+    assert units.tolist() == [1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("power", [96, 100, 127, -97, -110, -126, -140])
+def test_activations_near_the_ends_of_float32_are_quantized_as_those_in_the_middle(
+    power: int, rng: np.random.Generator
+) -> None:
+    """``q`` and scales are those of the same numbers times a power of two, where they all are normal numbers."""
+    x = np.ldexp(rng.integers(-512, 513, (2, 96)).astype(np.float32), -9)
+    x[:, 5] = 1
+    q, scales, sums, _ = cpu.quantize_activations(x)
+    at_end = cpu.quantize_activations(np.ldexp(x, power))
+    unit = at_end[3]
+    np.testing.assert_array_equal(unit, np.full(2, 2.0**32 if power > 0 else 2.0**-32, np.float32))
+    np.testing.assert_array_equal(at_end[0], q)
+    assert_same_bits(at_end[1], np.ldexp(scales, power - np.log2(unit[0]).astype(int)))
+    assert_same_bits(at_end[2], np.ldexp(sums, power - np.log2(unit[0]).astype(int)))
 
 
 @each_product
-def test_tiny_and_huge_activations(block_format: Format, activations: str, rng: np.random.Generator) -> None:
+def test_activations_may_be_of_any_size(block_format: Format, activations: str, rng: np.random.Generator) -> None:
+    """From the largest float32, where sums of a block overflow, to subnormal numbers; other columns do not change."""
     m, k = 3, widths_of(block_format)[-1]
-    weights = Weights.random(block_format, m, k, rng)
-    x = weights.activations(5, rng)
-    plain = weights.matmul(x, activations)
-    x[1] = 1e-40  # below 2**-119: int8 activations call it zero
-    x[3] = 1e30
+    data = small_blocks(block_format.name, (m, k), rng)
+    weights = Weights.of(block_format, data, m)
+    sizes = np.array([[1], [3.4e38], [1], [1e37], [1e30], [1e-30], [1e-36], [1e-38], [1e-41], [1]], np.float32)
+    x = rng.uniform(-1, 1, (len(sizes), k)).astype(np.float32) * sizes
     actual = weights.matmul(x, activations)
-    for column in (0, 2, 4):
-        assert_same_bits(actual[column], plain[column])
-    sums = weights.values.astype(np.float64).sum(axis=1)
-    magnitude = np.abs(weights.values).astype(np.float64).sum(axis=1)
-    if not block_format.plain:
-        magnitude = magnitudes(block_format, weights).sum(axis=1)
-    # All of x[3] has the code 127; its scale and the scale's reciprocal add roundings to those above.
-    assert np.all(np.abs(actual[3] - np.float64(x[3, 0]) * sums) <= (k / 16 + 16) * U * np.float64(1e30) * magnitude)
-    if activations == "int8":
-        np.testing.assert_array_equal(actual[1], 0)
-    else:  # a result below the normal numbers rounds to a multiple of 2**-149, at each of its additions
-        rounding = (k / 16 + 5) * U * 1e-40 * magnitude + (k + 5) * 2.0**-150
-        assert np.all(np.abs(actual[1] - np.float64(x[1, 0]) * sums) <= rounding)
-        assert np.any(actual[1])
+    usual = (sizes == 1)[:, 0]
+    assert_same_bits(actual[usual], weights.matmul(np.where(usual[:, None], x, np.float32(1)), activations)[usual])
+    error = np.abs(actual - x.astype(np.float64) @ weights.values.astype(np.float64).T)
+    terms = np.sqrt((x.astype(np.float64) ** 2) @ (weights.values.astype(np.float64) ** 2).T)
+    tolerance = np.sqrt(5e-4) if activations == "int8" and not block_format.plain else (k / 16 + 16) * U
+    # A result below the normal numbers rounds to a multiple of 2**-149; of float32 activations at each addition.
+    rounding = (1 if activations == "int8" and not block_format.plain else k) * 2.0**-149
+    assert np.all(error <= tolerance * terms + rounding), (error, terms)
+
+
+@pytest.mark.parametrize("block_format", [FORMATS["Q4_1"], FORMATS["Q4_K"]], ids=["Q4_1", "Q4_K"])
+def test_what_minima_cancel_does_not_overflow(block_format: Format) -> None:
+    """``d * sum(q x)`` and ``m * sum(x)`` are beyond float32 each, and their difference is not."""
+    m, k = 4, 512
+    block = np.zeros(block_format.block_nbytes, np.uint8)
+    if block_format.name == "Q4_1":  # d = 1, m = -8, and q from 7 to 9
+        block[:4] = np.array([1, -8], np.float16).view(np.uint8)
+        block[4:] = np.tile([0x97, 0x79], 8)
+    else:  # d * 1, dmin * 8, likewise
+        block[:4] = np.array([1, 1], np.float16).view(np.uint8)
+        block[4:16] = [1, 1, 1, 1, 8, 8, 8, 8, 0x81, 0x81, 0x81, 0x81]
+        block[16:] = np.tile([0x97, 0x79], 64)
+    weights = Weights.of(block_format, np.tile(block, m * k // block_format.block_weights).tobytes(), m)
+    assert set(np.unique(weights.values)) == {-1, 1}
+    x = np.full((2, k), 6e37, np.float32)
+    x[:, 1::2] = 3e37
+    x[1, 16:] = 0
+    exact = x.astype(np.float64) @ weights.values.astype(np.float64).T
+    np.testing.assert_allclose(weights.matmul(x, "int8"), exact, rtol=1e-2, atol=1e36)
 
 
 @each_product

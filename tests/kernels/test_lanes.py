@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from gguf_files import random_blocks
-from lanes import LaneGPU, expected_reads, run_dequantization, run_product
+from gguf_files import random_blocks, small_blocks
+from lanes import LaneGPU, dequantized, expected_reads, run_dequantization, run_product
 from lanes_machine import LaneError, Settings
 
 from qmm.arrays import View
@@ -155,6 +155,37 @@ def test_results_may_take_the_place_of_the_activations(name: str, rng: np.random
         assert gpu.prepare(FORMATS[name], weights, size, size, view, view, int8).meet(both.start, both.start)
         gpu.matmul(FORMATS[name], weights, size, size, view, view, int8, 0)
     np.testing.assert_array_equal(np.frombuffer(both.data, np.float32), expected[0])
+
+
+RANGE = np.array([[3.4e38], [1e37], [1e-36], [2e-38]], np.float32)
+"""Sizes of activations: where sums of a block would overflow as float32, and where a block's scale is subnormal."""
+SUBNORMAL = np.array([[1e-40], [1e-42]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "int8"),
+    [*((name, True) for name in ("Q8_0", "Q4_1", "Q2_K", "Q4_K")), ("F16", False), ("Q5_1", False)],
+    ids=lambda value: {True: "int8", False: "f16"}.get(value, value),
+)
+@pytest.mark.parametrize("x_shift", [0, 4], ids=["quantized here", "quantized before"])
+def test_activations_may_be_of_any_size(name: str, int8: bool, x_shift: int, rng: np.random.Generator) -> None:
+    m, k = 3, 512
+    x = rng.uniform(-1, 1, (4, k)).astype(np.float32) * RANGE
+    if int8:
+        x = np.concatenate([x, rng.uniform(-1, 1, (2, k)).astype(np.float32) * SUBNORMAL])
+    data = small_blocks(name, (m, k), rng)
+    matrix = dequantized(FORMATS[name], data, m, k).astype(np.float64)
+    with LaneGPU(HOPPER) as gpu:
+        weights = gpu.add("weights", data, constant=True, shift=2)
+        source, target = gpu.add("x", x.tobytes(), shift=x_shift), gpu.add("y", 4 * len(x) * m)
+        x_view = View(x.shape, (4 * k, 4), "float32", source.start, 0)
+        y_view = View((len(x), m), (4 * m, 4), "float32", target.start, 0)
+        gpu.matmul(FORMATS[name], weights.start, m, k, x_view, y_view, int8, 0)
+    y = np.frombuffer(target.data, np.float32).reshape(len(x), m)
+    terms = (x.astype(np.float64) ** 2) @ (matrix.T**2)
+    error = (y - x.astype(np.float64) @ matrix.T) ** 2
+    rounding = k * 2.0**-150  # of sums that are subnormal numbers
+    assert np.all(error <= (np.sqrt((5e-4 if int8 else 1e-6) * terms) + rounding) ** 2), error / terms
 
 
 @pytest.mark.parametrize("int8", [True, False], ids=["int8", "f16"])
