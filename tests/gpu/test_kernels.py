@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from gguf_files import random_blocks
+from gguf_files import random_blocks, small_blocks
 
 from qmm.arrays import View
 from qmm.gpu import GPU
@@ -169,21 +169,27 @@ def test_what_is_not_finite_is_not_lost(gpu: GPU, int8: bool, rng: np.random.Gen
     np.testing.assert_array_equal(y[[0, 3]], clean)
 
 
+SIZES = np.array([3.4e38, 1e37, 1e30, 1e6, 1e-6, 1e-30, 1e-36, 2e-38, 1e-40, 1e-42], np.float32)
+"""Of activations: where sums of a block would overflow as float32, where a block's scale is subnormal, and between."""
+
+
+@formats
 @pytest.mark.parametrize("int8", [True, False], ids=["int8", "f16"])
-@pytest.mark.parametrize("magnitude", [1e-44, 1e-30, 1e-6, 1e6, 1e30])
-def test_any_magnitude_of_activation(gpu: GPU, int8: bool, magnitude: float, rng: np.random.Generator) -> None:
-    block_format = FORMATS["Q8_0"]
-    data = blocks_of(block_format, 5, 512, rng)
-    weights = oracle(block_format, data, 5, 512).astype(np.float64)
-    weights /= np.abs(weights).max()
-    x = (rng.standard_normal((4, 512)) * magnitude).astype(np.float32)
+def test_activations_may_be_of_any_size(gpu: GPU, block_format: Format, int8: bool, rng: np.random.Generator) -> None:
+    int8 = int8 and not block_format.plain
+    sizes = SIZES if int8 else SIZES[SIZES > 2.0**-126]  # smaller ones are rounded to multiples of 2**-136
+    m, k = 5, depths(block_format)[1]
+    data = np.frombuffer(small_blocks(block_format.name, (m, k), rng), np.uint8)
+    weights = oracle(block_format, data, m, k).astype(np.float64)
+    x = rng.uniform(-1, 1, (len(sizes), k)).astype(np.float32) * sizes[:, None]
     with Area(gpu, data) as address:
-        y = gpu.matmul_host(block_format, address, 5, 512, x, int8, gpu.stream)
-    expected = x.astype(np.float64) @ oracle(block_format, data, 5, 512).astype(np.float64).T
-    if magnitude < 1e-37:  # below the smallest block that is not flushed
-        assert (y == 0).all()
-    else:
-        assert ((y - expected) ** 2).sum() <= TOLERANCE[int8] * (expected**2).sum()
+        together = gpu.matmul_host(block_format, address, m, k, x, int8, gpu.stream)
+        alone = [gpu.matmul_host(block_format, address, m, k, x[i : i + 1], int8, gpu.stream) for i in range(len(x))]
+    wide = x.astype(np.float64)
+    bound = (np.sqrt(TOLERANCE[int8] * (wide**2 @ (weights.T**2))) + k * 2.0**-150) ** 2
+    for y in (together, np.concatenate(alone)):
+        error = (y - wide @ weights.T) ** 2
+        assert np.all(error <= bound), error / bound
 
 
 def test_float16_activations_are_what_the_formula_says(gpu: GPU, rng: np.random.Generator) -> None:
