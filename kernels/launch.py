@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -168,7 +169,7 @@ class Launch:
             kernel: what to launch.
             device: where; it is the current device.
             blocks: how many.
-            arguments: of the kernel, whole numbers all.
+            arguments: of the kernel, whole numbers all, of any kind.
             shared_nbytes: shared memory of a block.
             early: whether it may start before the kernel before it ends; it must be written so as to wait itself.
 
@@ -178,7 +179,7 @@ class Launch:
         if len(arguments) != kernel.arguments:
             raise TypeError(f"{kernel.name} takes {kernel.arguments} arguments, not {len(arguments)}")
         self.kernel = kernel
-        self.arguments = (ctypes.c_int64 * len(arguments))(*arguments)
+        self.arguments = (ctypes.c_int64 * len(arguments))(*map(operator.index, arguments))
         start = ctypes.addressof(self.arguments)
         self._addresses = (ctypes.c_void_p * len(arguments))(*[start + 8 * i for i in range(len(arguments))])
         self._packed = ctypes.addressof(self._addresses)
@@ -271,8 +272,10 @@ def matvec_kernel(block_format: Format, schedule: Schedule) -> CUDAKernel:
         "RUN_MINIMA": activations.sums > 0 and block_format.run_minima,
         "RUN_NBYTES": activations.run_nbytes,
         "RUN_STEP": activations.run_step(block_format),
-        "SCALES_APART": block_format.runs > 4 and activations.columns == COLUMN_TILES[-1],  # else ptxas spills
+        # Loaded by pairs of columns, or ptxas spills.
+        "SCALES_APART": activations.columns >= (16 >> (block_format.runs > 4) >> (activations.sums > 0)),
         "SUMS": activations.sums,
+        "SUMS_APART": activations.columns == COLUMN_TILES[-1],
         "X_BULK": schedule.x_bulk,
         "X_NBYTES": activations.nbytes(1),
         "X_SHARED": schedule.x_shared,

@@ -238,14 +238,14 @@ def multiply(
                             for e in unroll(4):
                                 square[2 * above + e] = sums[e]
                     elif INT8:
-                        if SUMS == 1 or RUN_MINIMA:
-                            sums_x = load_columns(x_sums + scale_block * (4 * COLUMNS))
-                        if RUN_MINIMA:
-                            other_sums = load_columns(x_sums + (scale_blocks + scale_block) * (4 * COLUMNS))
-                        elif SUMS == 2:  # factored, this address makes ptxas spill (Q5_K, n = 1, sm_90)
-                            sums_x = load_columns(
-                                x_sums + half * scale_blocks * (4 * COLUMNS) + scale_block * (4 * COLUMNS)
-                            )
+                        at_sums = x_sums + scale_block * (4 * COLUMNS)
+                        if SUMS == 2 and not RUN_MINIMA:
+                            # Factored, this address makes ptxas spill (Q5_K, n = 1, sm_90).
+                            at_sums = x_sums + half * scale_blocks * (4 * COLUMNS) + scale_block * (4 * COLUMNS)
+                        if SUMS and not SUMS_APART:
+                            sums_x = load_columns(at_sums)
+                            if RUN_MINIMA:
+                                other_sums = load_columns(at_sums + scale_blocks * (4 * COLUMNS))
                         scale = registers(LANE_ROWS, 0.0)
                         minimum = registers(LANE_ROWS, 0.0)
                         q = registers(LANE_ROWS, 0)
@@ -264,6 +264,10 @@ def multiply(
                         for pair in unroll((COLUMNS + 1) // 2):
                             if SCALES_APART:
                                 scales_x = load_pair(x_scales + scale_block * (4 * COLUMNS) + 8 * pair)
+                            if SUMS and SUMS_APART:
+                                sums_x = load_pair(at_sums + 8 * pair)
+                                if RUN_MINIMA:
+                                    other_sums = load_pair(at_sums + scale_blocks * (4 * COLUMNS) + 8 * pair)
                             x_words = load_values(mine + 32 * pair)
                             if AT_ONCE == 2:
                                 x_other = load_values(mine + RUN_NBYTES + 32 * pair)
@@ -277,9 +281,12 @@ def multiply(
                                             scale[above + below], dots[2 * below + e], scale[above + below] * BIAS
                                         )
                                         if HAS_MINIMUM:
-                                            dot -= minimum[above + below] * sums_x[2 * pair + e]
+                                            dot -= minimum[above + below] * sums_x[(0 if SUMS_APART else 2 * pair) + e]
                                         if RUN_MINIMA:
-                                            dot -= other_minimum[above + below] * other_sums[2 * pair + e]
+                                            dot -= (
+                                                other_minimum[above + below]
+                                                * other_sums[(0 if SUMS_APART else 2 * pair) + e]
+                                            )
                                         total[(above + below) * COLUMNS + 2 * pair + e] = fused(
                                             scales_x[e if SCALES_APART else 2 * pair + e],
                                             dot,

@@ -257,7 +257,7 @@ class GPU(Closing):
             DeviceError: there is not enough.
         """
         with self.errors(f"{nbytes} bytes for {what}"), current_device(self.device):
-            return self._make("cudaFree", "cudaMalloc", nbytes)
+            return self._make("cudaFree", "cudaMalloc", operator.index(nbytes))
 
     def free(self, address: int) -> None:
         """Give memory back, once the device is done with it. Twice is harmless."""
@@ -290,7 +290,7 @@ class GPU(Closing):
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         """Copy between any two addresses, on a stream."""
         with self.errors(f"copying {nbytes} bytes"), current_device(self.device):
-            call("cudaMemcpyAsync", target, source, nbytes, 4, stream)  # cudaMemcpyDefault
+            call("cudaMemcpyAsync", *map(operator.index, (target, source, nbytes)), 4, stream)  # cudaMemcpyDefault
 
     def synchronize(self, stream: int) -> None:
         """Wait for a stream; an error of what ran on it shows here."""
@@ -430,6 +430,7 @@ class GPU(Closing):
     def _prepared(
         self, block_format: Format, weights: int, m: int, k: int, x: View, out: View, int8: bool, apart: bool
     ) -> Product:
+        weights, m, k = map(operator.index, (weights, m, k))
         if k == 0:
             return self._zero_product(m, out)
         n = math.prod(x.shape[:-1])
@@ -519,6 +520,7 @@ class GPU(Closing):
 
     def dequantize(self, block_format: Format, weights: int, m: int, k: int, out: int, stream: int) -> None:
         """Float32 weights, ``(m, k)`` row-major at ``out``, a multiple of 16 bytes."""
+        weights, m, k, out = map(operator.index, (weights, m, k, out))
         if m == 0 or k == 0:
             return
         row_nbytes = block_format.row_nbytes(k)
