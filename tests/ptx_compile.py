@@ -6,6 +6,9 @@ machine would get it. The expensive steps are done once where their result is th
 * Numba's part (types and LLVM IR, 1 to 5 s a kernel) does not look at the target;
 * NVVM's part (0.1 to 0.5 s) gives the same PTX but for its ``.target`` line within each of two families.
 
+The usual run compiles the kernels of TELLING for every machine, and of other formats what a Hopper GPU takes for one
+column and for eight; ``QMM_PTX=all`` compiles all (five minutes more on two CPUs). Run that when a kernel has changed.
+
 ``test_ptx.py`` compares what comes out with :meth:`qmm.kernels.launch.CUDAKernel.ptx`, target by target. ptxas (0.1 to
 0.5 s), which allots the registers, runs for every target of a kernel.
 """
@@ -75,6 +78,9 @@ MACHINES = {
     Machine(82, 101376, False): ("sm_86", "sm_89"),  # RTX 3090
 }
 """A GPU of each kind and the targets that it stands for."""
+EVERY = os.environ.get("QMM_PTX") == "all"
+TELLING = ("Q2_K", "Q4_K")
+"""Formats that are compiled for every machine in the usual run: ptxas is likeliest to spill with them."""
 
 
 class Spec(NamedTuple):
@@ -140,13 +146,14 @@ def of_dequantization(name: str, machine: Machine, alignment: int = 16) -> Spec:
 def products_of(name: str, machine: Machine) -> Iterator[Spec]:
     """Products of a format, those whose kernels take longest to compile first."""
     best = not FORMATS[name].plain
-    for n in (8, 4, 2, 1) if machine is HOPPER else (8, 1):
+    every = EVERY or name in TELLING
+    for n in (8, 4, 2, 1) if machine is HOPPER and every else (8, 1):
         yield of_product(name, machine, n, int8=best)
     if machine in (HOPPER, AMPERE):
         yield of_product(name, machine, 8, int8=False)
-    if machine is HOPPER:
+    if machine is HOPPER and every:
         yield of_product(name, machine, 2, int8=False)
-    if machine is HOPPER and name in VARIED:
+    if machine is HOPPER and name in VARIED and every:
         yield of_product(name, machine, 8, int8=best, k=65536)  # activations in global memory
         yield of_product(name, machine, 8, int8=best, m=4096, k=14336)  # activations by one bulk copy
         yield of_product(name, machine, 8, int8=best, m=512)  # fewer rows a lane
@@ -160,9 +167,11 @@ def products_of(name: str, machine: Machine) -> Iterator[Spec]:
 
 def kernels_of(name: str) -> Group:
     """The kernels of a format."""
-    specs = {machine: list(products_of(name, machine)) for machine in MACHINES}
+    machines = MACHINES if EVERY or name in TELLING else (HOPPER,)
+    specs = {machine: list(products_of(name, machine)) for machine in machines}
     for machine in (HOPPER, AMPERE):
-        specs[machine].append(of_dequantization(name, machine))
+        if machine in specs:
+            specs[machine].append(of_dequantization(name, machine))
     return group(specs)
 
 

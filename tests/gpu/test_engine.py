@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -265,8 +266,9 @@ def test_arrays_on_the_wrong_side_are_refused(path: Path, library) -> None:
         engine.matmul("q8_0", x, out=out)
 
 
-def test_copies_take_exactly_their_bytes_and_mapped_ones_none(path: Path) -> None:
-    with qmm.open(path) as model:
+def test_copies_take_exactly_their_bytes_and_mapped_ones_none(path: Path, tmp_path: Path) -> None:
+    alone = shutil.copy(path, tmp_path)  # of which no other engine has registered more
+    with qmm.open(alone) as model:
         with qmm.Engine(model, "cuda", "device") as engine:
             assert engine.weights_nbytes == 0
             engine.matmul("q4_k", np.zeros((1, 768), np.float32))
