@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -13,8 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import qmm
-from qmm.errors import QmmError, UnsupportedTypeError
-from qmm.info import PatternError, matching
+from qmm.errors import PatternError, QmmError, UnsupportedTypeError
 from qmm.output import OutputError, json_text, line_width, say, show, take_streams
 from qmm.progress import Bar
 from qmm.report import Report
@@ -117,6 +117,11 @@ def _gpu(text: str) -> int:
     return int(device.partition(":")[2] or 0)
 
 
+def _name(text: str) -> str:
+    """A name or a pattern as files have it, which is UTF-8 whatever the terminal's encoding is."""
+    return os.fsencode(text).decode("utf-8", "surrogateescape")
+
+
 def _whole(minimum: int) -> Callable[[object], int]:
     """A parser of whole numbers from ``minimum`` on."""
 
@@ -162,7 +167,8 @@ SeedOption = Annotated[
     int, typer.Option(parser=_whole(0), metavar="SEED", help="Of the random activations: a whole number from 0 on.")
 ]
 TensorsOption = Annotated[
-    str, typer.Option(metavar="PATTERN", help="Only tensors whose names match, as in 'blk.0.*'; quote it.")
+    str,
+    typer.Option(parser=_name, metavar="PATTERN", help="Only tensors whose names match, as in 'blk.0.*'; quote it."),
 ]
 
 
@@ -255,7 +261,12 @@ def run(
     file: FileArgument,
     tensor: Annotated[
         str | None,
-        typer.Argument(metavar="[TENSOR]", help="A tensor's name; without it, the largest matrix.", show_default=False),
+        typer.Argument(
+            parser=_name,
+            metavar="[TENSOR]",
+            help="A tensor's name; without it, the largest matrix.",
+            show_default=False,
+        ),
     ] = None,
     n: Annotated[int, typer.Option("--n", parser=_whole(1), metavar="N", help="Columns (rows of x), 1 or more.")] = 1,
     seed: SeedOption = 0,
@@ -319,6 +330,7 @@ def verify(
     columns: tuple[int, ...] = n
 
     def work(bar: Bar) -> Report:
+        from qmm.info import matching
         from qmm.verify import verify as check_all
 
         modes = ["int8", "f16"] if activations == "both" else [activations]
@@ -369,9 +381,9 @@ def _present(work: Callable[[Bar], Report], as_json: bool) -> None:
         show(report.document().split("\n") if as_json else lines_of(report.blocks(), line_width()))
     except (QmmError, MemoryError) as error:
         text = str(error) if isinstance(error, QmmError) else f"{OUT_OF_MEMORY} {error}".strip()
+        say(f"error: {text}")
         if as_json:
             show([json_text({"error": {"type": type(error).__name__, "message": text}})])
-        say(f"error: {text}")
         raise typer.Exit(USAGE if isinstance(error, PatternError) else ERROR) from error
     if not report.ok:
         raise typer.Exit(CHECK_FAILED)

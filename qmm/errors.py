@@ -17,6 +17,7 @@ __all__ = [
     "FileMissingError",
     "GGUFError",
     "MappingError",
+    "PatternError",
     "QmmError",
     "RegistrationError",
     "TensorNotFoundError",
@@ -67,6 +68,10 @@ class DeviceError(QmmError):
 
 class TensorNotFoundError(QmmError, KeyError):
     """The model has no tensor of that name; the message suggests near ones."""
+
+
+class PatternError(TensorNotFoundError):
+    """No tensor of the model has a name that matches a pattern."""
 
 
 class UnsupportedTypeError(QmmError):

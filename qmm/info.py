@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from qmm.errors import TensorNotFoundError
+from qmm.errors import PatternError
 from qmm.kernels.formats import FORMATS
 from qmm.loaders.metadata import Metadata
 from qmm.model import Model, Tensor
@@ -22,7 +22,6 @@ from qmm.tables import Block, Facts, Table, dimensions, mark, shortened
 __all__ = [
     "InfoReport",
     "MetadataRow",
-    "PatternError",
     "TensorRow",
     "TypeRow",
     "describe",
@@ -31,10 +30,6 @@ __all__ = [
 ]
 
 MATRIX_ROW_PADDING = 512
-
-
-class PatternError(TensorNotFoundError):
-    """No tensor's name matches a pattern."""
 
 
 def padding_nbytes(type_name: str, k: int) -> int:
