@@ -338,6 +338,7 @@ def verify(
             chosen = matching(model, tensors)
             with _engine(model, device, placement, [tensor.name for tensor in chosen]) as engine:
                 bar.stage(engine.explanation)
+                bar.stage(f"checking {len(chosen)} tensors, n = {', '.join(map(str, columns))}")
                 bar.start(len(chosen))
                 report = check_all(engine, model, chosen, columns, modes, seed, lambda tensor: bar.step(tensor.name))
                 used = engine.device, engine.placement
@@ -346,7 +347,7 @@ def verify(
         from qmm.paranoid import Job, check_guarded
 
         names = tuple(tensor.name for tensor in chosen)
-        bar.stage(f"between guards, {used[1]}")
+        bar.stage(f"checking {len(names)} tensors between guards, {used[1]}")
         bar.start(len(names))
         job = Job(str(file), *used, names, columns, tuple(modes), seed)
         return replace(report, guards=tuple(check_guarded(job, bar.step)))

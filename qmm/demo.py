@@ -94,6 +94,7 @@ def demo(
         stage(engine.explanation)
         tensors = [tensor for tensor in model.values() if tensor.supported]
         compile_seconds = _compile(engine, tensors, stage)
+        stage(f"multiplying by {len(tensors)} tensors")
         start(len(tensors))
         checks, times = [], []
         repeats = REPEATS["cpu" if engine.device == "cpu" else "cuda"]

@@ -191,8 +191,8 @@ class InfoReport(Report):
         keys = [(row.key, row.type, "-" if row.value is None else shortened(row.value)) for row in self.metadata]
         yield Table("metadata", ("~key", "type", "~value"), keys)
         yield Table(
-            "tensors",
-            ("~name", "type", ">shape", ">bytes", ">offset", "kernels", ">ggml pads"),
+            "tensors: padding is what ggml would allocate behind them on a GPU, in bytes",
+            ("~name", "type", ">shape", ">bytes", ">offset", ">padding"),
             [
                 (
                     row.name,
@@ -200,7 +200,6 @@ class InfoReport(Report):
                     dimensions(row.shape),
                     f"{row.nbytes:,}",
                     f"{row.offset:,}",
-                    mark(row.supported),
                     f"{row.padding_nbytes:,}" if row.padding_nbytes else "-",
                 )
                 for row in self.tensors
@@ -208,7 +207,7 @@ class InfoReport(Report):
         )
         yield Table(
             "types",
-            ("type", "kernels", ">tensors", ">bytes", ">ggml pads", ">padding bytes"),
+            ("type", "kernels", ">tensors", ">bytes", ">padded", ">padding"),
             [
                 (
                     row.type,

@@ -81,5 +81,5 @@ class Bar:
 
     def _tick(self) -> None:
         while not self._ended.wait(SILENCE):
-            count = f"{self._done} of {self._total} done, " if self._total else ""
+            count = f"{self._done} of {self._total} done, now after " if self._done else ""
             say(f"{time.monotonic() - self._began:.0f} s: {count}{self._text}")

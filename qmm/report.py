@@ -297,11 +297,11 @@ class DemoReport(Report):
         rows.append(
             [
                 "all",
-                "",
+                "-",
                 self.tensors,
                 significant(self.nbytes / 1e6),
-                "",
-                "",
+                "-",
+                "-",
                 mark(all(row.bit_exact for row in self.rows)),
                 *map(scientific, totals),
                 mark(self.ok),

@@ -41,6 +41,9 @@ ALIGNED = 64
 WORDS = re.compile(r"`[^`]*`\S*|\S+")
 """What a line is broken between: words, where a command in backquotes is one."""
 
+PARTS = re.compile(r"[^._/-]*[._/-]+|[^._/-]+")
+"""What a word that is longer than a line is broken between."""
+
 
 def plain(value: Any) -> Any:
     """A value as JSON has it: dataclasses become objects, NumPy's numbers and arrays Python's."""
@@ -168,8 +171,21 @@ def _folded(text: str, width: int | None, break_words: bool = False) -> list[str
         return [text]
     words = [str(word) for word in WORDS.findall(text)]
     if break_words:
-        words = [part for word in words for part in (chop_cells(word, width) if _cells(word) > width else [word])]
+        words = [part for word in words for part in _broken(word, width)]
     return _joined(words, width)
+
+
+def _broken(word: str, width: int) -> list[str]:
+    """Pieces of at most ``width`` cells; they end behind a dot, a slash or the like where there is one."""
+    if _cells(word) <= width:
+        return [word]
+    pieces = [""]
+    for part in PARTS.findall(word):
+        if _cells(pieces[-1]) + _cells(part) <= width:
+            pieces[-1] += part
+        else:
+            pieces.extend(chop_cells(part, width))
+    return [piece for piece in pieces if piece]
 
 
 def _joined(words: Iterable[str], width: int) -> list[str]:
