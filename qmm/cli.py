@@ -126,8 +126,8 @@ def _whole(minimum: int) -> Callable[[object], int]:
     """A parser of whole numbers from ``minimum`` on."""
 
     def parse(value: object) -> int:
-        if not re.fullmatch("[0-9]{1,18}", str(value)) or int(str(value)) < minimum:
-            raise typer.BadParameter(f"{value!r} is no whole number from {minimum} on.")
+        if not re.fullmatch("[0-9]{1,12}", str(value)) or int(str(value)) < minimum:
+            raise typer.BadParameter(f"{value!r} is no whole number from {minimum} on, of at most 12 digits.")
         return int(str(value))
 
     return parse
@@ -136,8 +136,8 @@ def _whole(minimum: int) -> Callable[[object], int]:
 def _columns(text: str) -> tuple[int, ...]:
     """``--n`` of ``verify``."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch("[0-9]{1,18}", part) and int(part) for part in parts):
-        raise typer.BadParameter(f"{text!r} is no list of whole numbers above 0, such as 1,2,8.")
+    if not all(re.fullmatch("[0-9]{1,12}", part) and int(part) for part in parts):
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers above 0, of at most 12 digits, such as 1,2,8.")
     return tuple(dict.fromkeys(map(int, parts)))
 
 

@@ -50,8 +50,7 @@ def show(lines: Iterable[str]) -> None:
 
 
 def say(text: str) -> None:
-    """Print one line on stderr, after what is on stdout."""
-    sys.stdout.flush()
+    """Print one line on stderr."""
     sys.stderr.write(f"{printable(text)}\n")
     sys.stderr.flush()
 

@@ -41,6 +41,7 @@ ALIGNED = 64
 WORDS = re.compile(r"`[^`]*`\S*|\S+")
 """What a line is broken between: words, where a command in backquotes is one."""
 
+NUMBER = re.compile("[0-9.,e+-]+")
 PARTS = re.compile(r"[^._/-]*[._/-]+|[^._/-]+")
 """What a word that is longer than a line is broken between."""
 
@@ -79,7 +80,7 @@ class Table:
         heads = [column.lstrip(">~") for column in self.columns]
         rows = [[printable(str(cell)) for cell in row] for row in self.rows]
         columns = list(zip(heads, *rows, strict=True))
-        widths = self._widths([max(map(_cells, column)) for column in columns], width)
+        widths = self._widths(columns, width)
         if widths is None:
             yield from self._list(heads, rows, width or 0)
             return
@@ -92,17 +93,19 @@ class Table:
                 yield rule
             yield from self._row(row, widths, width)
 
-    def _widths(self, natural: list[int], width: int | None) -> list[int] | None:
+    def _widths(self, columns: Sequence[Sequence[str]], width: int | None) -> list[int] | None:
         """Each column's cells; columns of texts get what the others leave. None if that is too little."""
+        natural = [max(map(_cells, column)) for column in columns]
         texts = [index for index, column in enumerate(self.columns) if column.startswith("~")]
         if width is None:
             return [min(cells, ALIGNED) if index in texts else cells for index, cells in enumerate(natural)]
         room = width - len(GAP) * (len(natural) - 1) - sum(natural)
         limit = max((natural[index] for index in texts), default=0)
+        least = {} if room >= 0 else {index: _longest_number(columns[index]) for index in texts}
         while room < 0 and limit > NARROWEST:
             limit -= 1
             for index in texts:
-                if natural[index] > limit:
+                if natural[index] > max(limit, least[index]):
                     natural[index] -= 1
                     room += 1
         return natural if room >= 0 else None
@@ -163,6 +166,10 @@ def lines_of(blocks: Iterable[Block], width: int | None) -> Iterator[str]:
 
 def _cells(text: str) -> int:
     return len(text) if text.isascii() else cell_len(text)
+
+
+def _longest_number(cells: Iterable[str]) -> int:
+    return max((len(cell) for cell in cells if NUMBER.fullmatch(cell)), default=0)
 
 
 def _folded(text: str, width: int | None, break_words: bool = False) -> list[str]:

@@ -167,3 +167,9 @@ def test_names_in_utf8_are_found_and_shown_in_every_encoding(tmp_path: Path) -> 
     assert "重み" in out[0].decode()
     assert all(rb"\u91cd\u307f" in text and text.isascii() for text in out[1:])
     assert not any(b"\nw " in text for text in out)
+
+
+def test_a_warning_is_one_line_of_characters_that_show() -> None:
+    code = "import warnings, qmm.output; qmm.output.take_streams(); warnings.warn('a\\x1b[2J\\nb', RuntimeWarning)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert done.stderr == b"warning: a\\x1b[2J\\nb\n"

@@ -284,3 +284,11 @@ def test_a_word_without_a_place_to_break_is_broken_where_the_line_ends() -> None
         "b重重重重重重",
         "重重重重",
     ]
+
+
+def test_a_number_among_texts_is_not_broken_either() -> None:
+    rows = [("a.key.of.some.length", "uint64", str(2**64 - 1)), ("b", "string", "some text, which may be broken")]
+    for width in (34, 44, 48, 56):
+        text = "\n".join(lines_of([Table("", ("~key", "type", "~value"), rows)], width))
+        assert str(2**64 - 1) in text
+        assert max(map(len, text.splitlines())) <= width
