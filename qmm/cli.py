@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +12,24 @@ from typer.core import TyperCommand, TyperGroup
 
 import qmm
 from qmm.errors import PatternError, QmmError, UnsupportedTypeError
+from qmm.options import (
+    ActivationsOption,
+    ArraysOption,
+    CheckedActivationsOption,
+    CheckedColumnsOption,
+    ColumnsOption,
+    DeviceOption,
+    FileArgument,
+    FolderOption,
+    GPUOption,
+    JsonOption,
+    ParanoidOption,
+    PlacementOption,
+    RepeatsOption,
+    SeedOption,
+    TensorArgument,
+    TensorsOption,
+)
 from qmm.output import OutputError, json_text, line_width, say, show, take_streams
 from qmm.progress import Bar
 from qmm.report import Report
@@ -37,7 +52,7 @@ EPILOG = (
     "line is wrong; 3, an error, whose message is on stderr, and with --json on stdout too, as "
     '{"error": {"type": ..., "message": ...}}; 130, interrupted by Ctrl-C; 141, stdout is a pipe that was closed.'
 )
-# click's base of all errors in the command line; it is a package of its own, or a part of typer from 0.22 on.
+# click's base of all errors in the command line; it is a package of its own, or a part of newer releases of typer.
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 
@@ -62,10 +77,10 @@ class _Command(TyperCommand):
 class _Group(TyperGroup):
     """The commands; errors in the command line are printed as all others are."""
 
-    def main(self, *arguments: Any, **options: Any) -> Any:
+    def main(self, *arguments: Any, **settings: Any) -> Any:
         """Run the command that the arguments name, and exit."""
         try:
-            status = super().main(*arguments, **{**options, "standalone_mode": False})
+            status = super().main(*arguments, **{**settings, "standalone_mode": False})
         except UsageError as error:
             asked = f"{error.ctx.command_path if error.ctx else 'qmm'} --help"
             if type(error).__name__ == "NoArgsIsHelpError":
@@ -86,90 +101,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # an error that is not a QmmError is a bug, and its traceback is for copying
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-# Parsers of options. Some releases of typer hand them the default as it is, which is why they take any object.
-
-
-def _one_of(*names: str) -> Callable[[object], str]:
-    def parse(value: object) -> str:
-        if value not in names:
-            raise typer.BadParameter(f"{value!r} is none of {', '.join(names)}.")
-        return str(value)
-
-    return parse
-
-
-def _device(text: str) -> str:
-    """``--device``, as engines take it."""
-    if re.fullmatch("[0-9]+", text):
-        return f"cuda:{text}"
-    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", text):
-        raise typer.BadParameter(f"{text!r} is no device. Choose auto, cpu, cuda or cuda:N, with CUDA's number N.")
-    return text
-
-
-def _gpu(text: str) -> int:
-    """``--device`` of a command that needs a GPU: CUDA's number of it."""
-    device = _device(text)
-    if device == "cpu":
-        raise typer.BadParameter("smoke is about GPUs. Choose auto, cuda or cuda:N, with CUDA's number N.")
-    return int(device.partition(":")[2] or 0)
-
-
-def _name(text: str) -> str:
-    """A name or a pattern as files have it, which is UTF-8 whatever the terminal's encoding is."""
-    return os.fsencode(text).decode("utf-8", "surrogateescape")
-
-
-def _whole(minimum: int) -> Callable[[object], int]:
-    """A parser of whole numbers from ``minimum`` on."""
-
-    def parse(value: object) -> int:
-        if not re.fullmatch("[0-9]{1,12}", str(value)) or int(str(value)) < minimum:
-            raise typer.BadParameter(f"{value!r} is no whole number from {minimum} on, of at most 12 digits.")
-        return int(str(value))
-
-    return parse
-
-
-def _columns(text: str) -> tuple[int, ...]:
-    """``--n`` of ``verify``."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch("[0-9]{1,12}", part) and int(part) for part in parts):
-        raise typer.BadParameter(f"{text!r} is no list of whole numbers above 0, of at most 12 digits, such as 1,2,8.")
-    return tuple(dict.fromkeys(map(int, parts)))
-
-
-# Options that several commands have.
-FileArgument = Annotated[
-    Path, typer.Argument(metavar="FILE", help="A GGUF file; of a split model, any of its files.", show_default=False)
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-DeviceOption = Annotated[
-    str,
-    typer.Option(
-        parser=_device,
-        metavar="DEVICE",
-        help="Where to multiply: auto (a GPU if one can be used), cpu, cuda, or cuda:N with CUDA's number N.",
-    ),
-]
-PlacementOption = Annotated[
-    str,
-    typer.Option(
-        parser=_one_of("auto", "mapped", "device", "host"),
-        metavar="PLACEMENT",
-        help="Where the weights are read from: mapped (a GPU reads the mapped file), device (a copy in the GPU's "
-        "memory), host (the CPU reads the mapped file), or auto.",
-    ),
-]
-SeedOption = Annotated[
-    int, typer.Option(parser=_whole(0), metavar="SEED", help="Of the random activations: a whole number from 0 on.")
-]
-TensorsOption = Annotated[
-    str,
-    typer.Option(parser=_name, metavar="PATTERN", help="Only tensors whose names match, as in 'blk.0.*'; quote it."),
-]
 
 
 def main() -> None:
@@ -213,12 +144,7 @@ def tour(
 def demo(
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Where the model (253 MB) is kept; else the user's cache.", show_default=False
-        ),
-    ] = None,
+    folder: FolderOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Everything on a real model: opened, multiplied, timed and checked, tensor by tensor.
@@ -242,7 +168,7 @@ def demo(
 def info(
     file: FileArgument,
     tensors: TensorsOption = "*",
-    arrays: Annotated[bool, typer.Option("--arrays", help="Read the metadata's arrays and long texts too.")] = False,
+    arrays: ArraysOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """What a file holds: metadata, tensors, types, and which tensors ggml would have to pad on a GPU."""
@@ -259,24 +185,11 @@ def info(
 @app.command(cls=_Command, short_help="Multiply by one tensor: result, time, error.", epilog=EPILOG)
 def run(
     file: FileArgument,
-    tensor: Annotated[
-        str | None,
-        typer.Argument(
-            parser=_name,
-            metavar="[TENSOR]",
-            help="A tensor's name; without it, the largest matrix.",
-            show_default=False,
-        ),
-    ] = None,
-    n: Annotated[int, typer.Option("--n", parser=_whole(1), metavar="N", help="Columns (rows of x), 1 or more.")] = 1,
+    tensor: TensorArgument = None,
+    n: ColumnsOption = 1,
     seed: SeedOption = 0,
-    activations: Annotated[
-        str, typer.Option(parser=_one_of("int8", "f16"), metavar="TYPE", help="How x is stored: int8 or f16.")
-    ] = "int8",
-    repeats: Annotated[
-        int,
-        typer.Option(parser=_whole(1), metavar="N", help="Products that are timed, 1 or more; the median is shown."),
-    ] = 20,
+    activations: ActivationsOption = "int8",
+    repeats: RepeatsOption = 20,
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
     as_json: JsonOption = False,
@@ -304,22 +217,12 @@ def run(
 def verify(
     file: FileArgument,
     tensors: TensorsOption = "*",
-    n: Annotated[
-        Any,
-        typer.Option("--n", parser=_columns, metavar="N,...", help="Numbers of columns (rows of x) to multiply by."),
-    ] = "1,2,8",
+    n: CheckedColumnsOption = "1,2,8",
     seed: SeedOption = 0,
-    activations: Annotated[
-        str,
-        typer.Option(
-            parser=_one_of("int8", "f16", "both"), metavar="TYPE", help="How x is stored: int8, f16, or both in turn."
-        ),
-    ] = "both",
+    activations: CheckedActivationsOption = "both",
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
-    paranoid: Annotated[
-        bool, typer.Option("--paranoid", help="Then again between memory that faults, and among poison.")
-    ] = False,
+    paranoid: ParanoidOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check every tensor: dequantized bit for bit against gguf, multiplied against float64.
@@ -358,9 +261,7 @@ def verify(
 @app.command(cls=_Command, short_help="Try, step by step, whether a GPU can read a file.", epilog=EPILOG)
 def smoke(
     file: FileArgument,
-    device: Annotated[
-        Any, typer.Option(parser=_gpu, metavar="DEVICE", help="The GPU: auto, cuda, or cuda:N with CUDA's number N.")
-    ] = "auto",
+    device: GPUOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Eight steps from a file to a GPU kernel that reads it, each with its result and time."""
