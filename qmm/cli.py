@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,7 +99,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # help and errors as plain text: no boxes, and nothing of theirs is markup
-    pretty_exceptions_enable=False,  # an error that is not a QmmError is a bug, and its traceback is for copying
+    pretty_exceptions_enable=False,  # main() prints what is left
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -120,6 +121,11 @@ def main() -> None:
             sys.exit(PIPE_CLOSED)
         say(f"error: {error}")
         sys.exit(ERROR)
+    except Exception:
+        for line in traceback.format_exc().splitlines():
+            say(line)
+        say("error: this is a fault in qmm. Please report it with the lines above.")
+        sys.exit(ERROR)  # and not Python's 1, which would be a failed check
 
 
 def _version(asked: bool) -> None:

@@ -173,3 +173,14 @@ def test_a_warning_is_one_line_of_characters_that_show() -> None:
     code = "import warnings, qmm.output; qmm.output.take_streams(); warnings.warn('a\\x1b[2J\\nb', RuntimeWarning)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
     assert done.stderr == b"warning: a\\x1b[2J\\nb\n"
+
+
+def test_a_fault_in_qmm_is_a_traceback_that_can_be_printed_and_no_failed_check(long: Path) -> None:
+    code = (
+        "import sys, qmm.cli, qmm.info\ndef describe(*asked): raise ValueError('a\\x1b[2J')\n"
+        f"qmm.info.describe = describe; sys.argv[1:] = ['info', {str(long)!r}]; qmm.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (3, b"")
+    assert done.stderr.startswith(b"Traceback")
+    assert b"\nValueError: a\\x1b[2J\nerror: this is a fault in qmm." in done.stderr
