@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable
 from dataclasses import replace
-from enum import StrEnum
-from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
 
 import qmm
-from qmm.errors import QmmError, TensorNotFoundError, UnsupportedTypeError
+from qmm.errors import PatternError, QmmError, UnsupportedTypeError
+from qmm.options import (
+    ActivationsOption,
+    ArraysOption,
+    CheckedActivationsOption,
+    CheckedColumnsOption,
+    ColumnsOption,
+    DeviceOption,
+    FileArgument,
+    FolderOption,
+    GPUOption,
+    JsonOption,
+    ParanoidOption,
+    PlacementOption,
+    RepeatsOption,
+    SeedOption,
+    TensorArgument,
+    TensorsOption,
+)
+from qmm.output import OutputError, json_text, line_width, say, show, take_streams
+from qmm.progress import Bar
 from qmm.report import Report
+from qmm.tables import lines_of
 
 if TYPE_CHECKING:
     from qmm.engine import Engine
@@ -29,60 +43,65 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 CHECK_FAILED = 1
+USAGE = 2
 ERROR = 3
-PLAIN_WIDTH = 200
-"""Columns of a table that is not shown on a terminal, where nothing should be cut off."""
+PIPE_CLOSED = 141  # as a shell shows SIGPIPE
 
+OUT_OF_MEMORY = "there is not enough memory. Fewer columns (--n) or fewer tensors need less."
 EPILOG = (
     "Exit codes: 0, all is well; 1, a check failed (a product outside its tolerance, a step of smoke); 2, the command "
     "line is wrong; 3, an error, whose message is on stderr, and with --json on stdout too, as "
-    '{"error": {"type": ..., "message": ...}}; 130, interrupted by Ctrl-C.'
+    '{"error": {"type": ..., "message": ...}}; 130, interrupted by Ctrl-C; 141, stdout is a pipe that was closed.'
 )
+# click's base of all errors in the command line; it is a package of its own, or a part of newer releases of typer.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+class _Command(TyperCommand):
+    """A command whose help says what its arguments mean, and not of what type they are."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What follows the command's name in its usage."""
+        return ["[OPTIONS]", *(str(param.metavar) for param in self.params if param.param_type_name == "argument")]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the lists of arguments and options."""
+        params: list[Any] = self.get_params(ctx)
+        arguments = [(param.metavar, param.help) for param in params if param.param_type_name == "argument"]
+        options = [param.get_help_record(ctx) for param in params if param.param_type_name == "option"]
+        for title, records in (("Arguments", arguments), ("Options", options)):
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl([(name, text.replace("\\[", "[")) for name, text in records])
+
+
+class _Group(TyperGroup):
+    """The commands; errors in the command line are printed as all others are."""
+
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        """Run the command that the arguments name, and exit."""
+        try:
+            status = super().main(*arguments, **{**settings, "standalone_mode": False})
+        except UsageError as error:
+            asked = f"{error.ctx.command_path if error.ctx else 'qmm'} --help"
+            if type(error).__name__ == "NoArgsIsHelpError":
+                show(error.ctx.get_help().split("\n"))
+            else:
+                say(f"error: {error.format_message().rstrip('.')}. Try `{asked}`.")
+            status = USAGE
+        sys.exit(status)
+
 
 app = typer.Typer(
     name="qmm",
+    cls=_Group,
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,  # an error that is not a QmmError is a bug, and its traceback is for copying
+    rich_markup_mode=None,  # help and errors as plain text: no boxes, and nothing of theirs is markup
+    pretty_exceptions_enable=False,  # main() prints what is left
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Activations(StrEnum):
-    """How ``x`` is stored for a product."""
-
-    int8 = "int8"
-    f16 = "f16"
-
-
-class CheckedActivations(StrEnum):
-    """The same, for commands that check both."""
-
-    int8 = "int8"
-    f16 = "f16"
-    both = "both"
-
-
-class Placement(StrEnum):
-    """Where the weights are read from."""
-
-    auto = "auto"
-    mapped = "mapped"
-    device = "device"
-    host = "host"
-
-
-# Options that several commands have.
-FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file; of a split model, any of its files.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or N.")]
-PlacementOption = Annotated[
-    Placement,
-    typer.Option(help="mapped: the GPU reads the file's mapping. device: a copy on the GPU. host: the CPU."),
-]
-SeedOption = Annotated[int, typer.Option(min=0, help="Of the random activations.")]
-TensorsOption = Annotated[str, typer.Option(metavar="PATTERN", help="Only tensors of such names, as in 'blk.0.*'.")]
 
 
 def main() -> None:
@@ -91,7 +110,22 @@ def main() -> None:
     Raises:
         SystemExit: always; with the exit code.
     """
-    app(prog_name="qmm")
+    try:
+        take_streams()
+        try:
+            app(prog_name="qmm")
+        finally:
+            sys.stdout.flush()
+    except OutputError as error:
+        if error.pipe_closed:
+            sys.exit(PIPE_CLOSED)
+        say(f"error: {error}")
+        sys.exit(ERROR)
+    except Exception:
+        for line in traceback.format_exc().splitlines():
+            say(line)
+        say("error: this is a fault in qmm. Please report it with the lines above.")
+        sys.exit(ERROR)  # and not Python's 1, which would be a failed check
 
 
 def _version(asked: bool) -> None:
@@ -112,13 +146,11 @@ def tour(
     """
 
 
-@app.command(epilog=EPILOG)
+@app.command(cls=_Command, short_help="Multiply by a whole real model, and check it.", epilog=EPILOG)
 def demo(
     device: DeviceOption = "auto",
-    placement: PlacementOption = Placement.auto,
-    folder: Annotated[
-        Path | None, typer.Option(help="Where the model (253 MB) is kept; else the user's cache.", show_default=False)
-    ] = None,
+    placement: PlacementOption = "auto",
+    folder: FolderOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Everything on a real model: opened, multiplied, timed and checked, tensor by tensor.
@@ -133,16 +165,16 @@ def demo(
 
         bar.stage("putting the model together")
         path = model_file(folder or cache_folder())
-        return walk(path, _device(device), placement.value, bar.stage, bar.start, lambda tensor: bar.step(tensor.name))
+        return walk(path, device, placement, bar.stage, bar.start, lambda tensor: bar.step(tensor.name))
 
     _present(work, as_json)
 
 
-@app.command(epilog=EPILOG)
+@app.command(cls=_Command, short_help="What a file holds: metadata, tensors, types.", epilog=EPILOG)
 def info(
     file: FileArgument,
     tensors: TensorsOption = "*",
-    arrays: Annotated[bool, typer.Option("--arrays", help="Read the metadata's arrays and long texts too.")] = False,
+    arrays: ArraysOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """What a file holds: metadata, tensors, types, and which tensors ggml would have to pad on a GPU."""
@@ -156,18 +188,16 @@ def info(
     _present(work, as_json)
 
 
-@app.command(epilog=EPILOG)
+@app.command(cls=_Command, short_help="Multiply by one tensor: result, time, error.", epilog=EPILOG)
 def run(
     file: FileArgument,
-    tensor: Annotated[
-        str | None, typer.Argument(metavar="[TENSOR]", help="Its name; else the largest matrix.", show_default=False)
-    ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Columns: rows of x.")] = 1,
+    tensor: TensorArgument = None,
+    n: ColumnsOption = 1,
     seed: SeedOption = 0,
-    activations: Annotated[Activations, typer.Option(help="How x is stored.")] = Activations.int8,
-    repeats: Annotated[int, typer.Option(min=1, help="Products that the time is the median of.")] = 20,
+    activations: ActivationsOption = "int8",
+    repeats: RepeatsOption = 20,
     device: DeviceOption = "auto",
-    placement: PlacementOption = Placement.auto,
+    placement: PlacementOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Multiply random activations by one tensor: the result, the time, and the error against float64."""
@@ -184,25 +214,21 @@ def run(
                 )
             with _engine(model, device, placement, [chosen.name]) as engine:
                 bar.stage(f"compiling and multiplying by {chosen.name}")
-                return product(engine, chosen, n, activations.value, seed, repeats)
+                return product(engine, chosen, n, activations, seed, repeats)
 
     _present(work, as_json)
 
 
-@app.command(epilog=EPILOG)
+@app.command(cls=_Command, short_help="Check the products of every tensor.", epilog=EPILOG)
 def verify(
     file: FileArgument,
     tensors: TensorsOption = "*",
-    n: Annotated[str, typer.Option("--n", metavar="N,...", help="Numbers of columns to multiply by.")] = "1,2,8",
+    n: CheckedColumnsOption = "1,2,8",
     seed: SeedOption = 0,
-    activations: Annotated[
-        CheckedActivations, typer.Option(help="How x is stored: one way, or both in turn.")
-    ] = CheckedActivations.both,
+    activations: CheckedActivationsOption = "both",
     device: DeviceOption = "auto",
-    placement: PlacementOption = Placement.auto,
-    paranoid: Annotated[
-        bool, typer.Option("--paranoid", help="Then again between memory that faults, and among poison.")
-    ] = False,
+    placement: PlacementOption = "auto",
+    paranoid: ParanoidOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check every tensor: dequantized bit for bit against gguf, multiplied against float64.
@@ -210,18 +236,18 @@ def verify(
     Tensors of a type without a kernel are listed and do not fail. With --paranoid all is done again, in a child
     process, with tensor, x and y at the very beginning and the very end of memory, and beside bytes that are NaN.
     """
-    columns = _columns(n)
+    columns: tuple[int, ...] = n
 
     def work(bar: Bar) -> Report:
+        from qmm.info import matching
         from qmm.verify import verify as check_all
 
-        modes = ["int8", "f16"] if activations.value == "both" else [activations.value]
+        modes = ["int8", "f16"] if activations == "both" else [activations]
         with qmm.open(file) as model:
-            chosen = [tensor for tensor in model.values() if fnmatchcase(tensor.name, tensors)]
-            if not chosen:
-                raise TensorNotFoundError(f"{file}: none of its {len(model)} tensors is called like {tensors!r}.")
+            chosen = matching(model, tensors)
             with _engine(model, device, placement, [tensor.name for tensor in chosen]) as engine:
                 bar.stage(engine.explanation)
+                bar.stage(f"checking {len(chosen)} tensors, n = {', '.join(map(str, columns))}")
                 bar.start(len(chosen))
                 report = check_all(engine, model, chosen, columns, modes, seed, lambda tensor: bar.step(tensor.name))
                 used = engine.device, engine.placement
@@ -230,7 +256,7 @@ def verify(
         from qmm.paranoid import Job, check_guarded
 
         names = tuple(tensor.name for tensor in chosen)
-        bar.stage(f"between guards, {used[1]}")
+        bar.stage(f"checking {len(names)} tensors between guards, {used[1]}")
         bar.start(len(names))
         job = Job(str(file), *used, names, columns, tuple(modes), seed)
         return replace(report, guards=tuple(check_guarded(job, bar.step)))
@@ -238,10 +264,10 @@ def verify(
     _present(work, as_json)
 
 
-@app.command(epilog=EPILOG)
+@app.command(cls=_Command, short_help="Try, step by step, whether a GPU can read a file.", epilog=EPILOG)
 def smoke(
     file: FileArgument,
-    device: Annotated[int, typer.Option(min=0, help="CUDA's number of the GPU.")] = 0,
+    device: GPUOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Eight steps from a file to a GPU kernel that reads it, each with its result and time."""
@@ -249,78 +275,29 @@ def smoke(
     def work(bar: Bar) -> Report:
         from qmm.smoke import smoke as walk
 
-        bar.stage("eight steps")
+        bar.stage("eight steps from the file to a GPU kernel")
         return walk(file, device)
 
     _present(work, as_json)
 
 
-class Bar:
-    """Progress on stderr: a bar on a terminal, else one line for each stage."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task("", total=None)
-
-    def stage(self, text: str) -> None:
-        """Say what happens next."""
-        self._progress.update(self._task, description=text)
-        if not self._progress.console.is_terminal:
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def start(self, total: int) -> None:
-        """From here on ``total`` steps follow."""
-        self._progress.reset(self._task, total=total, description="")
-
-    def step(self, text: str) -> None:
-        """One of them is done."""
-        self._progress.update(self._task, advance=1, description=text)
-
-
-@contextmanager
-def _bar() -> Iterator[Bar]:
-    console = Console(stderr=True)
-    columns = [SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    text = TextColumn("{task.description}", markup=False)
-    with Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield Bar(progress)
-
-
 def _present(work: Callable[[Bar], Report], as_json: bool) -> None:
     """Do the work, print its report or its error, and leave with the exit code that belongs to it."""
     try:
-        with _bar() as bar:
+        with Bar() as bar:
             report = work(bar)
-    except QmmError as error:
+        show(report.document().split("\n") if as_json else lines_of(report.blocks(), line_width()))
+    except (QmmError, MemoryError) as error:
+        text = str(error) if isinstance(error, QmmError) else f"{OUT_OF_MEMORY} {error}".strip()
+        say(f"error: {text}")
         if as_json:
-            typer.echo(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}, ensure_ascii=False))
-        console = Console(stderr=True)
-        console.print("error: ", style="bold red", end="")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(ERROR) from error
-    if as_json:
-        typer.echo(report.document())
-    else:
-        narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
-        console = Console(width=None if narrow else PLAIN_WIDTH, highlight=False)
-        for renderable in report.renderables():
-            console.print(renderable, soft_wrap=isinstance(renderable, Text))  # sentences stay on one line
+            show([json_text({"error": {"type": type(error).__name__, "message": text}})])
+        raise typer.Exit(USAGE if isinstance(error, PatternError) else ERROR) from error
     if not report.ok:
         raise typer.Exit(CHECK_FAILED)
 
 
-def _device(device: str) -> str | int:
-    return int(device) if device.isdecimal() else device
-
-
-def _columns(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"{text!r} is no list of whole numbers above 0, such as 1,2,8", param_hint="'--n'")
-    return tuple(dict.fromkeys(int(part) for part in parts))
-
-
-def _engine(model: Model, device: str, placement: Placement, tensors: list[str]) -> Engine:
+def _engine(model: Model, device: str, placement: str, tensors: list[str]) -> Engine:
     from qmm.engine import Engine
 
-    return Engine(model, _device(device), placement.value, tensors=tensors, probe=True)
+    return Engine(model, device, placement, tensors=tensors, probe=True)

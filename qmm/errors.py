@@ -6,6 +6,8 @@ acted on without a debugger. All of them derive from :class:`QmmError`.
 
 from __future__ import annotations
 
+from qmm.output import printable
+
 __all__ = [
     "ArrayError",
     "ClosedError",
@@ -15,6 +17,7 @@ __all__ = [
     "FileMissingError",
     "GGUFError",
     "MappingError",
+    "PatternError",
     "QmmError",
     "RegistrationError",
     "TensorNotFoundError",
@@ -23,7 +26,12 @@ __all__ = [
 
 
 class QmmError(Exception):
-    """Base of every error that qmm raises on purpose."""
+    """Base of every error that qmm raises on purpose. Its text is one line of characters that show, whatever a name, a
+    key or a path in it has: control characters of a file are written as ``\\x1b``."""
+
+    def __str__(self) -> str:
+        # Not the base's: KeyError would show a repr, OSError its number and path.
+        return printable(str(self.args[0])) if len(self.args) == 1 else super().__str__()
 
 
 class GGUFError(QmmError):
@@ -45,9 +53,6 @@ class FileAccessError(GGUFError, MappingError, OSError):
         if isinstance(reason, OSError):
             self.errno, self.strerror, self.filename = reason.errno, reason.strerror, reason.filename
 
-    def __str__(self) -> str:
-        return str(self.args[0])  # OSError would show the number and the path instead
-
 
 class FileMissingError(FileAccessError, FileNotFoundError):
     """There is no such file."""
@@ -64,8 +69,9 @@ class DeviceError(QmmError):
 class TensorNotFoundError(QmmError, KeyError):
     """The model has no tensor of that name; the message suggests near ones."""
 
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""  # KeyError would show the repr, quotes and all
+
+class PatternError(TensorNotFoundError):
+    """No tensor of the model has a name that matches a pattern."""
 
 
 class UnsupportedTypeError(QmmError):

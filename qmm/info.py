@@ -12,16 +12,22 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from rich.console import RenderableType
-from rich.text import Text
-
+from qmm.errors import PatternError
 from qmm.kernels.formats import FORMATS
 from qmm.loaders.metadata import Metadata
 from qmm.model import Model, Tensor
 from qmm.report import Report
-from qmm.tables import dimensions, facts, mark, shortened, table
+from qmm.tables import Block, Facts, Table, dimensions, mark, shortened
 
-__all__ = ["InfoReport", "MetadataRow", "TensorRow", "TypeRow", "describe", "padding_nbytes"]
+__all__ = [
+    "InfoReport",
+    "MetadataRow",
+    "TensorRow",
+    "TypeRow",
+    "describe",
+    "matching",
+    "padding_nbytes",
+]
 
 MATRIX_ROW_PADDING = 512
 
@@ -37,14 +43,33 @@ def padding_nbytes(type_name: str, k: int) -> int:
     return missing // values * nbytes if values > 1 else 0  # ggml_is_quantized: plain types have blocks of one value
 
 
+def matching(model: Model, pattern: str) -> list[Tensor]:
+    """The tensors whose names match a pattern as a shell matches, or are that very text.
+
+    Raises:
+        PatternError: none is, though the pattern is not ``*``.
+    """
+    found = [model[name] for name in model if name == pattern or fnmatchcase(name, pattern)]
+    if not found and pattern != "*":
+        raise PatternError(
+            f"{model.path}: no tensor's name matches the pattern {pattern!r}; there are {len(model)} tensors. "
+            f"`qmm info {model.path}` lists them."
+        )
+    return found
+
+
 def describe(model: Model, pattern: str = "*", arrays: bool = False) -> InfoReport:
     """Describe a model. No weight is read.
 
     Args:
         model: an open model.
-        pattern: of the names of tensors to list, as a shell would match them.
+        pattern: of the names of tensors to list, as :func:`matching` takes it.
         arrays: whether to read the metadata's arrays, and its strings of more than 64 KiB.
+
+    Raises:
+        PatternError: there is no tensor to list.
     """
+    listed = {tensor.name for tensor in matching(model, pattern)}
     tensors = [_row(tensor) for tensor in model.values()]
     metadata = model.metadata
     keys = []
@@ -61,7 +86,7 @@ def describe(model: Model, pattern: str = "*", arrays: bool = False) -> InfoRepo
         nbytes=model.nbytes,
         tensor_count=len(tensors),
         metadata=tuple(keys),
-        tensors=tuple(row for row in tensors if fnmatchcase(row.name, pattern)),
+        tensors=tuple(row for row in tensors if row.name in listed),
         types=tuple(_summaries(tensors)),
     )
 
@@ -153,19 +178,21 @@ class InfoReport(Report):
     tensors: tuple[TensorRow, ...]
     types: tuple[TypeRow, ...]
 
-    def renderables(self) -> Iterator[RenderableType]:
+    def blocks(self) -> Iterator[Block]:
         """The report for people."""
-        yield facts(
-            ("file", self.file if len(self.files) == 1 else f"{self.file} and {len(self.files) - 1} more"),
-            ("model", f"{self.name or 'without a name'}, architecture {self.architecture or 'unknown'}"),
-            ("GGUF", f"version {self.version}, alignment {self.alignment}"),
-            ("tensors", f"{self.tensor_count}, {self.nbytes:,} bytes"),
+        yield Facts(
+            [
+                ("file", self.file if len(self.files) == 1 else f"{self.file} and {len(self.files) - 1} more"),
+                ("model", f"{self.name or 'without a name'}, architecture {self.architecture or 'unknown'}"),
+                ("GGUF", f"version {self.version}, alignment {self.alignment}"),
+                ("tensors", f"{self.tensor_count}, {self.nbytes:,} bytes"),
+            ]
         )
         keys = [(row.key, row.type, "-" if row.value is None else shortened(row.value)) for row in self.metadata]
-        yield table("metadata", ("key", "type", "value"), keys)
-        yield table(
-            "tensors",
-            ("name", "type", ">shape", ">bytes", ">offset", "kernels", ">ggml pads"),
+        yield Table("metadata", ("~key", "type", "~value"), keys)
+        yield Table(
+            "tensors: padding is what ggml would allocate behind them on a GPU, in bytes",
+            ("~name", "type", ">shape", ">bytes", ">offset", ">padding"),
             [
                 (
                     row.name,
@@ -173,15 +200,14 @@ class InfoReport(Report):
                     dimensions(row.shape),
                     f"{row.nbytes:,}",
                     f"{row.offset:,}",
-                    mark(row.supported),
                     f"{row.padding_nbytes:,}" if row.padding_nbytes else "-",
                 )
                 for row in self.tensors
             ],
         )
-        yield table(
+        yield Table(
             "types",
-            ("type", "kernels", ">tensors", ">bytes", ">ggml pads", ">padding bytes"),
+            ("type", "kernels", ">tensors", ">bytes", ">padded", ">padding"),
             [
                 (
                     row.type,
@@ -196,7 +222,7 @@ class InfoReport(Report):
         )
         padded = sum(row.padded_tensors for row in self.types)
         extra = sum(row.padding_nbytes for row in self.types)
-        yield Text(
+        yield (
             f"ggml's CUDA backend would allocate {extra:,} bytes of padding behind {padded} of {self.tensor_count} "
             "tensors (quantized rows that are no multiple of 512 values). qmm allocates none."
         )

@@ -112,7 +112,8 @@ def _run_child(job: Job) -> Iterator[GuardCheck]:
             child.kill()
         if status and "tensor" not in where:
             errors.seek(0)
-            raise QmmError(f"{job.file}: the child process that checks it {ending(status)}: {errors.read()}")
+            said = " ".join(errors.read().split())[-1000:] or "no message"
+            raise QmmError(f"{job.file}: the child process that checks it {ending(status)}: {said}")
     if where:
         failure = f"{where['step']}: {where.get('failure') or 'the process ' + ending(status)}"
         yield GuardCheck(where["tensor"], where["products"], where["dequantizations"], failure)

@@ -1,20 +1,18 @@
-"""What the commands report: one data model, shown as Rich tables or written as one JSON document.
+"""What the commands report: one data model, shown as tables or written as one JSON document.
 
-A command builds a :class:`Report`; ``document()`` is what ``--json`` prints and ``renderables()`` what people see. In
+A command builds a :class:`Report`; ``document()`` is what ``--json`` prints and ``blocks()`` what people see. In
 JSON a value that was not measured is null, and one that is not finite is the string ``"nan"``, ``"inf"`` or ``"-inf"``.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from rich.console import Group, RenderableType
-from rich.text import Text
-
-from qmm.tables import dimensions, facts, mark, plain, scientific, significant, table, worst
+from qmm.output import json_text
+from qmm.tables import Block, Facts, Table, dimensions, mark, plain, scientific, significant, worst
 
 __all__ = [
     "DemoReport",
@@ -40,15 +38,13 @@ class Report:
         """Whether every check of the command passed."""
         return True
 
-    def renderables(self) -> Iterator[RenderableType]:
+    def blocks(self) -> Iterator[Block]:
         """The report for people, from top to bottom."""
         raise NotImplementedError
 
     def document(self) -> str:
         """The report for programs: one JSON object."""
-        return json.dumps(
-            {"command": self.command, "ok": self.ok, **plain(self)}, indent=2, allow_nan=False, ensure_ascii=False
-        )
+        return json_text({"command": self.command, "ok": self.ok, **plain(self)}, indent=2)
 
 
 # qmm run, qmm verify --------------------------------------------------------------------------------------------------
@@ -56,7 +52,7 @@ class Report:
 
 @dataclass(frozen=True)
 class RunReport(Report):
-    """``qmm run``: one product, timed and checked."""
+    """``qmm run``: one product, timed and checked. ``gflops`` are 1e9 operations a second, two a weight and column."""
 
     command: ClassVar[str] = "run"
     file: str
@@ -76,25 +72,32 @@ class RunReport(Report):
     gb_per_s: float
     nmse: float
     tolerance: float
+    gflops: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        operations = 2 * math.prod(self.shape) * self.n
+        object.__setattr__(self, "gflops", operations / self.ms / 1e6 if self.ms else math.nan)
 
     @property
     def ok(self) -> bool:
         """Whether the error is within the tolerance; not-a-number is not."""
         return self.nmse <= self.tolerance
 
-    def renderables(self) -> Iterator[RenderableType]:
+    def blocks(self) -> Iterator[Block]:
         """The report for people."""
-        yield facts(
-            ("tensor", f"{self.tensor}: {dimensions(self.shape)} {self.type}, {self.nbytes:,} bytes"),
-            ("engine", self.explanation),
-            ("x", f"{self.n} x {self.shape[-1]}, standard normal, seed {self.seed}, as {self.activations}"),
-            ("y", " ".join(f"{value:.5g}" for value in self.y) + (" ..." if self.y else "")),
-            (
-                "time",
-                f"{significant(self.ms)} ms, median of {self.repeats}; the same tensor each time, so caches are warm",
-            ),
-            ("weights", f"{significant(self.gb_per_s)} GB/s"),
-            ("NMSE", f"{scientific(self.nmse)}, at most {scientific(self.tolerance)} is right: {mark(self.ok)}"),
+        speed = f"{significant(self.gb_per_s)} GB/s of weights"
+        if self.n > 1:
+            speed += f", {significant(self.gflops)} GFLOP/s"
+        yield Facts(
+            [
+                ("tensor", f"{self.tensor}: {dimensions(self.shape)} {self.type}, {self.nbytes:,} bytes"),
+                ("engine", self.explanation),
+                ("x", f"{self.n} x {self.shape[-1]}, standard normal, seed {self.seed}, as {self.activations}"),
+                ("y", " ".join(f"{value:.5g}" for value in self.y) + (" ..." if self.y else "")),
+                ("time", f"{significant(self.ms)} ms, median of {self.repeats} products with warm caches"),
+                ("speed", speed),
+                ("NMSE", f"{scientific(self.nmse)}, at most {scientific(self.tolerance)} is right: {mark(self.ok)}"),
+            ]
         )
 
 
@@ -146,12 +149,12 @@ class VerifyReport(Report):
         """Whether no tensor failed."""
         return all(check.ok for check in self.checks) and not any(guard.failure for guard in self.guards or ())
 
-    def renderables(self) -> Iterator[RenderableType]:
+    def blocks(self) -> Iterator[Block]:
         """The report for people."""
-        yield facts(("file", self.file), ("engine", self.explanation), ("n", ", ".join(map(str, self.n))))
-        yield table(
+        yield Facts([("file", self.file), ("engine", self.explanation), ("n", ", ".join(map(str, self.n)))])
+        yield Table(
             "tensors against gguf: weights exact to the bit, NMSE of products by activations",
-            ("tensor", "type", ">shape", "exact", *(f">{mode}" for mode in self.tolerances), "ok"),
+            ("~tensor", "type", ">shape", "exact", *(f">{mode}" for mode in self.tolerances), "ok"),
             [
                 (
                     check.tensor,
@@ -167,22 +170,22 @@ class VerifyReport(Report):
         failed = [check.tensor for check in self.checks if not check.ok]
         without = sum(not check.supported for check in self.checks)
         limits = ", ".join(f"{limit:.0e} ({mode})" for mode, limit in self.tolerances.items())
-        yield Text(
+        yield (
             f"{len(self.checks) - without} tensors checked in {self.seconds:.1f} s, {without} without a kernel, "
             f"{len(failed)} failed{': ' + ', '.join(failed) if failed else ''}. NMSE may be at most {limits}."
         )
         if self.guards is not None:
             yield from self._proof(self.guards)
 
-    def _proof(self, guards: Sequence[GuardCheck]) -> Iterator[RenderableType]:
+    def _proof(self, guards: Sequence[GuardCheck]) -> Iterator[Block]:
         """What the guards proved, or which tensors they did not hold for."""
         failed = [(guard.tensor, guard.failure) for guard in guards if guard.failure]
         if failed:
-            yield table("between guards", ("tensor", "failed"), failed)
+            yield Table("between guards", ("~tensor", "~failed"), failed)
         held = [guard for guard in guards if not guard.failure and guard.products + guard.dequantizations]
         products = sum(guard.products for guard in held)
         dequantizations = sum(guard.dequantizations for guard in held)
-        yield Text(
+        yield (
             f"Between guards: {products:,} products and {dequantizations:,} dequantizations with {len(held)} tensors; "
             "tensor, x and y each lay at the first and at the last byte of memory that faults beyond, and nothing "
             "beyond was touched. Beside bytes of 0x00 and beside bytes of 0xFF, which are NaN, the results were the "
@@ -218,12 +221,12 @@ class SmokeReport(Report):
         """Whether every step was reached and passed."""
         return all(step.ok for step in self.steps)
 
-    def renderables(self) -> Iterator[RenderableType]:
+    def blocks(self) -> Iterator[Block]:
         """The report for people."""
         rows = [(step.number, step.name, mark(step.ok), significant(step.ms), step.result) for step in self.steps]
-        yield table(f"smoke: {self.file}", (">", "step", "ok", ">ms", "result"), rows)
+        yield Table(f"smoke: {self.file}", (">#", "~step", "ok", ">ms", "~result"), rows)
         if self.advice:
-            yield Text(self.advice)
+            yield self.advice
 
 
 @dataclass(frozen=True)
@@ -265,15 +268,17 @@ class DemoReport(Report):
         """Whether every tensor and, where it ran, the smoke test passed."""
         return all(row.ok for row in self.rows) and (self.smoke is None or self.smoke.ok)
 
-    def renderables(self) -> Iterator[RenderableType]:
+    def blocks(self) -> Iterator[Block]:
         """The report for people."""
-        yield facts(
-            ("file", self.file),
-            ("opened", f"{self.tensors} tensors, {self.nbytes:,} bytes, in {significant(self.open_ms)} ms"),
-            ("engine", self.explanation),
+        yield Facts(
+            [
+                ("file", self.file),
+                ("opened", f"{self.tensors} tensors, {self.nbytes:,} bytes, in {significant(self.open_ms)} ms"),
+                ("engine", self.explanation),
+            ]
         )
         if self.smoke is not None:
-            yield Group(*self.smoke.renderables())
+            yield from self.smoke.blocks()
         rows: list[Sequence[object]] = [
             (
                 row.type,
@@ -292,11 +297,11 @@ class DemoReport(Report):
         rows.append(
             [
                 "all",
-                "",
+                "-",
                 self.tensors,
                 significant(self.nbytes / 1e6),
-                "",
-                "",
+                "-",
+                "-",
                 mark(all(row.bit_exact for row in self.rows)),
                 *map(scientific, totals),
                 mark(self.ok),
@@ -313,5 +318,5 @@ class DemoReport(Report):
             *(f">{mode}" for mode in self.tolerances),
         )
         title = "every tensor multiplied, n = 1: time a product, weights exact to the bit, NMSE by activations"
-        yield table(title, (*headers, "ok"), rows, last_is_total=True)
-        yield Text(f"{self.conclusion} It took {self.seconds:.0f} s, {self.compile_seconds:.0f} s of them compiling.")
+        yield Table(title, (*headers, "ok"), rows, last_is_total=True)
+        yield (f"{self.conclusion} It took {self.seconds:.0f} s, {self.compile_seconds:.0f} s of them compiling.")

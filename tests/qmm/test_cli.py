@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -222,22 +223,68 @@ def test_an_unknown_tensor_suggests_a_near_name(model: Path) -> None:
     assert "Did you mean 'down'" in result.err
 
 
-def test_a_pattern_without_a_match_is_an_error(model: Path) -> None:
-    result = invoke("verify", model, "--tensors", "blk.*")
-    assert result.code == 3
-    assert "none of its 4 tensors" in result.err
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_a_pattern_without_a_match_is_wrong_usage(model: Path, command: str) -> None:
+    result = invoke(command, model, "--tensors", "blk.*", "--json")
+    assert result.code == 2
+    assert result.document["error"]["type"] == "PatternError"
+    assert all(text in result.err for text in ("'blk.*'", str(model), "4 tensors"))
 
 
-def test_a_type_without_a_kernel_is_an_error_of_run(model: Path) -> None:
-    result = invoke("run", model, "exotic", "--device", "cpu", "--json")
-    assert result.code == 3
-    assert result.document["error"]["type"] == "UnsupportedTypeError"
+def test_a_pattern_may_be_a_name_with_brackets(tmp_path: Path) -> None:
+    gguf_files.write_gguf(tmp_path / "m.gguf", {name: ("F32", (8,), bytes(32)) for name in ("a[0]", "a0")})
+    tensors = [invoke("info", tmp_path / "m.gguf", "--tensors", p, "--json").document["tensors"] for p in ("a[0]", "*")]
+    assert [[row["name"] for row in rows] for rows in tensors] == [["a[0]", "a0"], ["a[0]", "a0"]]
 
 
-def test_contradicting_options_are_an_error_with_the_way_out(model: Path) -> None:
-    result = invoke("run", model, "--device", "cpu", "--placement", "mapped")
-    assert result.code == 3
-    assert 'placement="host"' in result.err
+def test_a_file_without_tensors_is_described(tmp_path: Path) -> None:
+    gguf_files.write_gguf(tmp_path / "vocab.gguf", {}, metadata={"general.name": "words"})
+    assert invoke("info", tmp_path / "vocab.gguf").code == 0
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "verify", "smoke"])
+def test_a_device_that_is_none_is_wrong_usage_and_the_right_ones_are_listed(model: Path, command: str) -> None:
+    file = [] if command == "demo" else [model]
+    for device in ("tpu", "cuda:x", "cuda:", "CPU", "-1", "\u0662"):
+        result = invoke(command, *file, f"--device={device}")
+        assert result.code == 2
+        assert "auto, cpu, cuda or cuda:N" in result.err.replace("auto, cuda", "auto, cpu, cuda")
+
+
+@pytest.mark.parametrize(("text", "number"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1), ("1", 1)])
+def test_every_command_takes_the_same_names_of_gpus(
+    model: Path, monkeypatch: pytest.MonkeyPatch, text: str, number: int
+) -> None:
+    asked: list[Any] = []
+
+    def note(number: Any, *rest: Any) -> Any:
+        asked.append(number)
+        raise DeviceError("no such GPU")
+
+    monkeypatch.setattr(qmm.smoke, "gpu_info", note)
+    monkeypatch.setattr("qmm.platform.gpu_info", note)
+    assert invoke("smoke", model, "--device", text).code == 1
+    assert invoke("run", model, "--placement", "device", "--device", text).code == 3
+    assert asked == [number, number]
+
+
+def test_not_enough_memory_is_an_error_with_a_way_out(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise MemoryError("Unable to allocate 12 TiB")
+
+    monkeypatch.setattr("qmm.info.describe", fail)
+    result = invoke("info", model, "--json")
+    assert (result.code, result.document["error"]["type"]) == (3, "MemoryError")
+    assert "Unable to allocate 12 TiB" in result.err
+    assert "--n" in result.err
+
+
+def test_help_says_what_options_mean_and_not_their_types() -> None:
+    for command in COMMANDS:
+        text = invoke(command, "--help").out
+        assert not re.search(r"range|INTEGER|<|\bTEXT\b|\bPATH\b|x>=", text), text
+    assert "Usage: qmm run [OPTIONS] FILE [TENSOR]\n" in invoke("run", "--help").out
+    assert "..." not in invoke("--help").out.split("Exit codes")[0].replace("[ARGS]...", "")
 
 
 @pytest.mark.parametrize(
@@ -247,7 +294,12 @@ def test_contradicting_options_are_an_error_with_the_way_out(model: Path) -> Non
         ("run", "--placement", "vram"),
         ("verify", "--n", "1,x"),
         ("verify", "--n", "0"),
-        ("smoke", "-1"),
+        ("smoke", "another"),
+        ("smoke", "--device", "cpu"),
+        ("run", "--json=3"),
+        ("run", "--seed", "-1"),
+        ("run", "--repeats", "1e3"),
+        ("run", "--activations", "q4"),
     ],
 )
 def test_a_wrong_command_line_is_exit_code_2(model: Path, arguments: tuple[str, ...]) -> None:
@@ -569,6 +621,16 @@ def test_demo_that_cannot_write_leaves_nothing_and_names_another_way(
     assert "No space left on device" in result.err
     assert "--folder" in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc/missing"])
+def test_demo_without_a_folder_that_can_be_written_says_so(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").write_text("a file")
+    result = invoke("demo", "--folder", tmp_path / folder)
+    assert (result.code, result.out) == (3, "")
+    assert str(tmp_path / folder) in result.err
+    assert "--folder" in result.err
+    assert "checksum" not in result.err
 
 
 @pytest.mark.usefixtures("made_up_gpu")
