@@ -1,8 +1,8 @@
 """Building blocks of reports: tables and cells for people, plain values for JSON.
 
 A report is shown as blocks: tables, facts, and sentences, which are plain ``str``. Each becomes lines for a terminal of
-so many columns, or, where there is no terminal (``width`` None), lines that nothing was done to but aligning. Rich's tables
-would take 4 to 8 s for the 10,000 tensors of a large model, break numbers, and print nothing before all is laid out.
+so many columns, or, where there is no terminal (``width`` None), lines that nothing was done to but aligning. Rich's
+tables would take 4 to 8 s for the 10,000 tensors of a large model, and break numbers.
 """
 
 from __future__ import annotations
