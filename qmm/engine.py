@@ -406,7 +406,7 @@ class Engine(Closing):
         if out is not None:
             y_kind = KINDS[type(out)]
             y_address, of_y = _signature(y_kind, out)
-        key: Hashable = (tensor, mode, kind, x_address & 15, of_x, y_kind, of_y)
+        key: Hashable = (tensor, mode, kind, x_address & 15, of_x, y_kind, y_address & 3, of_y)
         call = self._calls.get(key)
         if call is None and key not in self._calls:
             call = self._keep(key, tensor, mode, kind, x, out)
@@ -439,6 +439,12 @@ class Engine(Closing):
         address = self._weights.address(tensor)
         if not math.prod(shape):
             return _Call(None, shape)
+        for name, view in (("x", source), ("out", target)):
+            if not view.aligned:
+                raise ArrayError(
+                    f"{self.model.path}: tensor {tensor.name!r}: {name} begins at address {view.address:#x} and has "
+                    f"strides {view.strides}, but a GPU reads {view.dtype} at multiples of its size only. Pass a copy."
+                )
         int8 = mode == "int8" and not tensor.format.plain
         product = self.gpu.prepare(tensor.format, address, tensor.m, tensor.k, source, target, int8, apart)
         return _Call(product, shape)
@@ -473,7 +479,10 @@ class Engine(Closing):
             where = ["host memory" if device is None else f"CUDA device {device}" for device in (x.device, view.device)]
             raise ArrayError(f"{what}: x is in {where[0]}, but out in {where[1]}; use one place")
         if not view.writable or view.overlaps_itself:
-            raise ArrayError(f"{what}: out is read-only, or a broadcast array whose elements share memory")
+            raise ArrayError(
+                f"{what}: out is read-only, or a broadcast array whose elements share memory, "
+                "or an inference tensor outside of torch.inference_mode()"
+            )
         return view.rows(len(x.shape) - 1)
 
 
