@@ -5,6 +5,7 @@ qmm imports none of the optional three: an array's own class leads to its librar
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import sys
@@ -218,6 +219,10 @@ class TorchArrays(ArrayKind):
 
     name = "PyTorch"
 
+    @functools.cached_property
+    def _forward(self) -> Any:
+        return sys.modules["torch"].autograd.forward_ad
+
     def view(self, array: Any) -> View:
         torch = sys.modules["torch"]
         try:
@@ -242,8 +247,7 @@ class TorchArrays(ArrayKind):
         return View(shape, tuple(stride * ITEM_NBYTES[dtype] for stride in strides), dtype, address, device, writable)
 
     def signature(self, array: Any) -> tuple[int, Hashable]:
-        forward = sys.modules["torch.autograd.forward_ad"]
-        if array.requires_grad or array.is_neg() or forward._current_level >= 0:
+        if array.requires_grad or array.is_neg() or self._forward._current_level >= 0:
             self.view(array)  # what is refused, or not, may change from call to call
         return array.data_ptr(), (array.shape, array.stride(), array.dtype, array.device)
 

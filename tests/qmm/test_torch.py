@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_model import K, M, write_small_model
+from small_model import K, M, Products, write_small_model
 
 import qmm
 from qmm.arrays import kind_of
@@ -253,3 +254,38 @@ class TestKinds:
         assert torch.equal(within[:, 3 : 3 + M], expected)
         with pytest.raises(qmm.ArrayError, match="use one kind"):
             engine.matmul("a", x, out=np.zeros((2, M), np.float32))
+
+
+class TestCopies:
+    """Modules and datasets that hold an engine, where PyTorch copies or sends them."""
+
+    def module(self, engine: qmm.Engine) -> Any:
+        made = torch.nn.Linear(M, 3)
+        made.engine, made.tensor = engine, engine.model["a"]
+        return made
+
+    def test_an_average_of_a_module_shares_its_engine(self, engine: qmm.Engine) -> None:
+        average = torch.optim.swa_utils.AveragedModel(self.module(engine)).module
+        assert average.engine is engine
+        assert average.tensor == engine.model["a"]
+
+    def test_saving_says_where_to_make_it(self, engine: qmm.Engine, path: Path, tmp_path: Path) -> None:
+        module = self.module(engine)
+        with pytest.raises(qmm.CopyError, match=rf"Make it in the worker: qmm\.Engine.*{path.name}"):
+            torch.save(module, tmp_path / "module.pt")
+        torch.save(module.state_dict(), tmp_path / "state.pt")
+        assert set(torch.load(tmp_path / "state.pt")) == {"weight", "bias"}
+
+    @pytest.mark.parametrize("start", ["fork", "spawn"])
+    def test_workers_of_a_data_loader(self, engine: qmm.Engine, path: Path, start: str) -> None:
+        dataset = Products(path, 3)
+        expected = [dataset[number] for number in range(3)]
+        load = functools.partial(
+            torch.utils.data.DataLoader, batch_size=None, num_workers=1, multiprocessing_context=start
+        )
+        if start == "spawn":
+            with pytest.raises(qmm.CopyError, match="Make it in the worker"):
+                next(iter(load(dataset)))
+            dataset.engine = None
+        for y, right in zip(load(dataset), expected, strict=True):
+            np.testing.assert_array_equal(y, right)
