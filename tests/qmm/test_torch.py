@@ -113,8 +113,9 @@ class TestCompile:
     def test_plans(self, engine: qmm.Engine, x: Any) -> None:
         with pytest.raises(qmm.DeviceError, match="works on the CPU"):
             torch.compile(lambda x: engine.plan([("a", x, x)]) or x + 1, backend="eager")(x)
+        plan = closed_plan(engine)
         with pytest.raises(qmm.ClosedError, match="plan was closed"):
-            torch.compile(lambda x: closed_plan(engine)() or x + 1, backend="eager")(x)
+            torch.compile(lambda x: plan() or x + 1, backend="eager")(x)
 
     @pytest.mark.parametrize("call", ["matmul", "dequantize", "plan", "plan()"])
     def test_a_graph_in_one_piece_is_refused_with_the_reason(self, engine: qmm.Engine, x: Any, call: str) -> None:
