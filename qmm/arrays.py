@@ -5,6 +5,7 @@ qmm imports none of the optional three: an array's own class leads to its librar
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import sys
@@ -63,6 +64,12 @@ class View:
                 return False
             expected *= length
         return True
+
+    @property
+    def aligned(self) -> bool:
+        """Whether each element lies at a multiple of its size."""
+        steps = [stride for length, stride in zip(self.shape, self.strides, strict=True) if length > 1]
+        return math.gcd(self.address, *steps) % ITEM_NBYTES[self.dtype] == 0
 
     @property
     def overlaps_itself(self) -> bool:
@@ -175,7 +182,10 @@ def _check_dtype(name: str, what: str) -> str:
 
 
 def _rows(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """As a matrix of as many rows as leading dimensions make; NumPy finds no number for them where k is 0."""
+    """As a matrix of as many rows as leading dimensions make, each number at a multiple of its size; NumPy finds no
+    number of rows where k is 0."""
+    if not values.flags.aligned:
+        values = values.copy()
     return values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
 
 
@@ -209,21 +219,37 @@ class TorchArrays(ArrayKind):
 
     name = "PyTorch"
 
+    @functools.cached_property
+    def _forward(self) -> Any:
+        return sys.modules["torch"].autograd.forward_ad
+
     def view(self, array: Any) -> View:
         torch = sys.modules["torch"]
-        if array.layout != torch.strided:
-            raise ArrayError(f"a PyTorch tensor of layout {array.layout} is not supported; use x.to_dense()")
+        try:
+            address, shape, strides = array.data_ptr(), tuple(array.shape), array.stride()
+        except (RuntimeError, ValueError) as reason:
+            raise _not_in_memory(torch, array) from reason
+        if not address and 0 not in shape:
+            raise _not_in_memory(torch, array)
         if array.device.type not in ("cpu", "cuda"):
             raise ArrayError(
                 f"a PyTorch tensor on {array.device} is not supported; move it to the CPU or a CUDA device"
             )
         dtype = _check_dtype(str(array.dtype).removeprefix("torch."), "a PyTorch tensor")
-        strides = tuple(stride * array.element_size() for stride in array.stride())
+        if array.is_neg():
+            raise ArrayError(
+                "a PyTorch tensor stored with the other sign, as the imaginary part of a conjugate is, "
+                "is not supported; use x.resolve_neg()"
+            )
+        _check_gradients(torch, array)
         device = array.device.index if array.device.type == "cuda" else None
-        return View(tuple(array.shape), strides, dtype, array.data_ptr(), device)
+        writable = not array.is_inference() or torch.is_inference_mode_enabled()
+        return View(shape, tuple(stride * ITEM_NBYTES[dtype] for stride in strides), dtype, address, device, writable)
 
     def signature(self, array: Any) -> tuple[int, Hashable]:
-        return array.data_ptr(), (array.shape, array.stride(), array.dtype, array.device, array.layout)
+        if array.requires_grad or array.is_neg() or self._forward._current_level >= 0:
+            self.view(array)  # what is refused, or not, may change from call to call
+        return array.data_ptr(), (array.shape, array.stride(), array.dtype, array.device)
 
     def empty(self, shape: tuple[int, ...], like: Any) -> Any:
         return like.new_empty(shape, requires_grad=False)
@@ -240,6 +266,35 @@ class TorchArrays(ArrayKind):
 
     def stream(self, array: Any) -> int:
         return int(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
+
+
+def _not_in_memory(torch: Any, array: Any) -> ArrayError:
+    """Why a tensor has no address, and what would have one."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(array):
+        return ArrayError(
+            "a PyTorch tensor inside of torch.func (vmap, grad, jvp) is not supported: it stands for others, which qmm "
+            "does not see. Call qmm outside; matmul takes any leading dimensions at once, and computes no gradients."
+        )
+    if array.is_nested:
+        return ArrayError("a nested PyTorch tensor is not supported; use x.to_padded_tensor(0.0), or its parts")
+    if array.layout != torch.strided:
+        return ArrayError(f"a PyTorch tensor of layout {array.layout} is not supported; use x.to_dense()")
+    return ArrayError(f"a PyTorch tensor on {array.device} without values is not supported; make one that has them")
+
+
+def _check_gradients(torch: Any, array: Any) -> None:
+    """Refuse what autograd follows: the product would come back without its gradient."""
+    if array.requires_grad and torch.is_grad_enabled():
+        raise ArrayError(
+            "a PyTorch tensor that requires grad is not supported: qmm computes no gradients, and the result would "
+            "have none. Pass x.detach() (out.detach() as out), or call qmm under torch.no_grad()."
+        )
+    forward = torch.autograd.forward_ad
+    if forward._current_level >= 0 and forward.unpack_dual(array).tangent is not None:
+        raise ArrayError(
+            "a PyTorch tensor with a tangent (forward-mode AD) is not supported: qmm computes no gradients, and the "
+            "result would have none. Pass x.detach()."
+        )
 
 
 class CudaInterfaceArrays(ArrayKind):
@@ -333,10 +388,19 @@ def kind_of(array: Any) -> ArrayKind:
 
 def _find_kind(made: type) -> ArrayKind:
     if issubclass(made, np.ndarray):
+        if made is not np.ndarray and issubclass(made, np.ma.MaskedArray):
+            raise ArrayError(
+                "a masked NumPy array is not supported, for the result would have no mask. Pass x.filled(0), or x.data"
+            )
         return _NUMPY
     for base in made.__mro__:
         root = base.__module__.partition(".")[0]
         if root == "torch" and base.__name__ == "Tensor":
+            if made.__torch_dispatch__ is not base.__torch_dispatch__:  # type: ignore[attr-defined]
+                raise ArrayError(
+                    f"{made.__module__}.{made.__qualname__} is a PyTorch tensor that keeps its values in a way of its "
+                    "own, which is not supported. Pass an ordinary one, such as x.to_local() or x.dequantize() makes."
+                )
             return _TORCH
         if root == "cupy" and base.__name__ == "ndarray":
             return _CUPY

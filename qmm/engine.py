@@ -23,6 +23,7 @@ from qmm.placement import DeviceCopies, HostWeights, MappedWeights, Weights
 from qmm.plan import Plan, Step
 from qmm.platform import Choice, choose
 from qmm.signals import handlers_held
+from qmm.tracing import outside, untraced, watched
 from qmm.uses import Uses
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ class Engine(Closing):
         """Bytes that the placement holds now: registered pages, or copies on the device; 0 for the host."""
         return 0 if self._closed else self._weights.nbytes
 
+    @untraced
     def matmul(
         self,
         tensor: str | Tensor,
@@ -167,6 +169,8 @@ class Engine(Closing):
             MappingError: the file changed since it was mapped.
             DeviceError: CUDA failed.
         """
+        if watched():
+            return outside(Engine.matmul)(self, tensor, x, out, stream, activations=activations)
         tensor = self._tensor(tensor)
         mode = activations or self.activations
         kind = KINDS[type(x)]
@@ -199,6 +203,7 @@ class Engine(Closing):
             kind.from_host(self._matmul_host(tensor, kind.to_host(x), int8), out)
         return out
 
+    @untraced
     def plan(self, products: Iterable[tuple[str | Tensor, Any, Any]], *, activations: str | None = None) -> Plan:
         """Prepare a sequence of products, to be run again and again at the cost of one launch.
 
@@ -214,6 +219,9 @@ class Engine(Closing):
             DeviceError: the engine works on the CPU, or CUDA failed.
             QmmError: as :meth:`matmul`.
         """
+        if watched():
+            made: Plan = outside(Engine.plan)(self, products, activations=activations)
+            return made
         mode = activations or self.activations
         listed = list(products)
         if self.gpu is None:
@@ -241,6 +249,7 @@ class Engine(Closing):
         self._plans.add(plan)
         return plan
 
+    @untraced
     def dequantize(
         self, tensor: str | Tensor, first_row: SupportsIndex = 0, last_row: SupportsIndex | None = None
     ) -> npt.NDArray[np.float32]:
@@ -259,6 +268,9 @@ class Engine(Closing):
             ArrayError: the tensor has no such rows.
             QmmError: as :meth:`matmul`.
         """
+        if watched():
+            weights: npt.NDArray[np.float32] = outside(Engine.dequantize)(self, tensor, first_row, last_row)
+            return weights
         tensor = self._tensor(tensor)
         try:  # before they meet an address: a uint64 added to it may be a float64, an int32 overflows
             first = operator.index(first_row)
@@ -394,7 +406,7 @@ class Engine(Closing):
         if out is not None:
             y_kind = KINDS[type(out)]
             y_address, of_y = _signature(y_kind, out)
-        key: Hashable = (tensor, mode, kind, x_address & 15, of_x, y_kind, of_y)
+        key: Hashable = (tensor, mode, kind, x_address & 15, of_x, y_kind, y_address & 3, of_y)
         call = self._calls.get(key)
         if call is None and key not in self._calls:
             call = self._keep(key, tensor, mode, kind, x, out)
@@ -427,6 +439,12 @@ class Engine(Closing):
         address = self._weights.address(tensor)
         if not math.prod(shape):
             return _Call(None, shape)
+        for name, view in (("x", source), ("out", target)):
+            if not view.aligned:
+                raise ArrayError(
+                    f"{self.model.path}: tensor {tensor.name!r}: {name} begins at address {view.address:#x} and has "
+                    f"strides {view.strides}, but a GPU reads {view.dtype} at multiples of its size only. Pass a copy."
+                )
         int8 = mode == "int8" and not tensor.format.plain
         product = self.gpu.prepare(tensor.format, address, tensor.m, tensor.k, source, target, int8, apart)
         return _Call(product, shape)
@@ -461,7 +479,10 @@ class Engine(Closing):
             where = ["host memory" if device is None else f"CUDA device {device}" for device in (x.device, view.device)]
             raise ArrayError(f"{what}: x is in {where[0]}, but out in {where[1]}; use one place")
         if not view.writable or view.overlaps_itself:
-            raise ArrayError(f"{what}: out is read-only, or a broadcast array whose elements share memory")
+            raise ArrayError(
+                f"{what}: out is read-only, or a broadcast array whose elements share memory, "
+                "or an inference tensor outside of torch.inference_mode()"
+            )
         return view.rows(len(x.shape) - 1)
 
 

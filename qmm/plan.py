@@ -10,6 +10,7 @@ from qmm.arrays import ArrayKind, stream_handle
 from qmm.errors import ClosedError, DeviceError
 from qmm.loaders.closing import Closing
 from qmm.signals import handlers_held
+from qmm.tracing import outside, untraced, watched
 
 if TYPE_CHECKING:
     from qmm.engine import Engine
@@ -75,6 +76,7 @@ class Plan(Closing):
         """Whether it was closed, by itself or with its engine."""
         return self._closed or self._engine.closed
 
+    @untraced
     def __call__(self, stream: Any = None) -> None:
         """Queue all products.
 
@@ -87,6 +89,9 @@ class Plan(Closing):
             MappingError: the file changed since it was mapped.
             DeviceError: CUDA failed.
         """
+        if watched():
+            outside(Plan.__call__)(self, stream)
+            return
         first = self._first  # another thread may close the plan meanwhile
         if self.closed or first is None:
             raise ClosedError(f"{self._engine.model.path}: the plan was closed, or its engine was. Make another one.")

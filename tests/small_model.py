@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from gguf_files import random_blocks, write_gguf
 
-__all__ = ["CHANGES", "K", "LOSSES", "M", "is_mapped", "replace_file", "write_small_model"]
+import qmm
+
+__all__ = ["CHANGES", "K", "LOSSES", "M", "Products", "is_mapped", "replace_file", "write_small_model"]
 
 K, M = 256, 64
 
@@ -18,6 +20,22 @@ def write_small_model(path: Path, rng: np.random.Generator) -> None:
     """Two matrices, ``a`` and ``b``, of Q8_0."""
     write_gguf(path, {name: ("Q8_0", (M, K), random_blocks("Q8_0", (M, K), rng)) for name in ("a", "b")})
     os.utime(path, ns=(1, 1))  # a clock of some milliseconds may not tell two writes apart
+
+
+class Products:
+    """A dataset of products with ``a``, whose engine is made where the first one is asked for."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self.path, self.count = path, count
+        self.engine: qmm.Engine | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        if self.engine is None:
+            self.engine = qmm.Engine(self.path, "cpu")
+        return self.engine.matmul("a", np.full(K, number, np.float32))
 
 
 def is_mapped(path: Path) -> bool:

@@ -192,3 +192,18 @@ def test_a_class_that_only_looks_like_a_tensor_is_refused() -> None:
 def test_reach_is_from_the_lowest_byte_to_the_highest(index: Any, reach: tuple[int, int]) -> None:
     array = np.zeros((3, 8), np.float32)[index]
     assert kind_of(array).view(array).reach == reach
+
+
+@pytest.mark.parametrize(
+    ("offset", "index", "aligned"),
+    [(0, np.s_[:], True), (4, np.s_[:, ::-1], True), (1, np.s_[:], False), (2, np.s_[:], False), (3, np.s_[:0], False)],
+)
+def test_aligned_is_what_numpy_calls_aligned(offset: int, index: Any, aligned: bool) -> None:
+    array = np.ndarray((2, 3), np.float32, bytearray(64), offset)[index]
+    assert view_of(array).aligned == aligned
+
+
+def test_steps_between_elements_may_be_unaligned_too() -> None:
+    array = as_strided(BUFFER, (2, 3), (14, 4), writeable=False)
+    assert not view_of(array).aligned
+    assert view_of(array[:1]).aligned  # the step from row to row is not taken

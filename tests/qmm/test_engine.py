@@ -258,6 +258,35 @@ def test_wrong_out_is_refused_before_anything_is_stored(engine: qmm.Engine) -> N
             engine.matmul("first", x, out=out)
 
 
+def test_a_masked_array_is_refused_for_its_mask_would_be_lost(engine: qmm.Engine, rng: np.random.Generator) -> None:
+    x, out = normal(rng, 2, 96), np.ma.zeros((2, 5), np.float32)
+    masked = np.ma.masked_array(x, x > 0)
+    for arrays in ({"x": masked}, {"x": x, "out": out}):
+        with pytest.raises(ArrayError, match=r"masked.*x\.filled\(0\)"):
+            engine.matmul("first", **arrays)
+    zeroed = np.where(x > 0, np.float32(0), x)
+    np.testing.assert_array_equal(engine.matmul("first", masked.filled(0)), engine.matmul("first", zeroed))
+
+
+def test_other_arrays_of_numpys_are_used_for_their_values(engine: qmm.Engine, rng: np.random.Generator) -> None:
+    x = normal(rng, 2, 96)
+    expected = engine.matmul("first", x)
+    odd = np.frombuffer(b"\0" + x.tobytes(), np.float32, offset=1).reshape(x.shape)
+    assert not odd.flags.aligned
+    for same in (odd, x.view(np.matrix), x.view(np.recarray)):
+        np.testing.assert_array_equal(engine.matmul("first", same), expected)
+    odd_out = np.frombuffer(bytearray(1 + expected.nbytes), np.float32, offset=1).reshape(expected.shape)
+    np.testing.assert_array_equal(engine.matmul("first", x, out=odd_out), expected)
+
+
+def test_out_may_share_memory_with_x(engine: qmm.Engine, rng: np.random.Generator) -> None:
+    x = normal(rng, 5, 96)
+    expected = engine.matmul("first", x)
+    for part in (np.s_[:, :5], np.s_[:, 91:], np.s_[::-1, 40:45]):
+        within = x.copy()
+        np.testing.assert_array_equal(engine.matmul("first", within, out=within[part]), expected)
+
+
 def test_a_stream_is_for_arrays_on_a_gpu(engine: qmm.Engine) -> None:
     with pytest.raises(ArrayError, match="stream="):
         engine.matmul("first", np.zeros(96, np.float32), stream=1)

@@ -1,0 +1,54 @@
+"""What keeps ``torch.compile`` out of qmm: it calls our functions as they are, and compiles what is around them.
+
+torch is not imported here, and need not be there. Its compiler, Dynamo, meets a function twice. Where it follows a call
+in the code that it compiles, the attributes that :func:`untraced` sets stop it. Where the function then runs, Dynamo is
+asked about each frame of Python in it, Numba's too, unless it was called through ``torch.compiler.disable``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["outside", "untraced", "watched"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+REASON = (
+    "qmm's kernels are compiled already, and read memory by its address; without fullgraph=True, torch.compile "
+    "compiles what comes before and after the call"
+)
+_modules = sys.modules
+_set: list[Callable[[object], object]] = []
+_disabled: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def untraced(function: F) -> F:
+    """Have Dynamo call a function, not follow it. Its body begins with ``if watched(): ... outside(function)``."""
+    vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=REASON)
+    return function
+
+
+@untraced
+def watched() -> bool:
+    """Whether Dynamo is asked about this thread's frames: in what torch.compile made, and only there."""
+    if not _set:
+        dynamo = _modules.get("torch._C._dynamo.eval_frame")  # there with torch, not only with its compiler
+        if dynamo is None:
+            return False
+        _set.append(dynamo.set_eval_frame)
+    asked = _set[0](None)  # get_eval_frame_callback would do, but that of torch 2.6 loses references
+    if asked is None:
+        return False
+    _set[0](asked)
+    return bool(asked)
+
+
+@untraced
+def outside(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as to be called where it is watched: Dynamo is asked about no frame in it."""
+    if function not in _disabled:
+        decorators = sys.modules["torch._dynamo.decorators"]
+        _disabled[function] = decorators.disable(function)
+        decorators.skip(function)  # else Dynamo compiles the way to here, once for each name of a tensor
+    return _disabled[function]
