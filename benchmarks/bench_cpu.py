@@ -22,13 +22,14 @@ import pytest
 from gguf_files import random_blocks
 
 from benchmarks import ggml_cpu
+from qmm import extras
 from qmm.kernels import cpu
 from qmm.kernels.formats import FORMATS
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-pytest.importorskip("libggml", reason="pip install 'qmm[bench]'")
+pytest.importorskip("libggml", reason=extras.command("bench"))
 
 AIMED_AT = ("Q8_0", "Q4_K", "Q6_K")
 SHAPES = [(14336, 4096), (4096, 4096), (4096, 14336), (2048, 640)]

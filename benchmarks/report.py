@@ -5,7 +5,7 @@
 
 Both are made from the newest ``bench_matvec-*.json`` in ``benchmarks/results/`` and from nothing else;
 ``tests/test_report.py`` holds them to it. Ratios and per cent are rounded down, so that nothing is shown as equal that
-is slower. The chart needs matplotlib (``pip install 'qmm[bench]'``).
+is slower. The chart needs matplotlib, which the extra ``bench`` brings.
 """
 
 from __future__ import annotations

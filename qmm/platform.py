@@ -6,6 +6,7 @@ import operator
 from dataclasses import dataclass
 from typing import SupportsIndex
 
+from qmm import extras
 from qmm.errors import DeviceError
 from qmm.loaders.cuda import CudaCallError, attribute, call, current_device
 from qmm.loaders.registration import REQUIRED_ATTRIBUTES
@@ -157,4 +158,4 @@ def require_compiler() -> None:
     from importlib.util import find_spec
 
     if find_spec("numba_cuda") is None:
-        raise DeviceError("numba-cuda is not installed; pip install 'qmm[cu13]' or 'qmm[cu12]'")
+        raise DeviceError(f"numba-cuda is not installed; {extras.for_gpu()}")

