@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 import qmm
-from qmm.errors import QmmError, TensorNotFoundError, UnsupportedTypeError
+from qmm.errors import QmmError, UnsupportedTypeError
 from qmm.report import Report
 
 if TYPE_CHECKING:
@@ -213,13 +212,15 @@ def verify(
     columns = _columns(n)
 
     def work(bar: Bar) -> Report:
+        from qmm.verify import matching
         from qmm.verify import verify as check_all
 
         modes = ["int8", "f16"] if activations.value == "both" else [activations.value]
         with qmm.open(file) as model:
-            chosen = [tensor for tensor in model.values() if fnmatchcase(tensor.name, tensors)]
+            chosen = matching(model, tensors)
             if not chosen:
-                raise TensorNotFoundError(f"{file}: none of its {len(model)} tensors is called like {tensors!r}.")
+                what = f"{file}: none of its {len(model)} tensors is called like {tensors!r}"
+                raise typer.BadParameter(what, param_hint="'--tensors'")
             with _engine(model, device, placement, [tensor.name for tensor in chosen]) as engine:
                 bar.stage(engine.explanation)
                 bar.start(len(chosen))

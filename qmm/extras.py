@@ -1,7 +1,7 @@
 """How to install what an extra of qmm brings, as a command for messages.
 
-The command names the packages themselves. By qmm's own name pip would fetch a stranger's project: qmm is not on PyPI, and
-the project of that name there is somebody else's.
+The command names the packages themselves. By qmm's own name pip would fetch a stranger's project: qmm is not on PyPI,
+and the project of that name there is somebody else's.
 """
 
 from __future__ import annotations

@@ -223,9 +223,10 @@ def test_an_unknown_tensor_suggests_a_near_name(model: Path) -> None:
 
 
 def test_a_pattern_without_a_match_is_an_error(model: Path) -> None:
-    result = invoke("verify", model, "--tensors", "blk.*")
-    assert result.code == 3
-    assert "none of its 4 tensors" in result.err
+    result = invoke("verify", model, "--tensors", "blk.*", "--device", "cpu")
+    assert result.code == 2
+    said = " ".join(result.err.replace("│", "").split())
+    assert f"{model}: none of its 4 tensors is called like 'blk.*'" in said
 
 
 def test_a_type_without_a_kernel_is_an_error_of_run(model: Path) -> None:
@@ -383,7 +384,7 @@ def test_verify_fails_on_one_wrong_bit_in_the_last_weight(
 def test_verify_walks_a_large_tensor_in_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = gguf_files.random_blocks("Q8_0", (37, 64), np.random.default_rng(1))
     gguf_files.write_gguf(tmp_path / "rows.gguf", {"rows": ("Q8_0", (37, 64), data)})
-    monkeypatch.setattr("qmm.verify.BLOCK_WEIGHTS", 10 * 64)
+    monkeypatch.setattr("qmm.oracle.BLOCK_WEIGHTS", 10 * 64)
     asked: list[tuple[int, int]] = []
     right = qmm.Engine.dequantize
 
@@ -400,6 +401,15 @@ def test_verify_takes_tensors_without_values(tmp_path: Path) -> None:
     gguf_files.write_gguf(tmp_path / "empty.gguf", {"empty": ("Q8_0", (0, 64), b""), "up": ("F32", (1, 4), bytes(16))})
     document = invoke("verify", tmp_path / "empty.gguf", "--device", "cpu", "--json").document
     assert [check["ok"] for check in document["checks"]] == [True, True]
+
+
+@pytest.mark.parametrize("json_option", [(), ("--json",)])
+def test_verify_of_a_file_without_tensors_claims_nothing(tmp_path: Path, json_option: tuple[str, ...]) -> None:
+    gguf_files.write_gguf(tmp_path / "vocab.gguf", {})
+    result = invoke("verify", tmp_path / "vocab.gguf", *json_option)
+    assert result.code == 3
+    assert "vocab.gguf: holds no tensors: nothing to verify" in result.err
+    assert invoke("info", tmp_path / "vocab.gguf").code == 0
 
 
 # smoke ----------------------------------------------------------------------------------------------------------------
