@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 import qmm
-from qmm.errors import QmmError, UnsupportedTypeError
+from qmm.errors import DeviceError, QmmError, UnsupportedTypeError
 from qmm.report import Report
 
 if TYPE_CHECKING:
@@ -226,6 +226,7 @@ def verify(
                 bar.start(len(chosen))
                 report = check_all(engine, model, chosen, columns, modes, seed, lambda tensor: bar.step(tensor.name))
                 used = engine.device, engine.placement
+                identities = tuple(known.identity for known in model.known)
         if not paranoid:
             return report
         from qmm.paranoid import Job, check_guarded
@@ -233,7 +234,7 @@ def verify(
         names = tuple(tensor.name for tensor in chosen)
         bar.stage(f"between guards, {used[1]}")
         bar.start(len(names))
-        job = Job(str(file), *used, names, columns, tuple(modes), seed)
+        job = Job(str(file), *used, names, columns, tuple(modes), seed, identities)
         return replace(report, guards=tuple(check_guarded(job, bar.step)))
 
     _present(work, as_json)
@@ -242,16 +243,17 @@ def verify(
 @app.command(epilog=EPILOG)
 def smoke(
     file: FileArgument,
-    device: Annotated[int, typer.Option(min=0, help="CUDA's number of the GPU.")] = 0,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cuda, cuda:N or N.")] = "cuda",
     as_json: JsonOption = False,
 ) -> None:
     """Eight steps from a file to a GPU kernel that reads it, each with its result and time."""
+    number = _gpu_number(device)
 
     def work(bar: Bar) -> Report:
         from qmm.smoke import smoke as walk
 
         bar.stage("eight steps")
-        return walk(file, device)
+        return walk(file, number)
 
     _present(work, as_json)
 
@@ -312,6 +314,18 @@ def _present(work: Callable[[Bar], Report], as_json: bool) -> None:
 
 def _device(device: str) -> str | int:
     return int(device) if device.isdecimal() else device
+
+
+def _gpu_number(device: str) -> int:
+    from qmm.platform import device_number
+
+    try:
+        number = device_number(_device(device))
+    except DeviceError as reason:
+        raise typer.BadParameter(str(reason), param_hint="'--device'") from reason
+    if number is None:
+        raise typer.BadParameter("the steps lead to a GPU: say cuda, cuda:N or N", param_hint="'--device'")
+    return number
 
 
 def _columns(text: str) -> tuple[int, ...]:

@@ -35,10 +35,11 @@ import numpy.typing as npt
 
 from qmm.arrays import View
 from qmm.engine import Engine
-from qmm.errors import QmmError
+from qmm.errors import MappingError, QmmError
 from qmm.loaders.children import ending, python
 from qmm.loaders.closing import Closing
 from qmm.loaders.cuda import CudaCallError
+from qmm.loaders.files import FileIdentity, KnownFile
 from qmm.loaders.guards import DeviceGuard, Guard, HostGuard
 from qmm.model import Tensor, open_model
 from qmm.oracle import BLOCK_WEIGHTS, Oracle, same_bits
@@ -70,13 +71,15 @@ class Job:
     columns: tuple[int, ...]
     modes: tuple[str, ...]
     seed: int
+    identities: tuple[FileIdentity, ...]
+    """Of the model's files (:attr:`qmm.model.Model.known`), which must be those that a child finds at their names."""
 
 
 def check_guarded(job: Job, done: Callable[[str], None] = lambda tensor: None) -> list[GuardCheck]:
     """Check tensors in child processes; ``done`` is called after each.
 
     Raises:
-        QmmError: a child could not begin at all; the message is its own.
+        QmmError: a child could not begin at all, or a file was replaced; the message is the child's.
     """
     checks: list[GuardCheck] = []
     left = list(job.tensors)
@@ -103,6 +106,8 @@ def _run_child(job: Job) -> Iterator[GuardCheck]:
                 child.stdin.close()
             for line in child.stdout:
                 said = json.loads(line)
+                if "error" in said:
+                    raise QmmError(said["error"])
                 if "check" in said:
                     where = {}
                     yield GuardCheck(**said["check"])
@@ -121,8 +126,22 @@ def _run_child(job: Job) -> Iterator[GuardCheck]:
 
 def work() -> int:
     """The child: reads a job from stdin, says on stdout what it does and finds; its exit status."""
-    job = Job(**json.load(sys.stdin))
+    try:
+        return _check_all(Job(**json.load(sys.stdin)))
+    except QmmError as reason:
+        _say({"error": str(reason)})
+        return 1
+
+
+def _check_all(job: Job) -> int:
+    """What the child does.
+
+    Raises:
+        QmmError: it cannot begin.
+    """
     with open_model(job.file) as model:
+        for file, identity in zip(model.known, job.identities, strict=False):  # of another number: the first differs
+            KnownFile(file.path, FileIdentity(*identity)).compare(file.identity, MappingError)
         tensors = [model[name] for name in job.tensors]
         with (
             Engine(model, job.device, job.placement, tensors=job.tensors) as engine,
