@@ -116,7 +116,7 @@ def test_product(pair: Pair, side: str, benchmark: BenchmarkFixture, record: Cal
     benchmark.group = f"{pair.format.name} {pair.m}x{pair.k}, {threads}"
     run = {"qmm": pair.qmm_run, "ggml": pair.ggml_run}[side]
     with Load(pair.threads) as load:
-        benchmark.pedantic(run, setup=pair.before(side), rounds=ROUNDS, warmup_rounds=2)
+        benchmark.pedantic(run, setup=load.without(pair.before(side)), rounds=ROUNDS, warmup_rounds=2)
     pair.disturbed = pair.disturbed or load.disturbed
     if benchmark.stats is None:  # --benchmark-disable
         return

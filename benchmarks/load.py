@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -34,8 +35,13 @@ class Load:
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads
-        self.waited: float | None = None
+        self._seconds = self._waited = 0.0
+        self._known = True
+
+    @property
+    def waited(self) -> float | None:
         """Seconds of waiting in parts of the threads' time; None where the system does not say."""
+        return self._waited / (self._seconds * self.threads) if self._known and self._seconds else None
 
     def __enter__(self) -> Load:
         self._began, self._waits, self._stolen = time.perf_counter(), waits(), stolen_seconds()
@@ -44,10 +50,25 @@ class Load:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        seconds, now = time.perf_counter() - self._began, waits()
-        if now is not None and self._waits is not None:
-            waited = sum(after - self._waits.get(thread, 0) for thread, after in now.items()) / 1e9
-            self.waited = (waited + stolen_seconds() - self._stolen) / (seconds * self.threads)
+        self._pause()
+
+    def _pause(self) -> None:
+        now, self._seconds = waits(), self._seconds + time.perf_counter() - self._began
+        if now is None or self._waits is None:
+            self._known = False
+            return
+        waited = sum(after - self._waits.get(thread, 0) for thread, after in now.items()) / 1e9
+        self._waited += waited + stolen_seconds() - self._stolen
+
+    def without(self, setup: Callable[[], None]) -> Callable[[], None]:
+        """A function that does not count: what runs, untimed, between the rounds."""
+
+        def uncounted() -> None:
+            self._pause()
+            setup()
+            self.__enter__()
+
+        return uncounted
 
     @property
     def disturbed(self) -> str | None:

@@ -175,6 +175,18 @@ def test_a_thread_that_sleeps_waits_for_no_cpu() -> None:
     assert measured.disturbed is None
 
 
+def test_what_runs_between_rounds_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = iter([0, 1, 100, 102])  # milliseconds: before, at the beginning and the end of the setup, after
+    monkeypatch.setattr(load, "waits", lambda: {"1": next(counted) * 10**6})
+    monkeypatch.setattr(load, "stolen_seconds", lambda: 0.0)
+    with Load(2) as measured:
+        time.sleep(0.02)
+        measured.without(lambda: time.sleep(0.5))()
+        time.sleep(0.02)
+    assert measured.waited is not None
+    assert 0.003 / (2 * 0.4) < measured.waited <= 0.003 / (2 * 0.04)
+
+
 def test_where_the_kernel_does_not_count_nothing_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load.waits(tmp_path) is None
     assert load.stolen_seconds(tmp_path / "stat") == 0
