@@ -22,18 +22,21 @@ import pytest
 from gguf_files import random_blocks
 
 from benchmarks import ggml_cpu
+from benchmarks.load import Load
+from qmm import extras
 from qmm.kernels import cpu
 from qmm.kernels.formats import FORMATS
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-pytest.importorskip("libggml", reason="pip install 'qmm[bench]'")
+pytest.importorskip("libggml", reason=extras.command("bench"))
 
 AIMED_AT = ("Q8_0", "Q4_K", "Q6_K")
 SHAPES = [(14336, 4096), (4096, 4096), (4096, 14336), (2048, 640)]
 CPUS = cpu.available_cpus()
 THREADS = sorted({1, CPUS})
+KEY = ("format", "shape", "threads")
 COPIES_NBYTES = 1 << 28
 ROUNDS = 40
 
@@ -59,6 +62,7 @@ class Pair:
         self.y = np.zeros((1, m), np.float32)
         self.ggml = ggml_cpu.Product(gguf.GGMLQuantizationType[name], self.weights, m, self.x, threads, self.copies)
         self.medians: dict[str, float] = {}
+        self.disturbed: str | None = None
         self.qmm_run()
         for _ in range(self.copies):
             self.ggml_run()
@@ -111,7 +115,9 @@ def test_product(pair: Pair, side: str, benchmark: BenchmarkFixture, record: Cal
     threads = f"{pair.threads} thread" + "s" * (pair.threads > 1)
     benchmark.group = f"{pair.format.name} {pair.m}x{pair.k}, {threads}"
     run = {"qmm": pair.qmm_run, "ggml": pair.ggml_run}[side]
-    benchmark.pedantic(run, setup=pair.before(side), rounds=ROUNDS, warmup_rounds=2)
+    with Load(pair.threads) as load:
+        benchmark.pedantic(run, setup=load.without(pair.before(side)), rounds=ROUNDS, warmup_rounds=2)
+    pair.disturbed = pair.disturbed or load.disturbed
     if benchmark.stats is None:  # --benchmark-disable
         return
     stats = benchmark.stats.stats
@@ -128,8 +134,9 @@ def test_product(pair: Pair, side: str, benchmark: BenchmarkFixture, record: Cal
                 "ggml ms": pair.medians["ggml"] * 1e3,
                 "qmm GB/s": nbytes / pair.medians["qmm"] / 1e9,
                 "ggml GB/s": nbytes / pair.medians["ggml"] / 1e9,
-                "qmm / ggml": pair.medians["ggml"] / pair.medians["qmm"],
-                "by minima": pair.medians["ggml least"] / pair.medians["qmm least"],
+                "qmm / ggml": None if pair.disturbed else pair.medians["ggml"] / pair.medians["qmm"],
+                "by minima": None if pair.disturbed else pair.medians["ggml least"] / pair.medians["qmm least"],
+                "disturbed": pair.disturbed,
                 "qmm NMSE": pair.nmse["qmm"],
                 "ggml NMSE": pair.nmse["ggml"],
             },

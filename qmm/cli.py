@@ -239,18 +239,19 @@ def verify(
     columns: tuple[int, ...] = n
 
     def work(bar: Bar) -> Report:
-        from qmm.info import matching
+        from qmm.verify import checkable
         from qmm.verify import verify as check_all
 
         modes = ["int8", "f16"] if activations == "both" else [activations]
         with qmm.open(file) as model:
-            chosen = matching(model, tensors)
+            chosen = checkable(model, tensors)
             with _engine(model, device, placement, [tensor.name for tensor in chosen]) as engine:
                 bar.stage(engine.explanation)
                 bar.stage(f"checking {len(chosen)} tensors, n = {', '.join(map(str, columns))}")
                 bar.start(len(chosen))
                 report = check_all(engine, model, chosen, columns, modes, seed, lambda tensor: bar.step(tensor.name))
                 used = engine.device, engine.placement
+                identities = tuple(known.identity for known in model.known)
         if not paranoid:
             return report
         from qmm.paranoid import Job, check_guarded
@@ -258,7 +259,7 @@ def verify(
         names = tuple(tensor.name for tensor in chosen)
         bar.stage(f"checking {len(names)} tensors between guards, {used[1]}")
         bar.start(len(names))
-        job = Job(str(file), *used, names, columns, tuple(modes), seed)
+        job = Job(str(file), *used, names, columns, tuple(modes), seed, identities)
         return replace(report, guards=tuple(check_guarded(job, bar.step)))
 
     _present(work, as_json)

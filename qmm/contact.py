@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qmm.kernels.cache import cache_folder
 from qmm.loaders.cuda import call
+from qmm.loaders.mapping import FileMapping
 from qmm.loaders.probe import FileSystem, probe
 from qmm.platform import GPUInfo
 
@@ -19,8 +20,8 @@ __all__ = ["first_contact"]
 _known: set[str] = set()
 
 
-def first_contact(path: Path, gpu: GPUInfo) -> None:
-    """Try registering ``path`` in a child process, unless it worked before on the same file system, GPU and driver.
+def first_contact(mapping: FileMapping, gpu: GPUInfo) -> None:
+    """Try registering a file in a child process, unless it worked before on the same file system, GPU and driver.
 
     That it worked is kept in a file beside the compiled kernels (``QMM_CACHE_DIR``), so that it costs a second once.
 
@@ -28,7 +29,7 @@ def first_contact(path: Path, gpu: GPUInfo) -> None:
         RegistrationError: it does not return, or the child dies of it.
     """
     contact = {
-        "file system": FileSystem.of(path)._asdict(),
+        "file system": FileSystem.of(mapping.path)._asdict(),
         "gpu": gpu.name,
         "driver": call("cudaDriverGetVersion"),
         "kernel": platform.release(),
@@ -38,7 +39,7 @@ def first_contact(path: Path, gpu: GPUInfo) -> None:
     note = None if folder is None else folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     if text in _known or (note is not None and note.exists()):
         return
-    if not probe(path, gpu.number):
+    if not probe(mapping, gpu.number):
         return
     _known.add(text)
     if note is not None:

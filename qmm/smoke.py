@@ -6,44 +6,55 @@ can read the magic ``GGUF`` where the file begins.
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qmm.contact import first_contact
 from qmm.errors import MappingError, QmmError, RegistrationError
 from qmm.loaders.cuda import CudaCallError, call
-from qmm.loaders.gguf import GGUFIndex
+from qmm.loaders.files import OpenFile
+from qmm.loaders.gguf import GGUFIndex, read_model
 from qmm.loaders.mapping import FileMapping
 from qmm.loaders.registration import HostRegistration
+from qmm.model import Model
 from qmm.platform import GPUInfo, gpu_info, require_compiler
 from qmm.report import SmokeReport, Step
 
 __all__ = ["smoke"]
 
 MAGIC = b"GGUF"
-WITHOUT_GPU = "The CPU can multiply by this file all the same: `qmm run {file} --device cpu`."
-REFUSED = "The file can still be used from a copy, `qmm run {file} --placement device`, or on the CPU, `--device cpu`."
+NOTHING = "No other way was tried: the file has no tensor that qmm can multiply by. See `qmm info {file}`."
+ON_CPU = "On the CPU a product was tried, and worked: `qmm run {file} {tensor} --device cpu`."
+NOT_ON_CPU = "On the CPU a product by {tensor} was tried too, and failed: {reason}"
+COPY = "Not tried: `qmm run {file} {tensor} --placement device`, which copies the weights and needs no registering."
 
 
 class _Smoke:
     """What the steps hand to each other. Each step returns its result as text, or raises."""
 
-    def __init__(self, index: GGUFIndex, device: int) -> None:
+    def __init__(self, index: GGUFIndex, file: OpenFile, device: int) -> None:
         self.index = index
+        self.file = file
         self.device = device
         self.cleanup = ExitStack()
         self.mapping: FileMapping
+        self.mapped: str | None = None
         self.registration: HostRegistration
         self.gpu: Any = None
         self.gpu_info: GPUInfo
         self.address = 0
 
     def map(self) -> str:
-        self.mapping = FileMapping.open(self.index.path)
+        self.mapping = FileMapping.of(self.file)
+        self.mapped = mapped_file(self.mapping.address)
         self.cleanup.callback(self.mapping.close)
         return f"{self.mapping.nbytes:,} bytes, read-only and shared, at 0x{self.mapping.address:x}"
 
@@ -59,7 +70,7 @@ class _Smoke:
         return f"{info.name}, compute capability {capability}, {reads} register read-only memory"
 
     def register(self) -> str:
-        first_contact(self.index.path, self.gpu_info)
+        first_contact(self.mapping, self.gpu_info)
         before = anonymous_nbytes()
         self.registration = HostRegistration.of(self.mapping, [(0, self.mapping.nbytes)], self.device)
         self.cleanup.callback(self.registration.close)
@@ -78,7 +89,7 @@ class _Smoke:
         return f"no: the host has it at 0x{host:x}, so only the device's address may go to a kernel"
 
     def size(self) -> str:
-        on_disk = self.index.path.stat().st_size
+        on_disk = os.fstat(self.file.fileno()).st_size
         if on_disk != self.mapping.nbytes:
             raise MappingError(f"the mapping has {self.mapping.nbytes} bytes, the file {on_disk}")
         end = max((t.offset + t.nbytes for t in self.index.tensors.values() if t.path == self.index.path), default=0)
@@ -102,8 +113,7 @@ class _Smoke:
         with HostRegistration.of(self.mapping, [(0, self.mapping.nbytes)], self.device):
             pass  # nothing was left behind, or this would be refused
         self.mapping.close()
-        maps = Path("/proc/self/maps")
-        if maps.exists() and f" {self.index.path.resolve()}\n" in maps.read_text(errors="replace"):
+        if self.mapped is not None and self.mapped in map(file_of, mapped_lines()):
             raise MappingError("the file is still mapped")
         return "unregistered, registered once more and unregistered, unmapped"
 
@@ -115,6 +125,45 @@ def anonymous_nbytes() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
+def mapped_lines() -> list[str]:
+    """What is mapped into this process, as proc(5) has it; nothing where the system does not say."""
+    maps = Path("/proc/self/maps")
+    return maps.read_text(errors="replace").splitlines() if maps.exists() else []
+
+
+def file_of(line: str) -> str:
+    """Device and inode of a line's file: its name may be another one by now."""
+    return " ".join(line.split()[3:5])
+
+
+def mapped_file(address: int) -> str | None:
+    """Device and inode of the file that is mapped at an address; None where the system does not say."""
+    return next((file_of(line) for line in mapped_lines() if line.startswith(f"{address:08x}-")), None)
+
+
+def other_ways(index: GGUFIndex, path: Path, registering_failed: bool) -> str:
+    """What works without the steps that failed; a product on the CPU is tried, with the smallest tensor."""
+    file = shlex.quote(str(path))
+    with Model(index) as model:
+        usable = [tensor for tensor in model.values() if tensor.supported and tensor.nbytes]
+        if not usable:
+            return NOTHING.format(file=file)
+        tensor = min(usable, key=lambda tensor: tensor.nbytes)
+        found = {"file": file, "tensor": shlex.quote(tensor.name)}
+        try:
+            from qmm.engine import Engine
+
+            with Engine(model, "cpu", tensors=tensor.name) as engine:
+                engine.matmul(tensor, np.ones((1, tensor.k), np.float32))
+        except Exception as reason:  # whatever a compiler, or the lack of one, raises: it is what was found
+            said = [NOT_ON_CPU.format(**found, reason=" ".join(f"{type(reason).__name__}: {reason}".split())[:500])]
+        else:
+            said = [ON_CPU.format(**found)]
+    if registering_failed:
+        said.append(COPY.format(**found))
+    return " ".join(said)
+
+
 def smoke(path: Path, device: int = 0) -> SmokeReport:
     """Walk the eight steps; after one that failed, those that depend on it are not reached.
 
@@ -123,7 +172,8 @@ def smoke(path: Path, device: int = 0) -> SmokeReport:
     Raises:
         GGUFError: ``path`` is not a GGUF file that can be used.
     """
-    walk = _Smoke(GGUFIndex.read(path), device)
+    index, files = read_model(path)
+    walk = _Smoke(index, next(file for file in files if file.path == index.path), device)
     steps: list[tuple[str, Callable[[], str]]] = [
         ("map", walk.map),
         ("initialise", walk.initialise),
@@ -150,7 +200,5 @@ def smoke(path: Path, device: int = 0) -> SmokeReport:
         shown.append(Step(number, name, right, result, (time.perf_counter() - started) * 1e3))
     with suppress(QmmError) if failed else nullcontext():  # the failed step has said why
         walk.cleanup.close()
-    advice = None
-    if failed:
-        advice = (WITHOUT_GPU if shown[1].ok is not True else REFUSED).format(file=path)
+    advice = other_ways(index, path, registering_failed=shown[1].ok is True) if failed else None
     return SmokeReport(file=str(path), steps=tuple(shown), advice=advice)

@@ -1,7 +1,8 @@
 """Tensors against an oracle: dequantization bit for bit, and products against float64.
 
-The oracle is ``gguf.quants.dequantize`` of the very bytes in the file. A product is right if its NMSE,
-``sum((y - reference)^2) / sum(reference^2)``, keeps to TOLERANCES; they follow from how activations are stored
+The oracle is ``gguf.quants.dequantize`` of the very bytes in the file. A product is right if its NMSE, the mean of
+``(y - reference)^2 / max(reference^2, sum(w^2))``, keeps to TOLERANCES, and if what is not finite is what float64 has
+(:mod:`qmm.oracle` has the rules). The tolerances follow from how activations are stored
 (:mod:`qmm.kernels.activations`), for everything after that is exact integers or float32:
 
 ``int8``
@@ -12,8 +13,8 @@ The oracle is ``gguf.quants.dequantize`` of the very bytes in the file. A produc
     energy. The rest of 1e-6 is for float32 sums. (On the CPU these activations stay float32.)
 
 A weight with independent values treats the error as it treats ``x``, so the ratio passes on to ``y``, if enough results
-are summed: a single one may come out near zero by itself and have any relative error. Hence at least RESULTS of them
-are summed up for each tensor and number of columns, over several batches of activations where ``m * n`` is smaller.
+are averaged. Hence there are at least RESULTS of them for each tensor and number of columns, from several batches of
+activations where ``m * n`` is smaller.
 """
 
 from __future__ import annotations
@@ -23,25 +24,26 @@ import math
 import statistics
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from qmm.errors import TensorNotFoundError, UnsupportedTypeError
+from qmm.info import matching
 from qmm.model import Model, Tensor
+from qmm.oracle import Oracle, same_bits
 from qmm.report import RunReport, TensorCheck, VerifyReport
 from qmm.tables import worst
 
 if TYPE_CHECKING:
     from qmm.engine import Engine
 
-__all__ = ["TOLERANCES", "check", "largest", "median_ms", "modes_of", "run", "verify"]
+__all__ = ["TOLERANCES", "check", "checkable", "largest", "median_ms", "modes_of", "run", "verify"]
 
 TOLERANCES = {"int8": 5e-4, "f16": 1e-6}
 RESULTS = 64
-BLOCK_WEIGHTS = 1 << 20
-"""Weights that the oracle decodes at a time: 8 MB as float64, and a few times that inside it."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -53,35 +55,13 @@ def modes_of(tensor: Tensor, modes: Sequence[str]) -> tuple[str, ...]:
 
 def activations(tensor: Tensor, count: int, seed: int) -> Floats:
     """``(count, k)`` standard normal float32, always the same for a seed and a tensor's name."""
-    random = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
+    random = np.random.default_rng([seed, zlib.crc32(tensor.name.encode(errors="surrogateescape"))])
     return random.standard_normal((count, tensor.k), dtype=np.float32)
 
 
 def batches_for(tensor: Tensor, n: int) -> int:
     """Products of ``n`` columns that give at least RESULTS results."""
     return -(-RESULTS // max(1, tensor.m * n))
-
-
-def oracle(tensor: Tensor) -> Iterator[tuple[int, int, Floats]]:
-    """``(first_row, last_row, weights)`` for consecutive spans of rows, as gguf decodes the file's bytes."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    rows = tensor.data.reshape(tensor.m, -1) if tensor.nbytes else np.empty((tensor.m, 0), np.uint8)
-    step = max(1, BLOCK_WEIGHTS // max(1, tensor.k))
-    for first in range(0, tensor.m if tensor.nbytes else 0, step):
-        last = min(first + step, tensor.m)
-        yield first, last, dequantize(rows[first:last], GGMLQuantizationType[tensor.type])
-
-
-def same_bits(actual: Floats, expected: Floats) -> bool:
-    """Equal bit for bit, zeros' signs included; a NaN is a NaN, for which of them is the compiler's choice."""
-    if np.array_equal(actual.view(np.uint32), expected.view(np.uint32)):
-        return True
-    numbers = ~np.isnan(expected)
-    if not np.array_equal(np.isnan(actual), ~numbers):
-        return False
-    return bool(np.array_equal(actual[numbers].view(np.uint32), expected[numbers].view(np.uint32)))
 
 
 def check(
@@ -100,18 +80,18 @@ def check(
     nmse: dict[str, float | None] = dict.fromkeys(TOLERANCES)
     if not tensor.supported:
         return TensorCheck(tensor.name, tensor.type, tensor.shape, tensor.nbytes, False, None, nmse, True)
-    x = activations(tensor, max(n * batches_for(tensor, n) for n in columns), seed)
-    wide = x.astype(np.float64)
-    reference = np.zeros((len(x), tensor.m))
     same = True
+
+    def seen(first: int, last: int, weights: Floats) -> None:
+        nonlocal same
+        if exact and same:
+            same = same_bits(engine.dequantize(tensor, first, last).reshape(weights.shape), weights)
+
+    x = activations(tensor, max(n * batches_for(tensor, n) for n in columns), seed)
+    oracle = Oracle(tensor, x, seen)
     used = modes_of(tensor, modes)
-    with np.errstate(all="ignore"):  # damaged weights overflow; the NaN or infinity that comes of it fails
-        for first, last, weights in oracle(tensor):
-            if exact and same:
-                same = same_bits(engine.dequantize(tensor, first, last).reshape(weights.shape), weights)
-            reference[:, first:last] = wide @ weights.astype(np.float64).T
-        for mode in used:
-            nmse[mode] = worst(_nmse(engine, tensor, n, mode, x, reference) for n in columns)
+    for mode in used:
+        nmse[mode] = worst(_nmse(engine, tensor, n, mode, x, oracle) for n in columns)
     right = all((nmse[mode] or 0.0) <= TOLERANCES[mode] for mode in used)  # NaN is not
     return TensorCheck(
         tensor=tensor.name,
@@ -125,17 +105,32 @@ def check(
     )
 
 
-def _nmse(engine: Engine, tensor: Tensor, n: int, mode: str, x: Floats, reference: npt.NDArray[np.float64]) -> float:
+def _nmse(engine: Engine, tensor: Tensor, n: int, mode: str, x: Floats, oracle: Oracle) -> float:
     """The NMSE of products of ``n`` columns, over as many batches of ``x`` as give RESULTS results."""
-    error = energy = 0.0
-    for batch in range(batches_for(tensor, n)):
-        rows = slice(batch * n, batch * n + n)
-        y = np.asarray(engine.matmul(tensor, x[rows], activations=mode)).reshape(n, tensor.m)
-        error += float(np.sum((y - reference[rows]) ** 2))
-        energy += float(np.sum(reference[rows] ** 2))
-    if energy == 0.0:
-        return 0.0 if error == 0.0 else math.nan if math.isnan(error) else math.inf
-    return error / energy
+    rows = batches_for(tensor, n) * n
+    batches = (x[first : first + n] for first in range(0, rows, n))
+    y = [np.asarray(engine.matmul(tensor, batch, activations=mode)).reshape(n, tensor.m) for batch in batches]
+    return oracle.nmse(np.concatenate(y), slice(0, rows))
+
+
+def checkable(model: Model, pattern: str) -> list[Tensor]:
+    """The tensors that match a pattern, as :func:`qmm.info.matching` has it.
+
+    Raises:
+        PatternError: none does.
+        TensorNotFoundError: the model has no tensors at all.
+        UnsupportedTypeError: of those that match, qmm can multiply by none.
+    """
+    if not model:
+        raise TensorNotFoundError(f"{model.path}: holds no tensors: nothing to verify.")
+    chosen = matching(model, pattern)
+    if not any(tensor.supported for tensor in chosen):
+        types = ", ".join(dict.fromkeys(tensor.type for tensor in chosen))
+        raise UnsupportedTypeError(
+            f"{model.path}: has {len(chosen)} tensors that match {pattern!r}, none of a type that qmm has a kernel for "
+            f"({types}): nothing to verify."
+        )
+    return chosen
 
 
 def verify(

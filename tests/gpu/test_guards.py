@@ -128,7 +128,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_products_and_dequantization_between_guards_and_among_poison(odd: Path, name: str, placement: str) -> None:
     with qmm.open(odd) as model:
         tensors = tuple(tensor for tensor in model if tensor.startswith(f"{name} "))
-    checks = check_guarded(Job(str(odd), "cuda:0", placement, tensors, (1, 2, 9), ("int8", "f16"), 0))
+    checks = check_guarded(Job(str(odd), "cuda:0", placement, tensors, (1, 2, 9), ("int8", "f16"), 0, ()))
     assert [check.failure for check in checks] == [None] * 3
     modes = 1 if FORMATS[name].plain else 2
     assert [check.products for check in checks] == [3 * modes * 4] * 3
@@ -150,7 +150,7 @@ def test_a_product_that_reads_one_byte_too_far_is_named(
     )
     monkeypatch.setattr(paranoid, "CHILD", f"exec({change!r}); from qmm.paranoid import work; sys.exit(work())")
     tensors = ("Q8_0 67 x 352", "Q8_0 1 x 32")
-    shifted, other = check_guarded(Job(str(odd), "cuda:0", placement, tensors, (1,), ("int8",), 0))
+    shifted, other = check_guarded(Job(str(odd), "cuda:0", placement, tensors, (1,), ("int8",), 0, ()))
     assert shifted.failure is not None
     assert "cudaErrorIllegalAddress" in shifted.failure
     assert f"at the {at} byte" in shifted.failure

