@@ -265,7 +265,7 @@ class Bar:
     def stage(self, text: str) -> None:
         """Say what happens next."""
         self._progress.update(self._task, description=text)
-        if not self._progress.console.is_terminal:
+        if self._progress.disable:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def start(self, total: int) -> None:
@@ -282,8 +282,16 @@ def _bar() -> Iterator[Bar]:
     console = Console(stderr=True)
     columns = [SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     text = TextColumn("{task.description}", markup=False)
-    with Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal) as progress:
+    progress = Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal)
+    try:
+        progress.start()
+    except RuntimeError:  # a thread draws the bar, and the system may refuse it
+        progress.stop()
+        progress.disable = True
+    try:
         yield Bar(progress)
+    finally:
+        progress.stop()
 
 
 def _present(work: Callable[[Bar], Report], as_json: bool) -> None:

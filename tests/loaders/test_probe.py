@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,13 @@ def test_a_refusal_is_left_to_the_process_itself(file: Path) -> None:
 def test_a_file_that_is_gone_is_a_refusal(file: Path) -> None:
     file.unlink()
     assert probe(file) is False
+
+
+def test_a_child_that_cannot_start_is_an_error_that_says_so(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on processes would have the tests become another user for good; a program that is not there will do."""
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    with pytest.raises(
+        RegistrationError, match=rf"^{file}: .*could not be started .*No such file.*placement="
+    ) as caught:
+        probe(file)
+    assert isinstance(caught.value.__cause__, OSError)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -582,3 +583,17 @@ def test_demo_smokes_before_anything_else_maps_the_file(model: Path, monkeypatch
     assert [step["ok"] for step in result.document["smoke"]["steps"]] == [True] * 8
     assert (result.document["tensors"], len(result.document["rows"])) == (3, 3)
     assert all(row["ok"] and row["bit_exact"] for row in result.document["rows"])
+
+
+def test_without_a_thread_for_the_bar_the_work_is_done_all_the_same(
+    model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # for rich, that stderr is a terminal
+    with pytest.raises(SystemExit) as caught:
+        app(["run", str(model), "up", "--device", "cpu"], prog_name="qmm")
+    assert caught.value.code == 0
+    assert "compiling and multiplying by up" in capfd.readouterr().err

@@ -115,3 +115,9 @@ def test_what_does_not_fault_is_noticed_too(
 def test_a_child_that_cannot_begin_says_why(path: Path) -> None:
     with pytest.raises(QmmError, match=r"gone\.gguf.*No such file"):
         check_guarded(job(path.with_name("gone.gguf"), "first"))
+
+
+def test_a_child_that_cannot_start_is_an_error_that_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/no/python")
+    with pytest.raises(QmmError, match=rf"^{path}: .*could not be started .*No such file"):
+        check_guarded(job(path, "first"))
