@@ -13,9 +13,11 @@ import numba
 from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
+from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
 from qmm.kernels import primitives
+from qmm.kernels.half import from_half, from_half_by_integers, has_instruction
 from qmm.kernels.vector import F32, I8, I16, I32, I64, Toolkit, define, splat, vector
 from qmm.signals import handlers_held
 
@@ -36,6 +38,12 @@ __all__ = [
     "zero_partial",
 ]
 
+
+def _from_half(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    machine = cpu_target.target_context.codegen()._tm  # Numba says nowhere else what it compiles for
+    return (from_half if has_instruction(machine) else from_half_by_integers)(builder, bits)
+
+
 VECTORS, _INTRINSICS = define(
     Toolkit(
         types=types,
@@ -47,6 +55,7 @@ VECTORS, _INTRINSICS = define(
         infer_global=infer_global,
         signature=signature,
         multiply=lambda builder, a, b: builder.fmul(a, b),  # LLVM fuses nothing that was not marked for it
+        from_half=_from_half,
     )
 )
 PARTIAL = VECTORS.make("Partial", vector(F32, 8))
