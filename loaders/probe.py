@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from qmm.children import ending, no_start, python
 from qmm.errors import QmmError, RegistrationError
-from qmm.loaders.children import ending, no_start, python
 from qmm.loaders.mapping import FileMapping
 from qmm.loaders.registration import WAY_OUT, HostRegistration
 

@@ -34,9 +34,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qmm.arrays import View
+from qmm.children import ending, no_start, python
 from qmm.engine import Engine
 from qmm.errors import QmmError
-from qmm.loaders.children import ending, no_start, python
 from qmm.loaders.closing import Closing
 from qmm.loaders.cuda import CudaCallError
 from qmm.loaders.guards import DeviceGuard, Guard, HostGuard
