@@ -14,10 +14,10 @@ row may be the last thing in the file.
 from __future__ import annotations
 
 import functools
+import operator
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -40,6 +40,7 @@ from qmm.kernels.cpu_target import (
     zero_partial,
 )
 from qmm.kernels.formats import Format
+from qmm.kernels.helpers import Helpers
 from qmm.kernels.primitives import masked, run_weights
 from qmm.kernels.specialize import registers, specialize, unroll
 from qmm.signals import handlers_held
@@ -274,29 +275,37 @@ def available_cpus() -> int:
 
 
 class _Threads:
-    """The threads that a call may use beside its own."""
+    """The helpers that a product asks. They are replaced, by a fork's child too, which has none of its parent's."""
 
-    def __init__(self) -> None:
-        self.resize(available_cpus())
-
-    def resize(self, count: int) -> None:
-        self.count = count
-        self.pool = ThreadPoolExecutor(max(1, count - 1), thread_name_prefix="qmm")  # starts threads when used
+    helpers = Helpers(available_cpus() - 1)
 
 
-_threads = _Threads()
-os.register_at_fork(after_in_child=lambda: _threads.resize(_threads.count))  # a child has none of its parent's threads
+def _replace_helpers(most: int) -> None:
+    _Threads.helpers = Helpers(most)
 
 
-def set_threads(count: int) -> None:
+os.register_at_fork(after_in_child=lambda: _replace_helpers(_Threads.helpers.most))
+
+
+def set_threads(count: SupportsIndex) -> None:
     """Use ``count`` threads for a product or dequantization; at first it is the CPUs that the process may run on.
+
+    Where the system refuses to start a thread, a product does with fewer. Products under way in other threads go on
+    with those that they have.
 
     Raises:
         ValueError: ``count`` is not positive.
+        TypeError: ``count`` is no whole number.
     """
-    if count < 1:
-        raise ValueError(f"a product needs a thread at least, not {count}")
-    _threads.resize(count)
+    try:
+        number = operator.index(count)
+    except TypeError:
+        raise TypeError(f"the number of threads must be a whole number, not {count!r}") from None
+    if number < 1:
+        raise ValueError(f"a product needs a thread at least, not {number}")
+    before = _Threads.helpers
+    _replace_helpers(number - 1)
+    before.dismiss()
 
 
 def _over_rows(m: int, nbytes: int, work: Callable[[int, int], None]) -> None:
@@ -305,22 +314,17 @@ def _over_rows(m: int, nbytes: int, work: Callable[[int, int], None]) -> None:
     The caller takes its share at once: a thread that wakes late finds less to do, and one that has not even begun when
     the rows are done is called off, so that a small product never waits for it.
     """
-    helpers = min(_threads.count - 1, nbytes // HELPER_NBYTES)
+    threads = _Threads.helpers  # which another caller may replace
+    helpers = min(threads.most, nbytes // HELPER_NBYTES)
     span = max(1, -(-m // (8 * (helpers + 1))))  # a few spans a thread, so that a slow core holds nobody up
     next_row = np.zeros(1, np.int64)
-    address = next_row.ctypes.data
+    address = _address(next_row)
     if not helpers:
         work(span, address)
         return
-    # A Ctrl-C here would leave threads at work on memory that is given back, and the pool's locks held.
+    # A Ctrl-C here would leave threads at work on memory that is given back.
     with handlers_held():
-        started = [_threads.pool.submit(work, span, address) for _ in range(helpers)]
-        try:
-            work(span, address)
-        finally:
-            for future in started:
-                if not future.cancel():
-                    future.result()
+        threads.run(lambda: work(span, address), helpers)
 
 
 def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -370,14 +374,14 @@ def matmul(
         values = _padded(x, blocks * block_format.block_weights)
         scales = sums = units = values
 
-    addresses = [array.ctypes.data for array in (values, scales, sums, units)]
-    result = out.ctypes.data
+    addresses = [_address(array) for array in (values, scales, sums, units)]
+    result = _address(out)
 
     def work(span: int, next_row: int) -> None:
         scratch = np.zeros(64, np.uint8)
         kernel(
             *(address, row_nbytes, m, blocks, k, n, *addresses),
-            *(scratch.ctypes.data, result, m * 4, span, next_row),
+            *(_address(scratch), result, m * 4, span, next_row),
         )
 
     _over_rows(m, m * row_nbytes * n, work)
@@ -399,10 +403,16 @@ def dequantize(block_format: Format, address: int, m: int, k: int, out: np.ndarr
 
     def work(span: int, next_row: int) -> None:
         scratch, tail = np.zeros(64, np.uint8), np.zeros(64, np.uint8)
-        buffers = (scratch.ctypes.data, tail.ctypes.data, out.ctypes.data)
+        buffers = (_address(scratch), _address(tail), _address(out))
         kernel(address, row_nbytes, m, blocks, k, *buffers, span, next_row)
 
     _over_rows(m, m * row_nbytes, work)
+
+
+def _address(array: np.ndarray) -> int:
+    """Of an array's first element. ``array.ctypes`` would import a module, which a finalizer at exit cannot."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def _padded(x: np.ndarray, width: int) -> np.ndarray:

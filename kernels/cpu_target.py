@@ -13,9 +13,12 @@ import numba
 from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
+from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
 from qmm.kernels import primitives
+from qmm.kernels.compiler import check_cpu, compiling
+from qmm.kernels.half import from_half, from_half_by_integers, has_instruction
 from qmm.kernels.vector import F32, I8, I16, I32, I64, Toolkit, define, splat, vector
 from qmm.signals import handlers_held
 
@@ -36,6 +39,12 @@ __all__ = [
     "zero_partial",
 ]
 
+
+def _from_half(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    machine = cpu_target.target_context.codegen()._tm  # Numba says nowhere else what it compiles for
+    return (from_half if has_instruction(machine) else from_half_by_integers)(builder, bits)
+
+
 VECTORS, _INTRINSICS = define(
     Toolkit(
         types=types,
@@ -47,6 +56,7 @@ VECTORS, _INTRINSICS = define(
         infer_global=infer_global,
         signature=signature,
         multiply=lambda builder, a, b: builder.fmul(a, b),  # LLVM fuses nothing that was not marked for it
+        from_half=_from_half,
     )
 )
 PARTIAL = VECTORS.make("Partial", vector(F32, 8))
@@ -58,6 +68,9 @@ class CPUKernel:
 
     A Ctrl-C is heard when it is compiled. Meanwhile LLVM calls back into Python, from where ctypes passes no exception
     on: it would be printed and forgotten.
+
+    Raises:
+        DeviceError: a setting of Numba forbids compiling.
     """
 
     def __init__(self, dispatcher: Any) -> None:
@@ -66,7 +79,8 @@ class CPUKernel:
     def __call__(self, *arguments: Any) -> None:
         """Run it."""
         if not self._dispatcher.overloads:
-            with handlers_held():
+            check_cpu()
+            with compiling(), handlers_held():
                 self._dispatcher.compile(tuple(map(numba.typeof, arguments)))
         self._dispatcher(*arguments)
 
@@ -89,6 +103,7 @@ class CPUTarget:
 
     def device_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that kernels call."""
+        check_cpu()
         return numba.njit(**self._options)(function)
 
     def kernel(self, function: Callable[..., Any]) -> CPUKernel:

@@ -11,11 +11,13 @@ import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from types import ModuleType
 from typing import Any
 
 from cuda.bindings import driver
 
 from qmm.kernels.cache import CachedKernel, Code
+from qmm.kernels.compiler import check_cuda, compiling
 from qmm.kernels.formats import Format
 from qmm.kernels.staging import COLUMN_TILES, PRODUCERS, WARPS, Schedule, Tiling
 from qmm.signals import handlers_held
@@ -90,15 +92,12 @@ class CUDAKernel:
     @property
     def signature(self) -> Any:
         """The function's Numba signature."""
-        from qmm.kernels import build
-
-        return build.signature(self.arguments)
+        return _build().signature(self.arguments)
 
     def ptx(self, capability: tuple[int, int]) -> str:
         """The kernel for a compute capability. On a machine without a GPU, numba.cuda must be told of one."""
-        from qmm.kernels import build
-
-        return build.assembly_of(self.function, self.arguments, self.threads, capability)
+        with compiling():
+            return str(_build().assembly_of(self.function, self.arguments, self.threads, capability))
 
     def launch(self, device: int, blocks: int, stream: int, *arguments: int, shared_nbytes: int = 0) -> None:
         """Put a launch of ``blocks`` blocks on a stream (its handle; 0 is the default stream) of the current device.
@@ -129,10 +128,8 @@ class CUDAKernel:
         if found is not None:
             with suppress(RuntimeError):  # refused, whatever the reason: the code compiled here and now is tried next
                 return self._function_of(found, device)
-        with handlers_held():  # a Ctrl-C would become an ImportError in Numba's C parts
-            from qmm.kernels import build
-
-        code = Code(*build.compiled(self.function, self.arguments, self.threads, capability))
+        with compiling():
+            code = Code(*_build().compiled(self.function, self.arguments, self.threads, capability))
         function = self._function_of(code, device)
         cached.put(code)
         return function
@@ -223,6 +220,18 @@ def _require(error: Any, *results: Any, doing: str = "") -> Any:
     return results[0] if results else None
 
 
+def _build() -> ModuleType:
+    """The module that compiles, with Numba.
+
+    Raises:
+        DeviceError: a setting of Numba forbids it.
+    """
+    check_cuda()
+    with handlers_held():  # a Ctrl-C would become an ImportError in Numba's C parts
+        from qmm.kernels import build
+    return build
+
+
 def alignment_of(address: int) -> int:
     """The largest power of two up to 16 that an address divides by."""
     return min(16, address & -address) if address else 16
@@ -240,9 +249,7 @@ def _described(
     """A kernel by what :func:`qmm.kernels.build.specialized` takes: the same values build it and are its key."""
 
     def build() -> Callable[..., Any]:
-        from qmm.kernels.build import specialized
-
-        return specialized(template, constants, alignment)
+        return _build().specialized(template, constants, alignment)
 
     key = {
         "template": template,

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from qmm.children import ending, no_start, python
 from qmm.errors import QmmError, RegistrationError
-from qmm.loaders.children import ending, python
 from qmm.loaders.mapping import FileMapping
 from qmm.loaders.registration import WAY_OUT, HostRegistration
 
@@ -63,17 +63,15 @@ def probe(mapping: FileMapping, device: int = 0, seconds: float = PROBE_SECONDS)
         Whether it worked. Where it was refused, this process may ask for itself, and is told why.
 
     Raises:
-        RegistrationError: it did not return, or the child died of it.
+        RegistrationError: it did not return, or the child died of it, or could not be started.
     """
     path, file = mapping.path, mapping.fileno()
     what = f"{path}: registering it on CUDA device {device} was tried in a child process"
-    child = subprocess.Popen(
-        python(_child_source(file, device)),
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        pass_fds=(file,),
-    )
+    command = python(_child_source(file, device))
+    try:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, pass_fds=(file,))
+    except OSError as reason:
+        raise RegistrationError(f"{what}, which {no_start(reason)} {WAY_OUT}") from reason
     try:
         _, failed = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

@@ -201,7 +201,9 @@ class NumPyArrays(ArrayKind):
             raise ArrayError(
                 "a NumPy array of foreign byte order is not supported; use x.astype(x.dtype.newbyteorder('='))"
             )
-        return View(array.shape, array.strides, dtype, array.ctypes.data, None, array.flags.writeable)
+        return View(
+            array.shape, array.strides, dtype, array.__array_interface__["data"][0], None, array.flags.writeable
+        )
 
     def empty(self, shape: tuple[int, ...], like: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return np.empty(shape, like.dtype)

@@ -489,6 +489,9 @@ class Engine(Closing):
 @functools.cache
 def _cpu() -> ModuleType:
     """The CPU schedules. A Ctrl-C is heard once they are there: it would become an ImportError in Numba's C parts."""
+    from qmm.kernels.compiler import check_cpu
+
+    check_cpu()  # Numba cannot even be imported with some settings
     with handlers_held():
         from qmm.kernels import cpu
     return cpu

@@ -28,15 +28,15 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from subprocess import PIPE
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qmm.arrays import View
+from qmm.children import ending, no_start, python
 from qmm.engine import Engine
 from qmm.errors import MappingError, QmmError
-from qmm.loaders.children import ending, python
 from qmm.loaders.closing import Closing
 from qmm.loaders.cuda import CudaCallError
 from qmm.loaders.files import FileIdentity, KnownFile
@@ -94,10 +94,7 @@ def check_guarded(job: Job, done: Callable[[str], None] = lambda tensor: None) -
 def _run_child(job: Job) -> Iterator[GuardCheck]:
     """What one child process finds, up to the first tensor that ends it, or the last."""
     where: dict[str, Any] = {}
-    with (
-        TemporaryFile("w+") as errors,  # a pipe that nobody reads would stop a child that says much
-        subprocess.Popen(python(CHILD), stdin=PIPE, stdout=PIPE, stderr=errors, text=True) as child,
-    ):
+    with TemporaryFile("w+") as errors, _started(job.file, errors) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         try:
@@ -123,6 +120,14 @@ def _run_child(job: Job) -> Iterator[GuardCheck]:
     if where:
         failure = f"{where['step']}: {where.get('failure') or 'the process ' + ending(status)}"
         yield GuardCheck(where["tensor"], where["products"], where["dequantizations"], failure)
+
+
+def _started(file: str, errors: IO[str]) -> subprocess.Popen[str]:
+    """A child process. Its errors go to a file: a pipe that nobody reads would stop a child that says much."""
+    try:
+        return subprocess.Popen(python(CHILD), stdin=PIPE, stdout=PIPE, stderr=errors, text=True)
+    except OSError as reason:
+        raise QmmError(f"{file}: the child process that checks it {no_start(reason)}") from reason
 
 
 def work() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -45,10 +46,16 @@ class Bar:
             self._task = self._progress.add_task("", total=None)
 
     def __enter__(self) -> Bar:
+        # A thread draws the bar, another says the lines; the system may refuse either, and the work goes on.
         if self._progress:
-            self._progress.start()
+            try:
+                self._progress.start()
+            except RuntimeError:
+                self._progress.stop()
+                self._progress = None
         else:
-            self._ticking.start()
+            with suppress(RuntimeError):
+                self._ticking.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -56,7 +63,8 @@ class Bar:
             self._progress.stop()
         else:
             self._ended.set()
-            self._ticking.join()
+            if self._ticking.ident is not None:
+                self._ticking.join()
 
     def stage(self, text: str) -> None:
         """Say what happens next."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from qmm.loaders.children import python
+from qmm.children import python
 
 __all__ = ["command", "run_python"]
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"kernels": "qmm.kernels", "loaders": "qmm.loaders"}
-SHARED = ("qmm.errors", "qmm.extras", "qmm.signals")
+SHARED = ("qmm.children", "qmm.errors", "qmm.extras", "qmm.output", "qmm.signals")
 HEAVY = ("numba", "llvmlite", "cuda", "gguf", "typer", "rich")
 
 

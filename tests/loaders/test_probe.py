@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,3 +143,15 @@ def test_the_child_maps_the_very_file_whatever_has_its_name(
     monkeypatch.setattr(module, "_child_source", lambda file, device: SAYS_WHAT_IT_MAPS + usual(file, device))
     with pytest.raises(RegistrationError, match=r"10000 bytes, b'\\x00\\x00\\x00\\x00'"):
         probe(mapping)
+
+
+def test_a_child_that_cannot_start_is_an_error_that_says_so(
+    mapping: FileMapping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on processes would have the tests become another user for good; a program that is not there will do."""
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    with pytest.raises(
+        RegistrationError, match=rf"^{mapping.path}: .*could not be started .*No such file.*placement="
+    ) as caught:
+        probe(mapping)
+    assert isinstance(caught.value.__cause__, OSError)

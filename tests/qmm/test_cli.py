@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -722,3 +723,19 @@ def test_demo_smokes_before_anything_else_maps_the_file(model: Path, monkeypatch
     assert [step["ok"] for step in result.document["smoke"]["steps"]] == [True] * 8
     assert (result.document["tensors"], len(result.document["rows"])) == (3, 3)
     assert all(row["ok"] and row["bit_exact"] for row in result.document["rows"])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_without_a_thread_for_the_bar_the_work_is_done_all_the_same(
+    model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")  # for rich, that stderr is one
+    with pytest.raises(SystemExit) as caught:
+        app(["run", str(model), "up", "--device", "cpu"], prog_name="qmm")
+    assert not caught.value.code
+    assert "compiling and multiplying by up" in capfd.readouterr().err

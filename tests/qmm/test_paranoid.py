@@ -143,3 +143,9 @@ def test_sums_that_cancel_or_overflow_may_come_in_another_order(tmp_path: Path) 
     path = tmp_path / "model.gguf"
     write_gguf(path, {name: ("F32", values.shape, values.tobytes()) for name, values in made.items()})
     assert [check.failure for check in check_guarded(job(path, *made, columns=(1, 3)))] == [None] * 3
+
+
+def test_a_child_that_cannot_start_is_an_error_that_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/no/python")
+    with pytest.raises(QmmError, match=rf"^{path}: .*could not be started .*No such file"):
+        check_guarded(job(path, "first"))

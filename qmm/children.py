@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 
-__all__ = ["ending", "python"]
+__all__ = ["ending", "no_start", "python"]
 
 
 def python(code: str) -> list[str]:
@@ -16,3 +17,9 @@ def python(code: str) -> list[str]:
 def ending(status: int) -> str:
     """How a child ended, in words, by its return code."""
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+
+def no_start(reason: OSError) -> str:
+    """That a child could not be started, in words, by the error."""
+    hint = " Allow more processes (`ulimit -u`, a container's limit on pids)." if reason.errno == errno.EAGAIN else ""
+    return f"could not be started ({reason}).{hint}"
