@@ -349,7 +349,13 @@ def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def matmul(
-    block_format: Format, address: int, m: int, k: int, x: np.ndarray, out: np.ndarray, activations: str = "int8"
+    block_format: Format,
+    address: SupportsIndex,
+    m: SupportsIndex,
+    k: SupportsIndex,
+    x: np.ndarray,
+    out: np.ndarray,
+    activations: str = "int8",
 ) -> None:
     """``out[n, m] = x[n, k] @ W[m, k]^T`` off the blocks at ``address``.
 
@@ -363,6 +369,7 @@ def matmul(
         activations: ``"int8"`` or ``"f16"``, which on the CPU keeps the activations in float32. Plain formats always
             take the latter.
     """
+    address, m, k = map(operator.index, (address, m, k))
     n = x.shape[0]
     blocks = block_format.blocks(k)
     row_nbytes = block_format.row_nbytes(k)
@@ -387,7 +394,9 @@ def matmul(
     _over_rows(m, m * row_nbytes * n, work)
 
 
-def dequantize(block_format: Format, address: int, m: int, k: int, out: np.ndarray) -> None:
+def dequantize(
+    block_format: Format, address: SupportsIndex, m: SupportsIndex, k: SupportsIndex, out: np.ndarray
+) -> None:
     """The weights at ``address`` as float32, bit for bit what ``gguf.quants.dequantize`` gives.
 
     Args:
@@ -397,6 +406,7 @@ def dequantize(block_format: Format, address: int, m: int, k: int, out: np.ndarr
         k: weights a row.
         out: ``(m, k)`` float32, row-major; overwritten.
     """
+    address, m, k = map(operator.index, (address, m, k))
     blocks = block_format.blocks(k)
     row_nbytes = block_format.row_nbytes(k)
     kernel = dequantize_kernel(block_format)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
@@ -78,6 +79,8 @@ class CPUKernel:
 
     def __call__(self, *arguments: Any) -> None:
         """Run it."""
+        # An address that is NumPy's uint64 would become a float64 when an offset is added to it.
+        arguments = tuple([int(value) if isinstance(value, np.integer) else value for value in arguments])
         if not self._dispatcher.overloads:
             check_cpu()
             with compiling(), handlers_held():
