@@ -41,9 +41,9 @@ __all__ = [
 ]
 
 
-def _from_half(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+def _from_half(builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
     machine = cpu_target.target_context.codegen()._tm  # Numba says nowhere else what it compiles for
-    return (from_half if has_instruction(machine) else from_half_by_integers)(builder, bits)
+    return (from_half if has_instruction(machine) else from_half_by_integers)(builder, halves)
 
 
 VECTORS, _INTRINSICS = define(

@@ -17,13 +17,14 @@ I16, I32 = ir.IntType(16), ir.IntType(32)
 F16, F32 = ir.HalfType(), ir.FloatType()
 
 
-def from_half(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
-    """The float32 values of float16 bit patterns, an ``i16`` or a vector of them, by an instruction of the target."""
-    return builder.fpext(builder.bitcast(bits, _like(bits, F16)), _like(bits, F32))
+def from_half(builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
+    """The float32 values of a ``half``, or of a vector of them, by an instruction of the target."""
+    return builder.fpext(halves, _like(halves, F32))
 
 
-def from_half_by_integers(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+def from_half_by_integers(builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
     """The same bits, by arithmetic that every target has; as the instruction does it, NaN become quiet."""
+    bits = builder.bitcast(halves, _like(halves, I16))
 
     def constant(value: float, element: ir.Type = I32) -> ir.Constant:
         kind = _like(bits, element)
@@ -51,7 +52,7 @@ def has_instruction(machine: Any) -> bool:
     not what is compiled for."""
     module = ir.Module()
     module.triple = machine.triple
-    for element in (I16, ir.VectorType(I16, 16)):
+    for element in (F16, ir.VectorType(F16, 16)):
         pointers = element.as_pointer(), _like(element, F32).as_pointer()
         name = f"convert_{len(module.functions)}"
         function = ir.Function(module, ir.FunctionType(ir.VoidType(), pointers), name)

@@ -21,7 +21,7 @@ from qmm.kernels.half import from_half
 __all__ = ["I8", "I16", "I32", "I64", "F32", "Toolkit", "VectorTypes", "define", "splat", "vector"]
 
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-F32 = ir.FloatType()
+F32, F16 = ir.FloatType(), ir.HalfType()
 
 OPERATORS = {
     operator.and_: "and_",
@@ -50,7 +50,7 @@ class Toolkit:
     multiply: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]
     """The product of two ``<16 x float>`` that the compiler may not fuse with the sum it goes into."""
     from_half: Callable[[ir.IRBuilder, ir.Value], ir.Value] = from_half
-    """The float32 of an ``i16``, or of a vector of them, that holds float16."""
+    """The float32 of a ``half``, or of a vector of them."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _common_intrinsics(toolkit: Toolkit, types: VectorTypes) -> dict[object, obj
     @toolkit.intrinsic
     def half(typing_context, bits):
         def lower(context, builder, signature, arguments):
-            return toolkit.from_half(builder, builder.trunc(arguments[0], I16))
+            return toolkit.from_half(builder, builder.bitcast(builder.trunc(arguments[0], I16), F16))
 
         return float32(types.word), lower
 
@@ -173,7 +173,7 @@ def _common_intrinsics(toolkit: Toolkit, types: VectorTypes) -> dict[object, obj
     @toolkit.intrinsic
     def half_floats(typing_context, low, high):
         def lower(context, builder, signature, arguments):
-            halves = [builder.bitcast(part, vector(I16, 8)) for part in arguments]
+            halves = [builder.bitcast(part, vector(F16, 8)) for part in arguments]
             return toolkit.from_half(builder, join(builder, *halves))
 
         return types.floats(types.words, types.words), lower

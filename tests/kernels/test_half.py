@@ -37,7 +37,7 @@ def machine_of(cpu: str, features: str) -> binding.TargetMachine:
 def converted(convert: Callable[[ir.IRBuilder, ir.Value], ir.Value], lanes: int) -> np.ndarray:
     """All values, so many at a time, by code for this machine."""
     module = ir.Module()
-    source, target = (ir.VectorType(kind, lanes) if lanes > 1 else kind for kind in (ir.IntType(16), ir.FloatType()))
+    source, target = (ir.VectorType(kind, lanes) if lanes > 1 else kind for kind in (ir.HalfType(), ir.FloatType()))
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [source.as_pointer(), target.as_pointer()]), "f")
     builder = ir.IRBuilder(function.append_basic_block())
     value = builder.load(function.args[0])
