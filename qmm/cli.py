@@ -53,7 +53,7 @@ EPILOG = (
     "line is wrong; 3, an error, whose message is on stderr, and with --json on stdout too, as "
     '{"error": {"type": ..., "message": ...}}; 130, interrupted by Ctrl-C; 141, stdout is a pipe that was closed.'
 )
-# click's base of all errors in the command line; it is a package of its own, or a part of newer releases of typer.
+# The base of all errors in the command line, which typer does not export.
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 

@@ -1,7 +1,7 @@
 """Options of the command line: what they mean, and how their texts are read.
 
-A parser says what is right where something else was given. Some releases of typer hand it the default too, as it is,
-which is why those of numbers take any object.
+A parser says what is right where something else was given. typer hands it the default too, as it is, which is why those
+of numbers take any object.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ TensorArgument = Annotated[
 ]
 TensorsOption = Annotated[
     str,
-    typer.Option(parser=_name, metavar="PATTERN", help="Only tensors whose names match, as 'blk.0.*' does."),
+    typer.Option(
+        "--tensors", parser=_name, metavar="PATTERN", help="Only tensors whose names match, as 'blk.0.*' does."
+    ),
 ]
 ArraysOption = Annotated[bool, typer.Option("--arrays", help="Read the metadata's arrays and long texts too.")]
 ColumnsOption = Annotated[
@@ -111,35 +113,49 @@ CheckedColumnsOption = Annotated[
     Any, typer.Option("--n", parser=_columns, metavar="N,...", help="Numbers of columns (rows of x) to multiply by.")
 ]
 SeedOption = Annotated[
-    int, typer.Option(parser=_whole(0), metavar="SEED", help="Of the random activations: a whole number from 0 on.")
+    int,
+    typer.Option(
+        "--seed", parser=_whole(0), metavar="SEED", help="Of the random activations: a whole number from 0 on."
+    ),
 ]
 ActivationsOption = Annotated[
-    str, typer.Option(parser=_one_of("int8", "f16"), metavar="TYPE", help="How x is stored: int8 or f16.")
+    str,
+    typer.Option("--activations", parser=_one_of("int8", "f16"), metavar="TYPE", help="How x is stored: int8 or f16."),
 ]
 CheckedActivationsOption = Annotated[
     str,
     typer.Option(
-        parser=_one_of("int8", "f16", "both"), metavar="TYPE", help="How x is stored: int8, f16, or both in turn."
+        "--activations",
+        parser=_one_of("int8", "f16", "both"),
+        metavar="TYPE",
+        help="How x is stored: int8, f16, or both in turn.",
     ),
 ]
 RepeatsOption = Annotated[
     int,
-    typer.Option(parser=_whole(1), metavar="N", help="Products that are timed, 1 or more; the median is shown."),
+    typer.Option(
+        "--repeats", parser=_whole(1), metavar="N", help="Products that are timed, 1 or more; the median is shown."
+    ),
 ]
 DeviceOption = Annotated[
     str,
     typer.Option(
+        "--device",
         parser=_device,
         metavar="DEVICE",
         help="Where to multiply: auto (a GPU if one can be used), cpu, cuda, or cuda:N with CUDA's number N.",
     ),
 ]
 GPUOption = Annotated[
-    Any, typer.Option(parser=_gpu, metavar="DEVICE", help="The GPU: auto, cuda, or cuda:N with CUDA's number N.")
+    Any,
+    typer.Option(
+        "--device", parser=_gpu, metavar="DEVICE", help="The GPU: auto, cuda, or cuda:N with CUDA's number N."
+    ),
 ]
 PlacementOption = Annotated[
     str,
     typer.Option(
+        "--placement",
         parser=_one_of("auto", "mapped", "device", "host"),
         metavar="PLACEMENT",
         help="Where the weights are read from: mapped (a GPU reads the mapped file), device (a copy in the GPU's "
@@ -148,7 +164,12 @@ PlacementOption = Annotated[
 ]
 FolderOption = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Where the model (253 MB) is kept; else the user's cache.", show_default=False),
+    typer.Option(
+        "--folder",
+        metavar="FOLDER",
+        help="Where the model (253 MB) is kept; else the user's cache.",
+        show_default=False,
+    ),
 ]
 ParanoidOption = Annotated[
     bool, typer.Option("--paranoid", help="Then again between memory that faults, and among poison.")
