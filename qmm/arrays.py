@@ -170,6 +170,9 @@ class ArrayKind:
         """Store ``values``, of as many elements, into a host array of this kind, rounded to its dtype."""
         raise NotImplementedError
 
+    def written(self, array: Any) -> None:
+        """Tell the library that a kernel writes to an array of its own."""
+
     def stream(self, array: Any) -> int:
         """The handle of the stream that the library would use now; 0 is the default stream."""
         return 0
@@ -265,6 +268,9 @@ class TorchArrays(ArrayKind):
         torch = sys.modules["torch"]
         with torch.no_grad():
             target.copy_(torch.from_numpy(values.reshape(tuple(target.shape))))
+
+    def written(self, array: Any) -> None:
+        sys.modules["torch"].autograd.graph.increment_version(array)  # or a backward pass that saved it would be wrong
 
     def stream(self, array: Any) -> int:
         return int(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)

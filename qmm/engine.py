@@ -184,6 +184,8 @@ class Engine(Closing):
                 if out is None:
                     out = kind.empty(call.shape, x)
                     y_address, _ = kind.signature(out)
+                else:
+                    kind.written(out)
                 self._weights.check(tensor)
                 if call.product is not None:
                     self.gpu.queue(call.product, x_address, y_address, stream)
@@ -209,7 +211,7 @@ class Engine(Closing):
 
         Args:
             products: ``(tensor, x, y)`` for each, as for ``matmul(tensor, x, out=y)``; the arrays are on the engine's
-                GPU. Nothing is computed yet.
+                GPU. Nothing is computed yet. PyTorch's autograd is not told each time that a plan writes ``y``.
             activations: as for :meth:`matmul`, for all of them.
 
         Returns:

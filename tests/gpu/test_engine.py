@@ -241,6 +241,16 @@ def test_what_autograd_follows_is_refused(engine: qmm.Engine, rng: np.random.Gen
         engine.matmul("q6_k", torch._neg_view(x))
 
 
+def test_autograd_notices_that_what_it_saved_is_overwritten(engine: qmm.Engine, rng: np.random.Generator) -> None:
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(rng.standard_normal((N, 768)).astype(np.float32)).to("cuda")
+    out, factor = torch.ones_like(engine.matmul("q6_k", x)), torch.ones((), device="cuda", requires_grad=True)
+    result = (factor * out).sum()
+    engine.matmul("q6_k", x, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.backward()
+
+
 def test_torch_compile_calls_it_as_it_is(engine: qmm.Engine, rng: np.random.Generator) -> None:
     torch = pytest.importorskip("torch")
     x = torch.from_numpy(rng.standard_normal((N, 768)).astype(np.float32)).to("cuda")
