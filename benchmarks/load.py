@@ -18,7 +18,7 @@ from types import TracebackType
 __all__ = ["ADVICE", "LIMIT", "Load"]
 
 LIMIT = 0.1
-"""Of the time of the threads that are timed: medians of rounds stand single interruptions, but not much more."""
+"""Of the time of the threads that are timed: a median of rounds tolerates single interruptions, but not much more."""
 ADVICE = (
     f"A row is disturbed where the process's threads waited for a CPU for more than {LIMIT:.0%} of the time: something "
     "else kept the machine busy, so no ratio is given. Measure such rows again when the machine is idle: -k selects "
@@ -58,7 +58,8 @@ class Load:
             self._known = False
             return
         waited = sum(after - self._waits.get(thread, 0) for thread, after in now.items()) / 1e9
-        self._waited += waited + stolen_seconds() - self._stolen
+        stolen = stolen_seconds() - self._stolen  # from all CPUs, of which these threads used a part
+        self._waited += waited + stolen * min(1.0, self.threads / len(os.sched_getaffinity(0)))
 
     def without(self, setup: Callable[[], None]) -> Callable[[], None]:
         """A function that does not count: what runs, untimed, between the rounds."""

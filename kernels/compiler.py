@@ -69,12 +69,16 @@ def compiling() -> Iterator[None]:
     """Where Numba fails and the user changed settings of it, raise a DeviceError that names them."""
     try:
         yield
+    except (QmmError, MemoryError, OSError):
+        raise
     except Exception as reason:
         given = _given()
-        if not given or isinstance(reason, QmmError):
+        if not given:
             raise
         said = " ".join(str(reason).split())[:500] or type(reason).__name__
-        raise DeviceError(f"Numba cannot compile a kernel under its settings ({given}): {said}. {WAY_OUT}") from reason
+        raise DeviceError(
+            f"compiling a kernel failed: {said}. That may be for Numba's settings in force, {given}. {WAY_OUT}"
+        ) from reason
 
 
 def _refuse(setting: str, value: object, why: str) -> None:
@@ -111,8 +115,8 @@ def _tried(name: str | None, features: str | None) -> str:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, start_new_session=True
         )
-    except OSError as reason:
-        return f"{what} {no_start(reason)} {WAY_OUT}"
+    except OSError as reason:  # it may be able to later: nothing is remembered
+        raise DeviceError(f"{what} {no_start(reason)}") from reason
     if not done.returncode:
         return ""
     said = done.stderr.strip().rpartition("\n")[2][-500:].rstrip("!.")

@@ -191,7 +191,8 @@ def quantize_rows(x, k, n, q, scales, sums, units):
     """Activations as Q8_1 has them: for each 32 values one scale ``d = max|x| / 127`` and ``q = round(x / d)``.
 
     ``sums[run]`` is ``d`` times the sum of the run's ``q``. All of a row is in units of ``units[row]``: 1, or a power
-    of two where its largest magnitude is so near an end of float32 that sums would overflow, or scales lose digits.
+    of two where its largest magnitude is so near an end of float32 that sums would overflow, or scales lose digits. So
+    beside a value from 2**96 on, a block whose largest is below 2**-112 loses digits.
 
     The largest magnitude is found on the bit pattern, where a NaN is larger than everything and so is not lost: the
     scale of a block with a NaN is NaN, of one with an infinity infinite, and the product says so.

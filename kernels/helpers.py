@@ -54,7 +54,8 @@ class Helpers:
         self._dismissed = False
 
     def run(self, work: Callable[[], None], helpers: int) -> None:
-        """Call ``work()`` here and in up to ``helpers`` threads; at the end, whatever is raised, it runs in none.
+        """Call ``work()`` here and in up to ``helpers`` threads. When this returns or raises,
+        no thread runs it any more.
 
         Raises:
             BaseException: what ``work`` raised here, or else in a helper.
@@ -70,6 +71,8 @@ class Helpers:
             for share in begun:
                 share.wait()
         errors = [share.error for share in begun if share.error is not None]
+        for share in begun:
+            share.error = None  # its traceback holds the share
         if errors:
             try:
                 raise errors[0]

@@ -39,7 +39,7 @@ class FileIdentity(NamedTuple):
 
 
 class OpenFile(FileIO):
-    """A regular file, open for reading. It closes itself when nobody holds it any more, by whatever Ctrl-C.
+    """A regular file, open for reading. Closed with its last reference; a Ctrl-C cannot prevent that.
 
     Attributes:
         path: its name, absolute.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import operator
 import os
+import sys
 import weakref
 from pathlib import Path
 from typing import SupportsIndex
@@ -25,6 +26,10 @@ from qmm.loaders.forks import ProcessLock
 __all__ = ["FileMapping"]
 
 
+NO_COPY: dict[str, bool] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+"""Have mmap keep no descriptor of its own, where it can be told."""
+
+
 class _Pages:
     """The one mapping of a file, owned by the handles on it: Python's own reference count is the count of users.
 
@@ -36,11 +41,12 @@ class _Pages:
         self.file = file
         nbytes = file.identity.nbytes
         try:
-            memory = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ)  # MAP_SHARED, PROT_READ
+            memory = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ, **NO_COPY)  # MAP_SHARED, PROT_READ
         except (OSError, ValueError, OverflowError) as reason:
             raise MappingError(
                 f"{file.path}: {nbytes} bytes cannot be mapped: {reason}. Is the file on a file system without "
-                "mmap, did it just become shorter, or is there a limit on address space (ulimit -v)?"
+                "mmap, did it just become shorter, or is there a limit on address space (ulimit -v) or open files "
+                "(ulimit -n)?"
             ) from reason
         self.data: npt.NDArray[np.uint8] = np.frombuffer(memory, dtype=np.uint8)  # read-only, because memory is
         self.address: int = self.data.ctypes.data

@@ -344,7 +344,7 @@ class Engine(Closing):
 
     def _why_not_copied(self) -> str:
         path = str(self.model.path)
-        return f"pickled: it works with memory of this process. Make it in the worker: qmm.Engine(qmm.open({path!r}))"
+        return f"pickled: it works with memory of this process. Make it in the worker: qmm.Engine({path!r})"
 
     def __repr__(self) -> str:
         return f"<Engine {self.explanation}{' (closed)' if self._closed else ''}>"

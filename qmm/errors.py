@@ -53,6 +53,9 @@ class FileAccessError(GGUFError, MappingError, OSError):
         if isinstance(reason, OSError):
             self.errno, self.strerror, self.filename = reason.errno, reason.strerror, reason.filename
 
+    def __reduce__(self) -> tuple[object, ...]:  # OSError's would lose them, on the way from a worker
+        return type(self), (self.args[0], OSError(self.errno, self.strerror, self.filename))
+
 
 class FileMissingError(FileAccessError, FileNotFoundError):
     """There is no such file."""

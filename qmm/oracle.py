@@ -99,7 +99,7 @@ class Oracle:
         """The NMSE of ``y``, ``(n, m)``, beside the products with the ``rows`` of x, or beside another ``reference``.
 
         Returns:
-            NaN or infinity where a result is not finite, or a number, against the rules above.
+            NaN or infinity if a result breaks the rules above: finite where it must not be, or the reverse.
         """
         expected = self.products[rows] if reference is None else reference
         numbers = np.isfinite(y) & np.isfinite(expected)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
 import shutil
 import sys
 import warnings
@@ -83,9 +84,15 @@ class _Stream(io.FileIO):
 
     def write(self, data: Any) -> int:
         """Write to the file, or nowhere once that has failed."""
-        if not self._failed:
+        while not self._failed:
             try:
-                return super().write(data)
+                written: int | None = super().write(data)
+                if written is not None:
+                    return written
+                # Full, and set not to block, as another program may do to a pipe or a terminal that it shares with us.
+                if self.fileno() != 1:
+                    break
+                select.select([], [self], [])
             except OSError as reason:
                 self._failed = True
                 if self.fileno() == 1:

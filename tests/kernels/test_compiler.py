@@ -78,9 +78,12 @@ def test_a_cpu_that_cannot_run_kernels_is_tried_once_and_leaves_a_process_that_c
 
 def test_a_child_that_cannot_start_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba.config, "CPU_NAME", "some name")
-    monkeypatch.setattr(sys, "executable", "/no/python")
-    with pytest.raises(DeviceError, match=r"NUMBA_CPU_NAME='some name'.*could not be started"):
-        compiler.check_cpu()
+    monkeypatch.setattr(compiler, "CHILD", "sys.exit(0)")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/no/python")
+        with pytest.raises(DeviceError, match=r"NUMBA_CPU_NAME='some name'.*could not be started"):
+            compiler.check_cpu()
+    compiler.check_cpu()  # it could later
 
 
 def test_what_every_cpu_can_run_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +116,7 @@ def test_any_other_failure_names_the_settings_where_there_are_some(monkeypatch: 
         raise ImportError("jinja2 is missing")
     monkeypatch.setenv("NUMBA_DUMP_HTML", "a.html")
     with (
-        pytest.raises(DeviceError, match=r"NUMBA_DUMP_HTML='a.html'\): jinja2 is missing") as caught,
+        pytest.raises(DeviceError, match=r"jinja2 is missing\. .* NUMBA_DUMP_HTML='a.html'") as caught,
         compiler.compiling(),
     ):
         raise ImportError("jinja2 is missing")

@@ -7,6 +7,7 @@ import errno
 import math
 import mmap
 import os
+import pickle
 import re
 import struct
 import time
@@ -477,6 +478,8 @@ def test_what_cannot_be_opened_is_an_error_of_the_operating_system_too(tmp_path:
     assert caught.value.errno == errno.ENOTDIR
     with pytest.raises(FileNotFoundError), FileMapping.open(path):
         pass
+    again = pickle.loads(pickle.dumps(caught.value))  # as from a worker
+    assert (str(again), again.errno, again.filename) == (str(caught.value), errno.ENOTDIR, caught.value.filename)
 
 
 @pytest.mark.parametrize("kind", [str, os.fsencode, Path])

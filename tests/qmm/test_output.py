@@ -42,7 +42,7 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "qmm", *map(str, arguments)]
-    environment = {**os.environ, **options.pop("env", {})}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **options.pop("env", {})}  # smoke fails everywhere
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=options.pop("stderr", subprocess.PIPE), **options
     )
@@ -91,6 +91,23 @@ def test_nothing_of_a_file_steers_the_terminal(odd: Path) -> None:
     assert rf"m{ESCAPED}\xff.gguf" in table
     assert document["tensors"][0]["name"] == f"n\udcff[red]é{BAD}"
     assert b"[red]\\xe9" in both[-1][0].replace(b"\n", b"")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_pipe_that_does_not_block_loses_nothing_of_stdout(long: Path, stream: str) -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)  # as another program may do to a pipe that it shares with us
+    os.write(write, b" " * (64 << 10))
+    process = start("info", long, "--json", **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: write})
+    os.close(write)
+    with open(read, "rb") as end:
+        if stream == "stdout":
+            out = end.read()
+            process.communicate()
+        else:
+            out = process.communicate()[0]
+    assert process.returncode == 0
+    assert len(json.loads(out)["tensors"]) == 1000
 
 
 @contextmanager

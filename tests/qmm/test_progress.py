@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -25,9 +26,10 @@ def test_without_a_terminal_stages_are_lines_and_silence_is_broken(
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == ""
-    assert lines[:2] == [r"compiling\x1b[2J", r"0 s: compiling\x1b[2J"]
-    assert lines[-1] == r"0 s: 1 of 3 done, now after blk.0\n"
-    assert len(lines) <= 9
+    assert lines[0] == r"compiling\x1b[2J"
+    assert re.fullmatch(r"\d+ s: compiling\\x1b\[2J", lines[1])
+    assert re.fullmatch(r"\d+ s: 1 of 3 done, now after blk\.0\\n", lines[-1])
+    assert len(lines) <= 30
 
 
 def test_on_a_terminal_there_is_no_count_before_there_is_a_total(
