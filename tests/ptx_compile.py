@@ -7,7 +7,7 @@ machine would get it. The expensive steps are done once where their result is th
 * NVVM's part (0.1 to 0.5 s) gives the same PTX but for its ``.target`` line within each of two families.
 
 The usual run compiles the kernels of TELLING for every machine, and of other formats what a Hopper GPU takes for one
-column and for eight; ``QMM_PTX=all`` compiles all (five minutes more on two CPUs). Run that when a kernel has changed.
+column and for eight; ``QMM_KERNELS=all`` compiles all (five minutes more on two CPUs): when a kernel has changed.
 
 ``test_ptx.py`` compares what comes out with :meth:`qmm.kernels.launch.CUDAKernel.ptx`, target by target. ptxas (0.1 to
 0.5 s), which allots the registers, runs for every target of a kernel.
@@ -78,7 +78,7 @@ MACHINES = {
     Machine(82, 101376, False): ("sm_86", "sm_89"),  # RTX 3090
 }
 """A GPU of each kind and the targets that it stands for."""
-EVERY = os.environ.get("QMM_PTX") == "all"
+EVERY = os.environ.get("QMM_KERNELS") == "all"
 TELLING = ("Q2_K", "Q4_K")
 """Formats that are compiled for every machine in the usual run: ptxas is likeliest to spill with them."""
 

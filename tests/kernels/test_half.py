@@ -88,7 +88,7 @@ from qmm.kernels import cpu
 from qmm.kernels.formats import FORMATS
 
 rng = np.random.default_rng(0)
-cases = [("F16", 8, 8192, "f16"), ("BF16", 3, 64, "f16"), ("Q8_0", 3, 64, "int8"), ("Q4_K", 3, 512, "")]
+cases = [("F16", 8, 8192, ""), ("Q8_0", 3, 64, "int8"), ("Q4_K", 3, 512, "")]
 for name, m, k, mode in cases:
     raw = np.frombuffer(random_blocks(name, (m, k), rng, False), np.uint8)
     weights = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name]).reshape(m, k)
@@ -103,5 +103,5 @@ for name, m, k, mode in cases:
 """
     environment = {**os.environ, "NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
     done = subprocess.run(command(code), env=environment, capture_output=True, text=True, timeout=120, check=False)
-    said = "".join(f"{name} True True\n" for name in ("F16", "BF16", "Q8_0", "Q4_K"))
+    said = "".join(f"{name} True True\n" for name in ("F16", "Q8_0", "Q4_K"))
     assert (done.returncode, done.stdout) == (0, said), done.stderr
