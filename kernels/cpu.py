@@ -96,7 +96,8 @@ def product_int8(row, blocks, k, x, x_scales, x_sums, x_units, column, scratch, 
 
 
 def product_float(row, blocks, k, x, x_scales, x_sums, x_units, column, scratch, y, y_pitch):
-    """COLUMNS products of one row with float32 activations, whose rows are padded with zeros to whole blocks."""
+    """COLUMNS products of one row with float32 activations, whose rows are padded with zeros to whole blocks, and in
+    units of ``x_units`` as for int8."""
     total = registers(COLUMNS, zero_floats())
     pitch = blocks * (16 * BLOCK_RUNS)
     for block in range(blocks):
@@ -115,7 +116,7 @@ def product_float(row, blocks, k, x, x_scales, x_sums, x_units, column, scratch,
                     values = load_floats(x, ((column + c) * pitch + 16 * run) * 4)
                     total[c] = multiply_add(total[c], weights, values)
     for c in unroll(COLUMNS):
-        store_float(y, (column + c) * y_pitch, sum_floats(total[c]))
+        store_float(y, (column + c) * y_pitch, sum_floats(total[c]) * load_float(x_units, (column + c) * 4))
 
 
 def product_rows(
@@ -379,8 +380,8 @@ def matmul(
     if int8:
         values, scales, sums, units = quantize_activations(x)
     else:
-        values = _padded(x, blocks * block_format.block_weights)
-        scales = sums = units = values
+        values, units = _in_units(_padded(x, blocks * block_format.block_weights))
+        scales = sums = values
 
     addresses = [_address(array) for array in (values, scales, sums, units)]
     result = _address(out)
@@ -424,6 +425,20 @@ def _address(array: np.ndarray) -> int:
     """Of an array's first element. ``array.ctypes`` would import a module, which a finalizer at exit cannot."""
     address: int = array.__array_interface__["data"][0]
     return address
+
+
+def _in_units(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``x`` with each row in units of 1, or of a power of two where its largest magnitude is so near an end of float32
+    that sums would overflow on their way, or products lose digits; and the units ``(n,)``. As quantize_rows does it."""
+    units = np.ones(len(x), np.float32)
+    most = (x.view(np.uint32) & np.uint32(0x7FFFFFFF)).max(axis=1, initial=0)  # bits, as in quantize_rows
+    low, high = (127 - 96) << 23, (127 + 96) << 23
+    rows = most.tolist()
+    if low <= min(rows, default=low) and max(rows, default=low) < high:
+        return x, units
+    units[most < low] = 2.0**-32
+    units[(most >= high) & (most < 0x7F800000)] = 2.0**32
+    return x / units[:, None], units
 
 
 def _padded(x: np.ndarray, width: int) -> np.ndarray:

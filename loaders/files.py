@@ -59,6 +59,8 @@ class OpenFile(FileIO):
             error: it is empty, or not a regular file.
         """
         named = Path(os.fsdecode(path))
+        if not os.fspath(path):
+            raise FileMissingError("the path of the file is empty")
         try:
             absolute = named.absolute()  # not resolve(): messages should show the name that was given
             _require_regular(absolute, os.stat(absolute), error)  # before, since opening a FIFO waits for a writer

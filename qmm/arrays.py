@@ -228,6 +228,14 @@ class TorchArrays(ArrayKind):
     def _forward(self) -> Any:
         return sys.modules["torch"].autograd.forward_ad
 
+    @functools.cached_property
+    def _traces(self) -> Any:
+        return sys.modules["torch"]._C._get_tracing_state
+
+    @functools.cached_property
+    def _modes(self) -> Any:
+        return sys.modules["torch"]._C._len_torch_dispatch_stack
+
     def view(self, array: Any) -> View:
         torch = sys.modules["torch"]
         try:
@@ -240,6 +248,8 @@ class TorchArrays(ArrayKind):
             raise ArrayError(
                 f"a PyTorch tensor on {array.device} is not supported; move it to the CPU or a CUDA device"
             )
+        if array.is_quantized:
+            raise ArrayError(f"a PyTorch tensor of dtype {array.dtype} is not supported; use x.dequantize()")
         dtype = _check_dtype(str(array.dtype).removeprefix("torch."), "a PyTorch tensor")
         if array.is_neg():
             raise ArrayError(
@@ -247,12 +257,14 @@ class TorchArrays(ArrayKind):
                 "is not supported; use x.resolve_neg()"
             )
         _check_gradients(torch, array)
+        _check_traced(torch)
         device = array.device.index if array.device.type == "cuda" else None
         writable = not array.is_inference() or torch.is_inference_mode_enabled()
         return View(shape, tuple(stride * ITEM_NBYTES[dtype] for stride in strides), dtype, address, device, writable)
 
     def signature(self, array: Any) -> tuple[int, Hashable]:
-        if array.requires_grad or array.is_neg() or self._forward._current_level >= 0:
+        changing = array.requires_grad or array.is_neg() or self._forward._current_level >= 0
+        if changing or self._modes() or self._traces() is not None:
             self.view(array)  # what is refused, or not, may change from call to call
         return array.data_ptr(), (array.shape, array.stride(), array.dtype, array.device)
 
@@ -288,6 +300,18 @@ def _not_in_memory(torch: Any, array: Any) -> ArrayError:
     if array.layout != torch.strided:
         return ArrayError(f"a PyTorch tensor of layout {array.layout} is not supported; use x.to_dense()")
     return ArrayError(f"a PyTorch tensor on {array.device} without values is not supported; make one that has them")
+
+
+def _check_traced(torch: Any) -> None:
+    """Refuse to be traced: the trace would have the result of this x, whatever x it is run with."""
+    traced = torch._C._get_tracing_state() is not None
+    if not traced and torch._C._len_torch_dispatch_stack():
+        traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    if traced:
+        raise ArrayError(
+            "tracing (torch.jit.trace, make_fx) does not see what qmm does, and would keep the result of this x as a "
+            "constant. Use torch.compile, which calls qmm as it is."
+        )
 
 
 def _check_gradients(torch: Any, array: Any) -> None:
@@ -407,7 +431,7 @@ def _find_kind(made: type) -> ArrayKind:
             if made.__torch_dispatch__ is not base.__torch_dispatch__:  # type: ignore[attr-defined]
                 raise ArrayError(
                     f"{made.__module__}.{made.__qualname__} is a PyTorch tensor that keeps its values in a way of its "
-                    "own, which is not supported. Pass an ordinary one, such as x.to_local() or x.dequantize() makes."
+                    "own, or has none, as under torch.export. That is not supported: pass an ordinary tensor."
                 )
             return _TORCH
         if root == "cupy" and base.__name__ == "ndarray":

@@ -50,8 +50,8 @@ PIPE_CLOSED = 141  # as a shell shows SIGPIPE
 OUT_OF_MEMORY = "there is not enough memory. Fewer columns (--n) or fewer tensors need less."
 EPILOG = (
     "Exit codes: 0, all is well; 1, a check failed (a product outside its tolerance, a step of smoke); 2, the command "
-    "line is wrong; 3, an error, whose message is on stderr, and with --json on stdout too, as "
-    '{"error": {"type": ..., "message": ...}}; 130, interrupted by Ctrl-C; 141, stdout is a pipe that was closed.'
+    "line is wrong, or a pattern matches no tensor; 3, an error, whose message is on stderr, and with --json on stdout "
+    'too, as {"error": {"type": ..., "message": ...}}; 130, interrupted by Ctrl-C; 141, stdout is a closed pipe.'
 )
 # The base of all errors in the command line, which typer does not export.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -209,8 +209,11 @@ def run(
         with qmm.open(file) as model:
             chosen = largest(model) if tensor is None else model[tensor]
             if chosen is None:
+                types = ", ".join(dict.fromkeys(tensor.type for tensor in model.values()))
                 raise UnsupportedTypeError(
-                    f"{file}: has no matrix that qmm has a kernel for. `qmm info` lists the types."
+                    f"{model.path}: has no tensor to multiply by: "
+                    + (f"qmm has no kernel for {types}, or they are empty." if types else "it holds none at all.")
+                    + f" See `qmm info {model.path}`."
                 )
             with _engine(model, device, placement, [chosen.name]) as engine:
                 bar.stage(f"compiling and multiplying by {chosen.name}")

@@ -84,7 +84,7 @@ class Engine(Closing):
         placement: str = "auto",
         *,
         activations: str = "int8",
-        tensors: str | Iterable[str] | None = None,
+        tensors: str | Tensor | Iterable[str | Tensor] | None = None,
         probe: bool = False,
     ) -> None:
         self._closed = True  # until there is something to close
@@ -96,8 +96,10 @@ class Engine(Closing):
         self.model = model
         self._was_closed = f"{model.path}: the engine was closed. Make another one."
         self.activations = activations
-        names = [tensors] if isinstance(tensors, str) else model if tensors is None else tensors
-        chosen = [model[name] for name in names]
+        if isinstance(tensors, str | Tensor):
+            tensors = [tensors]
+        names = [tensor.name if isinstance(tensor, Tensor) else tensor for tensor in tensors or ()]
+        chosen = [model[name] for name in (model if tensors is None else names)]
         choice = choose(device, placement, sum(tensor.nbytes for tensor in chosen))
         self.gpu_info = choice.gpu
         self.placement = choice.placement
@@ -227,7 +229,7 @@ class Engine(Closing):
         mode = activations or self.activations
         listed = list(products)
         if self.gpu is None:
-            raise DeviceError(f"a plan is a CUDA graph, but this engine works on the CPU: {self.explanation}")
+            raise DeviceError(f"a plan is a CUDA graph, but this engine works {self.explanation}")
         if not listed:
             raise ArrayError("a plan needs a product at least")
         with self._under_way():
@@ -282,8 +284,8 @@ class Engine(Closing):
         if not 0 <= first <= end <= tensor.m:
             asked = f"{first_row!r} to {'the end' if last_row is None else repr(last_row)}"
             raise ArrayError(
-                f"{self.model.path}: tensor {tensor.name!r} has rows 0 to {tensor.m}, not {asked}. Ask for whole "
-                f"numbers, the second at most {tensor.m}."
+                f"{self.model.path}: tensor {tensor.name!r} has {tensor.m} rows, not rows {asked}. Ask for whole "
+                f"numbers with 0 <= first_row <= last_row <= {tensor.m}."
             )
         whole = first == 0 and last_row is None
         rows = end - first
@@ -480,11 +482,15 @@ class Engine(Closing):
         if view.device != x.device:
             where = ["host memory" if device is None else f"CUDA device {device}" for device in (x.device, view.device)]
             raise ArrayError(f"{what}: x is in {where[0]}, but out in {where[1]}; use one place")
-        if not view.writable or view.overlaps_itself:
-            raise ArrayError(
-                f"{what}: out is read-only, or a broadcast array whose elements share memory, "
-                "or an inference tensor outside of torch.inference_mode()"
+        if view.overlaps_itself:
+            raise ArrayError(f"{what}: out is a broadcast array, whose elements share memory; pass a contiguous one")
+        if not view.writable:
+            why = (
+                "made in torch.inference_mode(), and can be written to only there"
+                if kind.name == "PyTorch"
+                else "read-only"
             )
+            raise ArrayError(f"{what}: out is {why}")
         return view.rows(len(x.shape) - 1)
 
 

@@ -19,10 +19,12 @@ from qmm.loaders.files import KnownFile
 from qmm.loaders.gguf import GGUFIndex, TensorInfo, read_model
 from qmm.loaders.mapping import FileMapping
 from qmm.loaders.metadata import Metadata
+from qmm.tracing import outside, untraced, watched
 
 __all__ = ["Model", "Tensor", "open_model"]
 
 
+@untraced
 def open_model(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Model:
     """Index and map a GGUF model. It takes milliseconds, and no weight byte is read.
 
@@ -35,6 +37,9 @@ def open_model(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Mod
         GGUFError: the file is damaged, cut short, big endian or of an unknown version.
         MappingError: it cannot be mapped.
     """
+    if watched():
+        model: Model = outside(open_model)(path)
+        return model
     index, files = read_model(path)
     model = Model(index)
     del files  # until here they were open, so that what was mapped is what was read, whatever became of their names

@@ -113,7 +113,7 @@ def choose(device: str | SupportsIndex, placement: str, nbytes: int) -> Choice:
         require_compiler()
     except DeviceError as reason:
         if device == "auto" and placement == "auto":
-            return Choice(None, "host", f"on the CPU, off the mapped file, because no GPU can be used: {reason}")
+            return Choice(None, "host", f"on the CPU, off the mapped file, because {reason}")
         raise DeviceError(f'{reason}. device="cpu" works without a GPU.') from reason
     if placement != "auto":
         return Choice(gpu, placement, f"on {gpu.name}, because placement is {placement!r}")

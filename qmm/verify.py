@@ -220,6 +220,6 @@ def run(engine: Engine, tensor: Tensor, n: int, mode: str, seed: int, repeats: i
 
 
 def largest(model: Model) -> Tensor | None:
-    """The matrix with the most bytes that qmm can multiply by."""
-    matrices = [tensor for tensor in model.values() if tensor.supported and len(tensor.shape) == 2]
-    return max(matrices, key=lambda tensor: tensor.nbytes, default=None)
+    """The tensor with the most bytes that qmm can multiply by, a matrix if there is one."""
+    usable = [tensor for tensor in model.values() if tensor.supported and tensor.nbytes]
+    return max(usable, key=lambda tensor: (len(tensor.shape) == 2, tensor.nbytes), default=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import re
 import subprocess
@@ -310,6 +311,24 @@ def test_a_wrong_command_line_is_exit_code_2(model: Path, arguments: tuple[str, 
 
 
 # run ------------------------------------------------------------------------------------------------------------------
+
+
+def test_run_takes_a_tensor_of_more_dimensions_where_there_is_no_matrix(tmp_path: Path) -> None:
+    shapes = {"bias": (64,), "patches": (2, 2, 1, 3, 8)}
+    tensors = {name: ("F32", shape, bytes(4 * math.prod(shape))) for name, shape in shapes.items()}
+    gguf_files.write_gguf(tmp_path / "m.gguf", tensors)
+    assert invoke("run", tmp_path / "m.gguf", "--device", "cpu", "--json").document["tensor"] == "patches"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [({}, "it holds none at all"), ({"a": (19, (1, 256), bytes(50))}, "no kernel for IQ1_S, or they are empty")],
+)
+def test_run_says_why_there_is_nothing_to_multiply_by(tmp_path: Path, tensors: dict[str, Any], says: str) -> None:
+    gguf_files.write_gguf(tmp_path / "m.gguf", tensors)
+    result = invoke("run", tmp_path / "m.gguf", "--device", "cpu")
+    assert result.code == 3
+    assert says in result.err
 
 
 def test_run_takes_the_largest_matrix(model: Path) -> None:

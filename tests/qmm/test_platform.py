@@ -124,7 +124,7 @@ def test_device_and_placement_that_contradict_each_other_are_refused(device: str
 def test_auto_falls_back_to_the_cpu_and_says_why() -> None:
     choice = choose("auto", "auto", 1)
     assert (choice.gpu, choice.placement) == (None, "host")
-    assert choice.why == "on the CPU, off the mapped file, because no GPU can be used: CUDA cannot be used: no driver"
+    assert choice.why == "on the CPU, off the mapped file, because CUDA cannot be used: no driver"
 
 
 @pytest.mark.usefixtures("no_gpu")
