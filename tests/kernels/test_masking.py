@@ -8,12 +8,12 @@ shares its 16 bytes, so exactly once where all parts begin at multiples of 16.
 
 *Every schedule.* A product is run with one of the schedules that real GPUs take for real shapes
 (``lanes_schedules.py``), on a GPU of one to three multiprocessors and with rows just long enough. Of some 14,000 kinds
-the usual run takes SCHEDULES of each format, chosen so that every value of every attribute is among them (the test
-asserts it) and as many pairs of values as can be. Each is run with EXAMPLES drawn shapes, the same in each run. Then
-there are products as the host plans them for small shapes, and dequantizations.
+the usual run takes SCHEDULES of each format of TELLING, chosen so that every value of every attribute is among them
+(the test asserts it) and as many pairs of values as can be. Each is run with EXAMPLES drawn shapes, the same in each
+run. Then there are products of every format as the host plans them for small shapes, and dequantizations.
 
-``QMM_LANES=<factor>`` takes so many times the schedules of each format, the further ones by lot, and draws anew in each
-run; 240 and more take all of them, which is some four hours. What fails names its Case, to be run again alone.
+``QMM_LANES=<factor>`` takes so many times the schedules of every format, the further ones by lot, and draws anew in
+each run; 240 and more take all of them, which is some four hours. What fails names its Case, to be run again alone.
 
 *Masks.* The last tests take one mask from the kernels (``lanes_masks.py``) and have the same properties fail: with one
 format each in the usual run, with all formats where QMM_LANES is more than 1.
@@ -56,6 +56,8 @@ WORK = 1200
 """The most of a case, as work_of() has it: about a second."""
 
 formats = pytest.mark.parametrize("name", FORMATS)
+TELLING = ("F32", "F16", "Q8_0", "Q4_0", "Q2_K", "Q4_K", "Q6_K")
+"""One format of each size and alignment of block, whose schedules the usual run takes."""
 drawn = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate])  # but for the seeds below
 
 
@@ -132,7 +134,7 @@ def require_dequantizations(name: str, mask: str | None = None) -> list[Kind]:
     return kinds
 
 
-@formats
+@pytest.mark.parametrize("name", FORMATS if FACTOR > 1 else TELLING)
 def test_products_of_every_schedule(name: str) -> None:
     ran, met = require_products(name)
     kinds = {attributes(case.schedule) for case in ran if case.schedule is not None}

@@ -203,7 +203,7 @@ def test_pickling_says_what_to_do_in_the_worker(path: Path) -> None:
     with qmm.open(path) as model, qmm.Engine(model, "cpu") as engine:
         for original, way in (
             (model, rf"qmm\.open\('{path}'\)"),
-            (engine, rf"qmm\.Engine\(qmm\.open\('{path}'\)\)"),
+            (engine, rf"qmm\.Engine\('{path}'\)"),
             (model["a"], rf"qmm\.open\('{path}'\)\['a'\]"),
             (model.mapping(path), "cannot be copied or pickled"),
         ):
