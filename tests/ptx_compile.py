@@ -149,7 +149,7 @@ def products_of(name: str, machine: Machine) -> Iterator[Spec]:
     every = EVERY or name in TELLING
     for n in (8, 4, 2, 1) if machine is HOPPER and every else (8, 1):
         yield of_product(name, machine, n, int8=best)
-    if machine in (HOPPER, AMPERE):
+    if machine in (HOPPER, AMPERE) and every:
         yield of_product(name, machine, 8, int8=False)
     if machine is HOPPER and every:
         yield of_product(name, machine, 2, int8=False)
@@ -207,7 +207,7 @@ PROBES = {Spec("checksum_kernel", (in_flight,)): tuple(TARGETS) for in_flight in
 READ = {Spec("read_kernel", ()): tuple(TARGETS)}
 GROUPS = {
     **{name: kernels_of(name) for name in FORMATS},
-    "unaligned": group({machine: unaligned(machine) for machine in (HOPPER, AMPERE)}),
+    "unaligned": group({machine: unaligned(machine) for machine in ((HOPPER, AMPERE) if EVERY else (HOPPER,))}),
     "activations": {**group({machine: quantizations(machine) for machine in MACHINES}), **CASTS},
     "probes": {**PROBES, **READ},
 }

@@ -1,11 +1,11 @@
-"""Damaged GGUF files by the hundred thousand, each read by qmm and by a strict reference (tests/gguf_reference.py).
+"""Damaged GGUF files by the ten thousand, each read by qmm and by a strict reference (tests/gguf_reference.py).
 
 Whatever the file: qmm accepts it exactly if the reference does and it stays within the limits of header.py, and then
 both say the same of every key, array, tensor and byte. Otherwise qmm raises a QmmError that begins with the file and
 names a place. Either takes a second at most, and the run as a whole 64 MB.
 
 Two engines make the files. `test_damage_*` changes good files at random, knowing where every number and text of their
-headers lies: 100,000 cases. `test_models_*` has hypothesis build models from whole parts, and lie about them.
+headers lies: 40,000 cases. `test_models_*` has hypothesis build models from whole parts, and lie about them.
 
 QMM_FUZZ=10 runs ten times as many cases, all of them others (the factor seeds them); QMM_FUZZ=0.1 a tenth. A failure
 of the first engine gives the case's number and the file in hexadecimal: `damaged(bases(folder), number)` with the same
@@ -37,7 +37,7 @@ from qmm.errors import QmmError
 from qmm.loaders import GGUFIndex, gguf, header, strings
 
 FACTOR = float(os.environ.get("QMM_FUZZ", "1"))
-CASES = int(50_000 * FACTOR)  # of each of the two tests of the first engine
+CASES = int(20_000 * FACTOR)  # of each of the two tests of the first engine
 EXAMPLES = max(1, int(600 * FACTOR))
 SEED = int(FACTOR * 1000)
 MEMORY = 64 << 20
