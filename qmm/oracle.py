@@ -2,9 +2,9 @@
 
 A result is compared with the sum in float64, by these rules:
 
-* Where that is a number, its error counts in parts of ``max(reference^2, sum(w^2))``, and the NMSE is the mean of that
-  over all results. ``sum(w^2)`` is what standard normal activations give on average: so a sum that comes out near zero
-  by chance fails nothing, and one huge weight hides no error in other rows.
+* Where that is a number, its error counts in parts of ``sum(w^2)``, and the NMSE is the mean of that over all results.
+  ``sum(w^2)`` is the mean of ``reference^2`` for standard normal activations: so a sum that comes out near zero by
+  chance fails nothing, and one huge weight hides no error in other rows.
 * Where it is NaN, the result must be NaN; where it is infinite, the same infinity. A quantized type multiplies a whole
   block by one scale: if that is not finite, the result must not be finite either, but may be NaN for an infinity.
 * A float32 sum may overflow on its way where ``sum(|w| max(|x|, 2))`` is beyond float32's range. There alone, infinity
@@ -115,7 +115,7 @@ class Oracle:
         if not numbers.size:
             return 0.0
         a, b = y[numbers].astype(np.float64), expected[numbers]
-        energy = np.maximum(b**2, np.broadcast_to(self._rows, y.shape)[numbers])
+        energy = np.broadcast_to(self._rows, y.shape)[numbers]
         error = np.maximum(np.abs(a - b) - self._tensor.k * ROUNDING, 0.0) ** 2
         shares = np.divide(error, energy, out=np.where(error > 0, np.inf, 0.0), where=energy > 0)
         return float(shares.mean())

@@ -1,7 +1,7 @@
 """Tensors against an oracle: dequantization bit for bit, and products against float64.
 
 The oracle is ``gguf.quants.dequantize`` of the very bytes in the file. A product is right if its NMSE, the mean of
-``(y - reference)^2 / max(reference^2, sum(w^2))``, keeps to TOLERANCES, and if what is not finite is what float64 has
+``(y - reference)^2 / sum(w^2)``, keeps to TOLERANCES, and if what is not finite is what float64 has
 (:mod:`qmm.oracle` has the rules). The tolerances follow from how activations are stored
 (:mod:`qmm.kernels.activations`), for everything after that is exact integers or float32:
 
