@@ -56,6 +56,10 @@ __all__ = [
 ]
 
 COLUMN_TILE = 4
+SMALL, LARGE, INFINITE = np.uint32((127 - 96) << 23), np.uint32((127 + 96) << 23), np.uint32(0x7F800000)
+"""Bits of float32: 2**-96, 2**96 and infinity. A row whose largest magnitude is below the first, or from the second on
+and finite, is multiplied in units of a power of two: sums would overflow on their way, or scales and products lose
+digits."""
 HELPER_NBYTES = 2 << 20
 """Weight bytes that are worth a further thread: about 0.2 ms of work. With less, waking it costs more than it saves
 (Q8_0 2048x640, 1.4 MB, on two cores: 0.10 ms alone, 0.14 ms with a helper)."""
@@ -191,8 +195,7 @@ def copy_bytes(source, count, target):
 def quantize_rows(x, k, n, q, scales, sums, units):
     """Activations as Q8_1 has them: for each 32 values one scale ``d = max|x| / 127`` and ``q = round(x / d)``.
 
-    ``sums[run]`` is ``d`` times the sum of the run's ``q``. All of a row is in units of ``units[row]``: 1, or a power
-    of two where its largest magnitude is so near an end of float32 that sums would overflow, or scales lose digits. So
+    ``sums[run]`` is ``d`` times the sum of the run's ``q``. All of a row is in units of ``units[row]`` (see SMALL). So
     beside a value from 2**96 on, a block whose largest is below 2**-112 loses digits.
 
     The largest magnitude is found on the bit pattern, where a NaN is larger than everything and so is not lost: the
@@ -204,9 +207,9 @@ def quantize_rows(x, k, n, q, scales, sums, units):
         for i in range(k):
             most = max(most, bits[row, i] & np.uint32(0x7FFFFFFF))
         factor, units[row] = np.float32(1.0), np.float32(1.0)
-        if most < np.uint32((127 - 96) << 23):
+        if most < SMALL:
             factor, units[row] = np.float32(2.0**32), np.float32(2.0**-32)
-        elif most >= np.uint32((127 + 96) << 23) and most < np.uint32(0x7F800000):
+        elif most >= LARGE and most < INFINITE:
             factor, units[row] = np.float32(2.0**-32), np.float32(2.0**32)
         for block in range(k // 32):
             largest = np.uint32(0)
@@ -219,7 +222,7 @@ def quantize_rows(x, k, n, q, scales, sums, units):
                 d += np.float32(2.0**-149)
                 lifted = factor * np.float32(2.0**24)
                 inverse = np.float32(1.0) / (d * np.float32(2.0**24))
-            elif largest < np.uint32(0x7F800000):
+            elif largest < INFINITE:
                 inverse = np.float32(1.0) / d
             scales[row, block] = d
             for half_block in range(2):
@@ -428,16 +431,14 @@ def _address(array: np.ndarray) -> int:
 
 
 def _in_units(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``x`` with each row in units of 1, or of a power of two where its largest magnitude is so near an end of float32
-    that sums would overflow on their way, or products lose digits; and the units ``(n,)``. As quantize_rows does it."""
+    """``x`` with each row in its units (see SMALL), and the units ``(n,)``."""
     units = np.ones(len(x), np.float32)
     most = (x.view(np.uint32) & np.uint32(0x7FFFFFFF)).max(axis=1, initial=0)  # bits, as in quantize_rows
-    low, high = (127 - 96) << 23, (127 + 96) << 23
     rows = most.tolist()
-    if low <= min(rows, default=low) and max(rows, default=low) < high:
+    if min(rows, default=SMALL) >= SMALL and max(rows, default=SMALL) < LARGE:
         return x, units
-    units[most < low] = 2.0**-32
-    units[(most >= high) & (most < 0x7F800000)] = 2.0**32
+    units[most < SMALL] = 2.0**-32
+    units[(most >= LARGE) & (most < INFINITE)] = 2.0**32
     return x / units[:, None], units
 
 

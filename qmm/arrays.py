@@ -304,10 +304,8 @@ def _not_in_memory(torch: Any, array: Any) -> ArrayError:
 
 def _check_traced(torch: Any) -> None:
     """Refuse to be traced: the trace would have the result of this x, whatever x it is run with."""
-    traced = torch._C._get_tracing_state() is not None
-    if not traced and torch._C._len_torch_dispatch_stack():
-        traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    if traced:
+    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    if proxies is not None or torch._C._get_tracing_state() is not None:
         raise ArrayError(
             "tracing (torch.jit.trace, make_fx) does not see what qmm does, and would keep the result of this x as a "
             "constant. Use torch.compile, which calls qmm as it is."

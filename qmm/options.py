@@ -172,6 +172,6 @@ FolderOption = Annotated[
     ),
 ]
 ParanoidOption = Annotated[
-    bool, typer.Option("--paranoid", help="Then again between memory that faults, and among poison.")
+    bool, typer.Option("--paranoid", help="Then again between memory that faults, and surrounded by NaN bytes.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]

@@ -1,4 +1,4 @@
-"""``qmm verify --paranoid``: a user's own tensors between memory that faults, and among poison.
+"""``qmm verify --paranoid``: a user's own tensors between memory that faults, and surrounded by NaN bytes.
 
 A tensor's bytes are copied to memory with nothing before its first byte and nothing behind its last
 (:mod:`qmm.loaders.guards`), once so that the tensor begins where that memory begins, once so that it ends where it

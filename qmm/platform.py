@@ -11,7 +11,7 @@ from qmm.errors import DeviceError
 from qmm.loaders.cuda import CudaCallError, attribute, call, current_device
 from qmm.loaders.registration import REQUIRED_ATTRIBUTES
 
-__all__ = ["PLACEMENTS", "Choice", "GPUInfo", "choose", "device_number", "gpu_info"]
+__all__ = ["PLACEMENTS", "Choice", "GPUInfo", "choose", "gpu_info"]
 
 PLACEMENTS = ("auto", "mapped", "device", "host")
 MINIMUM_CAPABILITY = (8, 0)
@@ -91,7 +91,7 @@ def choose(device: str | SupportsIndex, placement: str, nbytes: int) -> Choice:
     """
     if placement not in PLACEMENTS:
         raise DeviceError(f"there is no placement {placement!r}; choose one of {', '.join(PLACEMENTS)}")
-    number = device_number(device)
+    number = _number(device)
     if number is None:
         if placement in ("mapped", "device"):
             raise DeviceError(
@@ -139,7 +139,7 @@ def _placed(gpu: GPUInfo, nbytes: int) -> Choice:
     return Choice(None, "host", why + " and cannot register read-only memory")
 
 
-def device_number(device: str | SupportsIndex) -> int | None:
+def _number(device: str | SupportsIndex) -> int | None:
     """CUDA's number of the device that is meant; None for the CPU.
 
     Raises:

@@ -27,6 +27,7 @@ from qmm.loaders.registration import HostRegistration
 from qmm.model import Model
 from qmm.platform import GPUInfo, gpu_info, require_compiler
 from qmm.report import SmokeReport, Step
+from qmm.verify import usable
 
 __all__ = ["smoke"]
 
@@ -145,10 +146,9 @@ def other_ways(index: GGUFIndex, path: Path, registering_failed: bool) -> str:
     """What works without the steps that failed; a product on the CPU is tried, with the smallest tensor."""
     file = shlex.quote(str(path))
     with Model(index) as model:
-        usable = [tensor for tensor in model.values() if tensor.supported and tensor.nbytes]
-        if not usable:
+        tensor = min(usable(model), key=lambda tensor: tensor.nbytes, default=None)
+        if tensor is None:
             return NOTHING.format(file=file)
-        tensor = min(usable, key=lambda tensor: tensor.nbytes)
         found = {"file": file, "tensor": shlex.quote(tensor.name)}
         try:
             from qmm.engine import Engine

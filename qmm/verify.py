@@ -40,7 +40,7 @@ from qmm.tables import worst
 if TYPE_CHECKING:
     from qmm.engine import Engine
 
-__all__ = ["TOLERANCES", "check", "checkable", "largest", "median_ms", "modes_of", "run", "verify"]
+__all__ = ["TOLERANCES", "check", "checkable", "largest", "median_ms", "modes_of", "run", "usable", "verify"]
 
 TOLERANCES = {"int8": 5e-4, "f16": 1e-6}
 RESULTS = 64
@@ -219,7 +219,11 @@ def run(engine: Engine, tensor: Tensor, n: int, mode: str, seed: int, repeats: i
     )
 
 
+def usable(model: Model) -> list[Tensor]:
+    """The tensors that qmm can multiply by, empty ones left out."""
+    return [tensor for tensor in model.values() if tensor.supported and tensor.nbytes]
+
+
 def largest(model: Model) -> Tensor | None:
     """The tensor with the most bytes that qmm can multiply by, a matrix if there is one."""
-    usable = [tensor for tensor in model.values() if tensor.supported and tensor.nbytes]
-    return max(usable, key=lambda tensor: (len(tensor.shape) == 2, tensor.nbytes), default=None)
+    return max(usable(model), key=lambda tensor: (len(tensor.shape) == 2, tensor.nbytes), default=None)
