@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from gguf_files import random_blocks
 
-from benchmarks import ggml_cpu
-from benchmarks.load import Load
+from benchmarks.support import ggml_cpu
+from benchmarks.support.load import Load
 from qmm import extras
-from qmm.kernels import cpu
 from qmm.kernels.formats import FORMATS
+from qmm.kernels.ops.cpu import products as cpu
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -69,7 +69,7 @@ class Pair:
         weights = gguf.quants.dequantize(self.weights, gguf.GGMLQuantizationType[name]).reshape(m, k)
         expected = self.x.astype(np.float64) @ weights.astype(np.float64).T
         self.nmse = {side: nmse(y, expected) for side, y in (("qmm", self.y), ("ggml", self.ggml.y))}
-        assert max(self.nmse.values()) < 5e-4, self.nmse  # int8 activations on both sides: kernels/activations.py
+        assert max(self.nmse.values()) < 5e-4, self.nmse  # int8 activations on both sides: kernels/ops/quantize.py
 
     def qmm_run(self) -> None:
         cpu.matmul(self.format, next(self.next_copy).ctypes.data, self.m, self.k, self.x, self.y)

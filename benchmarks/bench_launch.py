@@ -24,15 +24,15 @@ import pytest
 from gguf_files import random_blocks, write_gguf
 
 import qmm
-from benchmarks import gpu as machine
-from benchmarks.rounds import Quantiles
+from benchmarks.support import gpu as machine
+from benchmarks.support.rounds import Quantiles
 from qmm.arrays import View
 from qmm.kernels.formats import FORMATS
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-    from qmm.gpu import GPU
+    from qmm.device import GPU
 
 pytestmark = pytest.mark.skipif(machine.missing() is not None, reason=f"no GPU: {machine.missing()}")
 
@@ -134,7 +134,7 @@ def test_plan(engine: qmm.Engine, timed: Callable[..., None], products: int) -> 
 
 def nodes_of_nothing(gpu: GPU) -> Callable[[], None]:
     """NODES kernels, launched as products are, whose blocks have nothing to do."""
-    from qmm.kernels import launch
+    from qmm.kernels.runtime import launch
 
     arguments = (0, 0, 4, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0)
     kernel = launch.quantize_kernel("float32", True, gpu.machine.bulk)

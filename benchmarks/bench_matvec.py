@@ -2,21 +2,23 @@
 
     pytest benchmarks/bench_matvec.py --save-results          # everything
     pytest benchmarks/bench_matvec.py -k "Q4_K and n8"        # ids are like Q4_K-14336x4096-n8-device
-    python -m benchmarks.report                               # README's table and the chart, from what was saved
+    python -m benchmarks.support.report                       # README's table and the chart, from what was saved
 
 **What is timed.** Each side has copies of the weight, 256 MiB or four times what L2 holds, whichever is more, and
 multiplies by them in turn, so that no weight is found in a cache. The products, 8 or more, are captured into CUDA
-graphs of at most GRAPH_PRODUCTS; what is timed is their replay, on both sides and by turns (``benchmarks/rounds.py``),
-so launches cost Python nothing. The quantization of the activations is part of every product, on both sides: ggml's log
-is read for whether it did replay. qmm's products stand in their graph as in a plan's: while one ends, it brings some of
-the next one's weights into L2, at most a sixth of what that holds, so bytes still come from memory once a product. ggml
-has nothing of the kind; products of the main part that were queued one by one, without it, are timed by turns with the
-others too ("alone us" in the results). Nothing is timed before the results of every product were compared, with each
-other, with ggml's, and with a float64 product of the weights as gguf dequantizes them.
+graphs of at most GRAPH_PRODUCTS; what is timed is their replay, on both sides and by turns
+(``benchmarks/support/rounds.py``), so launches cost Python nothing. The quantization of the activations is part of
+every product, on both sides: ggml's log is read for whether it did replay. qmm's products stand in their graph as in a
+plan's: while one ends, it brings some of the next one's weights into L2, at most a sixth of what that holds, so bytes
+still come from memory once a product. ggml has nothing of the kind; products of the main part that were queued one by
+one, without it, are timed by turns with the others too ("alone us" in the results). Nothing is timed before the results
+of every product were compared, with each other, with ggml's, and with a float64 product of the weights as gguf
+dequantizes them.
 
 **What it is put in proportion to.** ggml's time, and the rate at which a kernel that only reads gets bytes over the
-same link in the same run (``benchmarks/peaks.py``). For the placement ``mapped`` that is read by turns with the product
-and so is the copy engine. ggml's CUDA backend does not multiply by weights in mapped memory, so it is no side there.
+same link in the same run (``benchmarks/support/peaks.py``). For the placement ``mapped`` that is read by turns with the
+product and so is the copy engine. ggml's CUDA backend does not multiply by weights in mapped memory, so it is no side
+there.
 """
 
 from __future__ import annotations
@@ -28,24 +30,24 @@ import numpy as np
 import pytest
 from gguf_files import FORMATS as FILE_FORMATS
 
-from benchmarks import ggml_gpu, peaks
-from benchmarks import gpu as machine
-from benchmarks.compiled import compile_all
-from benchmarks.load import Load
-from benchmarks.placed import Placed, Weight, in_a_mapped_file, in_device_memory, links
-from benchmarks.rounds import Quantiles, Side, take_turns
+from benchmarks.support import ggml_gpu, peaks
+from benchmarks.support import gpu as machine
+from benchmarks.support.compiled import compile_all
+from benchmarks.support.load import Load
+from benchmarks.support.placed import Placed, Weight, in_a_mapped_file, in_device_memory, links
+from benchmarks.support.rounds import Quantiles, Side, take_turns
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-    from qmm.gpu import GPU
+    from qmm.device import GPU
 
 pytestmark = pytest.mark.skipif(machine.missing() is not None, reason=f"no GPU: {machine.missing()}")
 
 ROUNDS = {"device": 20, "mapped": 10}
 SAMPLED_ROWS = 256
 TOLERANCE = 5e-4
-"""Of the NMSE: kernels/activations.py derives it for int8 activations, and ggml's own tests have the same."""
+"""Of the NMSE: kernels/ops/quantize.py derives it for int8 activations, and ggml's own tests have the same."""
 
 SHOWN = ("id", "qmm us", "ggml us", "GB/s", "% of peak", "x ggml", "peak GB/s", "disturbed")
 
@@ -86,7 +88,7 @@ def compiled(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[GPU]:
-    from qmm.gpu import GPU
+    from qmm.device import GPU
 
     made = GPU(0)
     yield made

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import qmm
-from benchmarks import gpu
+from benchmarks.support import gpu
 from qmm import extras
+from qmm.cli.smoke import anonymous_nbytes
 from qmm.loaders import FileMapping, HostRegistration
-from qmm.smoke import anonymous_nbytes
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

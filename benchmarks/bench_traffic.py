@@ -24,7 +24,7 @@ import pytest
 from gguf_files import nbytes_of, random_blocks, write_gguf
 
 import qmm
-from benchmarks import gpu as machine
+from benchmarks.support import gpu as machine
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

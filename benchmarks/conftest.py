@@ -1,8 +1,8 @@
 """What the comparisons share: a table at the end, and the same in files, beside the machine and the versions.
 
 ``--save-results`` writes ``<benchmark>-<machine>-<date>.json``, and the rows alone as ``.csv``, after every row: a run
-that is cut short leaves what it had measured, and a later one adds to it (:mod:`benchmarks.saving`). A module's KEY
-names the columns that make two rows the same case; else it is the first column.
+that is cut short leaves what it had measured, and a later one adds to it (:mod:`benchmarks.support.saving`). A module's
+KEY names the columns that make two rows the same case; else it is the first column.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 import qmm
-from benchmarks.load import ADVICE
-from benchmarks.saving import ResultsFile
-from qmm.kernels.cpu import available_cpus
+from benchmarks.support.load import ADVICE
+from benchmarks.support.saving import ResultsFile
+from qmm.kernels.ops.cpu.products import available_cpus
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"

@@ -6,9 +6,9 @@ registration. It never imports kernels.
 
 from __future__ import annotations
 
-from qmm.loaders.gguf import GGUFIndex, TensorInfo
+from qmm.loaders.access.registered import HostRegistration
+from qmm.loaders.gguf.index import GGUFIndex, TensorInfo
+from qmm.loaders.gguf.metadata import Metadata
 from qmm.loaders.mapping import FileMapping
-from qmm.loaders.metadata import Metadata
-from qmm.loaders.registration import HostRegistration
 
 __all__ = ["FileMapping", "GGUFIndex", "HostRegistration", "Metadata", "TensorInfo"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmm.cli import main
+from qmm.cli.app import main
 
 if __name__ == "__main__":
     main()

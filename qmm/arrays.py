@@ -16,8 +16,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from qmm.cuda import call
 from qmm.errors import ArrayError, DeviceError
-from qmm.loaders.cuda import call
 
 __all__ = ["DTYPES", "KINDS", "ArrayKind", "Slab", "View", "kind_of", "stream_handle"]
 

@@ -9,11 +9,11 @@ import platform
 from contextlib import suppress
 from pathlib import Path
 
-from qmm.kernels.cache import cache_folder
-from qmm.loaders.cuda import call
+from qmm.cuda import call
+from qmm.kernels.runtime.cache import cache_folder
+from qmm.loaders.access.preflight import FileSystem, probe
 from qmm.loaders.mapping import FileMapping
-from qmm.loaders.probe import FileSystem, probe
-from qmm.platform import GPUInfo
+from qmm.memory.machine import GPUInfo
 
 __all__ = ["first_contact"]
 

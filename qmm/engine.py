@@ -17,17 +17,17 @@ import numpy.typing as npt
 
 from qmm.arrays import KINDS, ArrayKind, View, kind_of, stream_handle
 from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
+from qmm.graph import Plan, Step
 from qmm.loaders.closing import Closing
+from qmm.memory.machine import Choice, choose
+from qmm.memory.placement import DeviceCopies, HostWeights, MappedWeights, Weights
 from qmm.model import Model, Tensor, open_model
-from qmm.placement import DeviceCopies, HostWeights, MappedWeights, Weights
-from qmm.plan import Plan, Step
-from qmm.platform import Choice, choose
 from qmm.signals import handlers_held
 from qmm.tracing import outside, untraced, watched
 from qmm.uses import Uses
 
 if TYPE_CHECKING:
-    from qmm.gpu import GPU, Product
+    from qmm.device import GPU, Product
 
 __all__ = ["Engine"]
 
@@ -115,7 +115,7 @@ class Engine(Closing):
         if choice.gpu is None:
             self._weights: Weights = HostWeights(chosen)
         else:
-            from qmm.gpu import GPU
+            from qmm.device import GPU
 
             registers = not probe or self._try_registering(chosen, choice)
             self.gpu = GPU(choice.gpu.number)
@@ -497,11 +497,11 @@ class Engine(Closing):
 @functools.cache
 def _cpu() -> ModuleType:
     """The CPU schedules. A Ctrl-C is heard once they are there: it would become an ImportError in Numba's C parts."""
-    from qmm.kernels.compiler import check_cpu
+    from qmm.kernels.runtime.compiler import check_cpu
 
     check_cpu()  # Numba cannot even be imported with some settings
     with handlers_held():
-        from qmm.kernels import cpu
+        from qmm.kernels.ops.cpu import products as cpu
     return cpu
 
 

@@ -16,9 +16,9 @@ from qmm.errors import ClosedError, CopyError, MappingError, TensorNotFoundError
 from qmm.kernels.formats import FORMATS, Format
 from qmm.loaders.closing import Closing
 from qmm.loaders.files import KnownFile
-from qmm.loaders.gguf import GGUFIndex, TensorInfo, read_model
+from qmm.loaders.gguf.index import GGUFIndex, TensorInfo, read_model
+from qmm.loaders.gguf.metadata import Metadata
 from qmm.loaders.mapping import FileMapping
-from qmm.loaders.metadata import Metadata
 from qmm.tracing import outside, untraced, watched
 
 __all__ = ["Model", "Tensor", "open_model"]

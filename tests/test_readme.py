@@ -66,7 +66,7 @@ def test_tests_command_is_whole_and_the_one_that_ci_runs(readme: str) -> None:
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "readme_command tests" in ci
     runs = re.findall(r"pytest\S*\s+(\S+)", ci)
-    assert runs == ["tests/qmm/test_torch.py"], ".ci/run must take the test command from README.md"
+    assert runs == ["tests/api/test_torch.py"], ".ci/run must take the test command from README.md"
 
 
 def test_ci_extracts_the_same_commands(readme: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.primitives import float_floats, load16
+from qmm.kernels.lang.primitives import float_floats, load16
 
 
 def load(block, lane):

@@ -14,7 +14,7 @@ most, is a byte still, so that all runs have the block's ``d`` for their scale. 
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.primitives import half, load4, load16, unsigned_byte
+from qmm.kernels.lang.primitives import half, load4, load16, unsigned_byte
 
 
 def load(block, lane):

@@ -16,7 +16,7 @@ ggml-common.h.
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.primitives import half, load2, load4, load16, unsigned_byte
+from qmm.kernels.lang.primitives import half, load2, load4, load16, unsigned_byte
 
 
 def load(block, lane):

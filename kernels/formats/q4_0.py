@@ -12,7 +12,7 @@ ggml-common.h.
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.primitives import half, load2, load16
+from qmm.kernels.lang.primitives import half, load2, load16
 
 
 def load(block, lane):

@@ -14,18 +14,18 @@ from gguf_files import FORMATS as SIZES
 from gguf_files import random_blocks, write_gguf
 
 import qmm
+from qmm.cuda import call
 from qmm.kernels.formats import FORMATS
-from qmm.loaders.cuda import call
-from qmm.loaders.guards import DeviceGuard, Guard, HostGuard
-from qmm.paranoid import Job, check_guarded
+from qmm.verify.guards import DeviceGuard, Guard, HostGuard
+from qmm.verify.paranoid import Job, check_guarded
 
 PAGE = mmap.PAGESIZE
 PLACEMENTS = ("mapped", "device")
 
 TOUCH = """
 from qmm.errors import DeviceError
-from qmm.gpu import GPU
-from qmm.loaders.guards import DeviceGuard, HostGuard
+from qmm.device import GPU
+from qmm.verify.guards import DeviceGuard, HostGuard
 
 kind, at = sys.argv[1:]
 gpu = GPU(0)
@@ -140,15 +140,15 @@ def test_products_and_dequantization_between_guards_and_among_poison(odd: Path, 
 def test_a_product_that_reads_one_byte_too_far_is_named(
     odd: Path, placement: str, by: int, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qmm import paranoid
+    from qmm.verify import paranoid
 
     change = (
-        "from qmm.gpu import GPU; kept = GPU.matmul\n"
+        "from qmm.device import GPU; kept = GPU.matmul\n"
         f"GPU.matmul = lambda self, f, a, m, *rest: kept(self, f, a + ({by} if m == 67 and near(a) else 0), m, *rest)\n"
         # In the guard alone: the engine's own tensor lies among bytes that may be read.
         f"near = lambda a: a % 4096 == ({'-67 * 11 * 34' if by > 0 else '0'}) % 4096"
     )
-    monkeypatch.setattr(paranoid, "CHILD", f"exec({change!r}); from qmm.paranoid import work; sys.exit(work())")
+    monkeypatch.setattr(paranoid, "CHILD", f"exec({change!r}); from qmm.verify.paranoid import work; sys.exit(work())")
     tensors = ("Q8_0 67 x 352", "Q8_0 1 x 32")
     shifted, other = check_guarded(Job(str(odd), "cuda:0", placement, tensors, (1,), ("int8",), 0, ()))
     assert shifted.failure is not None

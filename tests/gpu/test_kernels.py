@@ -8,12 +8,12 @@ import pytest
 from gguf_files import random_blocks, small_blocks
 
 from qmm.arrays import View
-from qmm.gpu import GPU
-from qmm.kernels import launch
+from qmm.device import GPU
 from qmm.kernels.formats import FORMATS, Format
-from qmm.kernels.staging import WARPS
+from qmm.kernels.ops.matvec.plan import WARPS
+from qmm.kernels.runtime import launch
 
-# NMSE of one product, against float64: see kernels/activations.py. An int8 block loses at most 4.96e-4 of its energy;
+# NMSE of one product, against float64: see kernels/ops/quantize.py. An int8 block loses at most 4.96e-4 of its energy;
 # float16 at most 2**-22 = 2.4e-7 (the square of half a unit in the last place, 2**-11).
 TOLERANCE = {True: 5e-4, False: 1e-6}
 

@@ -20,13 +20,14 @@ from numba import cuda
 from small_model import CHANGES, LOSSES, K, M, is_mapped, write_small_model
 
 import qmm
-import qmm.smoke
-from qmm import gpu as gpu_module
-from qmm import placement as placement_module
+import qmm.cli.smoke
+from qmm import cuda as cuda_module
+from qmm import device as gpu_module
+from qmm.cuda import call
 from qmm.errors import ClosedError, DeviceError, MappingError, RegistrationError
-from qmm.loaders import FileMapping, HostRegistration, registration
-from qmm.loaders import cuda as cuda_module
-from qmm.loaders.cuda import call
+from qmm.loaders import FileMapping, HostRegistration
+from qmm.loaders.access import registered as registration
+from qmm.memory import placement as placement_module
 
 PLACEMENTS = ("mapped", "device")
 
@@ -339,12 +340,12 @@ def test_a_thousand_engines_leave_nothing_behind(
     for _ in range(100):
         cycle()
     descriptors, mappings, free_nbytes = held()
-    anonymous = qmm.smoke.anonymous_nbytes()
+    anonymous = qmm.cli.smoke.anonymous_nbytes()
     assert anonymous is not None
     for _ in range(1000):
         cycle()
     after = held()
-    grown = (qmm.smoke.anonymous_nbytes() or 0) - anonymous
+    grown = (qmm.cli.smoke.anonymous_nbytes() or 0) - anonymous
     print(f"descriptors {descriptors} -> {after[0]}, mappings {mappings} -> {after[1]}, free bytes on the device")
     print(f"{free_nbytes} -> {after[2]}, anonymous memory grew by {grown} bytes")
     assert after[0] == descriptors
@@ -403,8 +404,8 @@ import gc, os
 import numpy as np, qmm
 from interrupts import interrupted
 from numba import cuda
-from qmm.loaders import registration
-from qmm.loaders.cuda import call
+from qmm.loaders.access import registered as registration
+from qmm.cuda import call
 
 x = np.ones((3, 256), np.float32)
 x_there, y_there = cuda.to_device(x), cuda.device_array((3, 64), np.float32)
@@ -438,9 +439,9 @@ import collections, json, os
 import numpy as np, qmm
 from interrupts import what_is_left
 from numba import cuda
-from qmm import gpu
-from qmm.loaders import registration
-from qmm.loaders.cuda import call
+from qmm import device as gpu
+from qmm.loaders.access import registered as registration
+from qmm.cuda import call
 
 PAIRS = json.loads(sys.argv[3])
 made, undone = collections.Counter(), collections.Counter()
@@ -555,7 +556,7 @@ def test_a_registration_that_hangs_in_the_child_is_an_error_and_copies_are_made_
 ) -> None:
     """No file here makes a registration hang: the child only sleeps."""
     from qmm import contact
-    from qmm.loaders import probe
+    from qmm.loaders.access import preflight as probe
 
     monkeypatch.setattr(contact, "_known", set())
     monkeypatch.setenv("QMM_CACHE_DIR", "")
@@ -577,7 +578,7 @@ BROKEN = """
 import numpy as np, qmm
 from numba import cuda
 from qmm.errors import DeviceError, RegistrationError
-from qmm.gpu import GPU
+from qmm.device import GPU
 
 path, placement = sys.argv[1:]
 x = np.ones((3, 256), np.float32)
@@ -631,9 +632,11 @@ FORKED = """
 import gc, os, signal, warnings
 import numpy as np, qmm
 from numba import cuda as numba_cuda
-from qmm import gpu
+from qmm import device as gpu
 from qmm.errors import ClosedError, DeviceError, RegistrationError
-from qmm.loaders import FileMapping, HostRegistration, cuda, registration
+from qmm.loaders import FileMapping, HostRegistration
+from qmm import cuda
+from qmm.loaders.access import registered as registration
 
 warnings.simplefilter("ignore", DeprecationWarning)
 path, placement = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""NVIDIA's compute-sanitizer watches products over memory of exactly the tensor's size (tests/exact_products.py)."""
+"""compute-sanitizer watches products over memory of exactly the tensor's size (tests/support/exact_products.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from qmm.kernels.formats import FORMATS
 
-PROGRAM = Path(__file__).parents[1] / "exact_products.py"
+PROGRAM = Path(__file__).parents[1] / "support" / "exact_products.py"
 PRODUCTS = {name: 2 * (4 * (1 if block_format.plain else 2) + 1) for name, block_format in FORMATS.items()}
 """Two shapes, four numbers of columns, one or two kinds of activations; and a dequantization."""
 

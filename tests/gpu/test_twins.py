@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from twin_cases import CASES, Case
 
-from qmm.gpu import GPU
-from qmm.kernels.launch import Launch
+from qmm.device import GPU
+from qmm.kernels.runtime.launch import Launch
 
 
 @pytest.fixture(scope="module")

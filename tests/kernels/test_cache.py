@@ -23,10 +23,10 @@ import pytest
 from fake_driver import Driver
 from ptx_compile import GROUPS, Spec, without_gpu
 
-from qmm.kernels import cache, launch
-from qmm.kernels.cache import CachedKernel, Code, Store, digest_of_sources, key_of, store
 from qmm.kernels.formats import FORMATS, Format
 from qmm.kernels.formats.q4_0 import load, position, unpack
+from qmm.kernels.runtime import cache, launch
+from qmm.kernels.runtime.cache import CachedKernel, Code, Store, digest_of_sources, key_of, store
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = '{"name": "kernel"}'
@@ -255,7 +255,7 @@ def test_a_directory_in_an_entrys_place_is_left_there(filled: Store) -> None:
 UNPRIVILEGED = """
 import os, sys, warnings
 from pathlib import Path
-from qmm.kernels.cache import Code, Store
+from qmm.kernels.runtime.cache import Code, Store
 if os.geteuid() == 0:  # whom no permission stops
     os.setgroups([]), os.setgid(65534), os.setuid(65534)
 warnings.simplefilter("error")
@@ -275,7 +275,7 @@ def test_a_folder_that_may_not_be_written_is_left_alone() -> None:
 FULL = """
 import resource, sys, warnings
 from pathlib import Path
-from qmm.kernels.cache import Code, Store
+from qmm.kernels.runtime.cache import Code, Store
 warnings.simplefilter("error")
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 store = Store(Path(sys.argv[1]))
@@ -348,7 +348,7 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 WRITER = """
 import sys, warnings
 from pathlib import Path
-from qmm.kernels.cache import Code, Store
+from qmm.kernels.runtime.cache import Code, Store
 warnings.simplefilter("error")  # of a put that fails
 store, number = Store(Path(sys.argv[1]), named=True), int(sys.argv[2])
 for repeat in range(100):
@@ -533,7 +533,7 @@ def test_names_and_texts_of_all_sources_make_the_digest(tmp_path: Path) -> None:
 OWN_FORMAT = """
 import math
 import numpy as np
-from qmm.kernels.primitives import half, load2
+from qmm.kernels.lang.primitives import half, load2
 FIRST = {first}
 TABLE = np.array([{entry}, 2], np.int8)
 def helper(bits):
@@ -701,8 +701,8 @@ def test_kernels_work_without_a_cache(fake: Driver, tmp_path: Path, monkeypatch:
 
 LAUNCHES = """
 import pickle, sys
-import qmm, qmm.engine, qmm.gpu
-from qmm.kernels import launch
+import qmm, qmm.engine, qmm.device
+from qmm.kernels.runtime import launch
 from qmm.kernels.formats import FORMATS
 driver = launch.driver
 class Driver:

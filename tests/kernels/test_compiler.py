@@ -15,8 +15,8 @@ import pytest
 from numba.cuda.core import config as cuda_config
 
 from qmm.errors import DeviceError
-from qmm.kernels import compiler
-from qmm.kernels.cpu_target import CPU
+from qmm.kernels.lang.targets.cpu import CPU
+from qmm.kernels.runtime import compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 

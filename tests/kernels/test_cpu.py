@@ -26,8 +26,8 @@ import pytest
 from children import run_python
 from gguf_files import random_blocks, small_blocks
 
-from qmm.kernels import cpu
 from qmm.kernels.formats import FORMATS, Format
+from qmm.kernels.ops.cpu import products as cpu
 
 U = 2.0**-24
 COLUMNS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 33)
@@ -393,7 +393,7 @@ def finalize_in_an_alarm(self):
 
 ExecutionEngine.finalize_object = finalize_in_an_alarm  # before Numba takes it over
 
-from qmm.kernels import cpu
+from qmm.kernels.ops.cpu import products as cpu
 from qmm.kernels.formats import FORMATS
 
 form = FORMATS["Q4_K"]

@@ -17,7 +17,7 @@ import pytest
 from gguf_files import random_blocks
 
 from qmm.kernels.formats import FORMATS, Format
-from qmm.kernels.primitives import run_weights
+from qmm.kernels.lang.primitives import run_weights
 
 each_format = pytest.mark.parametrize("block_format", FORMATS.values(), ids=FORMATS)
 
@@ -85,7 +85,9 @@ def test_lanes_make_each_run_of_a_block_once(block_format: Format) -> None:
 
 @each_format
 def test_lanes_are_a_power_of_two(block_format: Format) -> None:
-    assert block_format.lanes & (block_format.lanes - 1) == 0  # kernels/matvec.py finds a unit's lane by a mask
+    assert (
+        block_format.lanes & (block_format.lanes - 1) == 0
+    )  # kernels/ops/matvec/kernel.py finds a unit's lane by a mask
 
 
 @each_format

@@ -13,7 +13,7 @@ import pytest
 from children import command
 from llvmlite import binding, ir
 
-from qmm.kernels.half import from_half, from_half_by_integers, has_instruction
+from qmm.kernels.lang.half import from_half, from_half_by_integers, has_instruction
 
 VALUES = np.arange(1 << 16, dtype=np.uint16)
 x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64 CPUs")
@@ -84,7 +84,7 @@ def test_a_cpu_without_the_instruction_multiplies_and_dequantizes_to_the_bit() -
     code = """
 import gguf, numpy as np
 from gguf_files import random_blocks
-from qmm.kernels import cpu
+from qmm.kernels.ops.cpu import products as cpu
 from qmm.kernels.formats import FORMATS
 
 rng = np.random.default_rng(0)

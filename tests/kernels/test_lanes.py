@@ -15,10 +15,10 @@ from lanes import LaneGPU, dequantized, expected_reads, run_dequantization, run_
 from lanes_machine import LaneError, Settings
 
 from qmm.arrays import View
-from qmm.gpu import NOTHING
-from qmm.kernels import launch
+from qmm.device import NOTHING
 from qmm.kernels.formats import FORMATS
-from qmm.kernels.staging import WARPS, Machine, Tiling
+from qmm.kernels.ops.matvec.plan import WARPS, Machine, Tiling
+from qmm.kernels.runtime import launch
 
 HOPPER = Machine(2, 232448, True)
 AMPERE = Machine(2, 166912, False)

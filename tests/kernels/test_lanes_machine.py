@@ -17,11 +17,17 @@ import pytest
 from lanes_machine import SHARED_WINDOW, Block, LaneError, Memory, Settings
 from lanes_twins import MAKERS, TWINS, LaneTarget
 
-from qmm.kernels import activations, dequantize, launch, matvec, primitives, probe, ptx, ring
-from qmm.kernels.cuda_target import CUDATarget
 from qmm.kernels.formats import FORMATS
-from qmm.kernels.specialize import specialize
-from qmm.kernels.staging import Machine, Schedule
+from qmm.kernels.lang import primitives, ptx
+from qmm.kernels.lang.specialize import specialize
+from qmm.kernels.lang.targets.cuda import CUDATarget
+from qmm.kernels.ops import dequantize
+from qmm.kernels.ops import pipeline as ring
+from qmm.kernels.ops import quantize as activations
+from qmm.kernels.ops import read as probe
+from qmm.kernels.ops.matvec import kernel as matvec
+from qmm.kernels.ops.matvec.plan import Machine, Schedule
+from qmm.kernels.runtime import launch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
@@ -254,7 +260,9 @@ def test_every_operation_of_ptx_has_a_twin() -> None:
 @pytest.mark.parametrize("module", KERNELS, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_every_name_that_a_kernel_takes_from_ptx_has_a_twin(module: ModuleType) -> None:
     tree = ast.parse(inspect.getsource(module))
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "qmm.kernels.ptx"]
+    imports = [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "qmm.kernels.lang.ptx"
+    ]
     names = {alias.name for node in imports for alias in node.names}
     target = LaneTarget(16)
     assert names

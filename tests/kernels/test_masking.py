@@ -45,7 +45,7 @@ from lanes_masks import MASKS
 from lanes_schedules import MACHINES, Kind, Planned, alignments_of, attributes, covering, schedules_of, values_of
 
 from qmm.kernels.formats import FORMATS, Format
-from qmm.kernels.staging import COLUMN_TILES, Schedule
+from qmm.kernels.ops.matvec.plan import COLUMN_TILES, Schedule
 
 FACTOR = int(os.environ.get("QMM_LANES", "1"))
 SCHEDULES = 8

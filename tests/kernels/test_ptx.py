@@ -27,9 +27,10 @@ from ptx_compile import (
     ptx_of_target,
 )
 
-from qmm.kernels import launch, ptx
 from qmm.kernels.formats import FORMATS
-from qmm.kernels.staging import Schedule
+from qmm.kernels.lang import ptx
+from qmm.kernels.ops.matvec.plan import Schedule
+from qmm.kernels.runtime import launch
 
 BULK_COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 COPY = "cp.async.cg.shared.global"

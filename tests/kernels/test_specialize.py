@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmm.kernels.specialize import registers, specialize, unroll
+from qmm.kernels.lang.specialize import registers, specialize, unroll
 
 SCALE = 3
 HALF = 0.5

@@ -14,8 +14,8 @@ from lanes_twins import MAKERS, TWINS
 from ptx_compile import GROUPS, assemble, retarget, without_gpu
 from twin_cases import CASES
 
-from qmm.kernels import primitives, ptx
-from qmm.kernels.launch import CUDAKernel
+from qmm.kernels.lang import primitives, ptx
+from qmm.kernels.runtime.launch import CUDAKernel
 
 cases = pytest.mark.parametrize("name", CASES)
 

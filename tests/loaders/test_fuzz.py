@@ -1,4 +1,4 @@
-"""Damaged GGUF files by the ten thousand, each read by qmm and by a strict reference (tests/gguf_reference.py).
+"""Damaged GGUF files by the ten thousand, each read by qmm and by a strict reference (tests/support/gguf_reference.py).
 
 Whatever the file: qmm accepts it exactly if the reference does and it stays within the limits of header.py, and then
 both say the same of every key, array, tensor and byte. Otherwise qmm raises a QmmError that begins with the file and
@@ -34,7 +34,9 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from qmm.errors import QmmError
-from qmm.loaders import GGUFIndex, gguf, header, strings
+from qmm.loaders import GGUFIndex
+from qmm.loaders.gguf import header, strings
+from qmm.loaders.gguf import index as gguf
 
 FACTOR = float(os.environ.get("QMM_FUZZ", "1"))
 CASES = int(20_000 * FACTOR)  # of each of the two tests of the first engine

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmm.loaders.pages import Span, covering_pages, cut, gaps
+from qmm.loaders.access.pages import Span, covering_pages, cut, gaps
 
 PAGE = 16  # small, so that everything meets everything
 

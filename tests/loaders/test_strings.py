@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmm.loaders import strings
-from qmm.loaders.strings import StringOverrunError, skip_strings
+from qmm.loaders.gguf import strings
+from qmm.loaders.gguf.strings import StringOverrunError, skip_strings
 
 
 def chain(texts: list[bytes]) -> bytes:

@@ -1,0 +1,1 @@
+"""What the benchmarks share: contenders, timing, saved results, and the report on them."""

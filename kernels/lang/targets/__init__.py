@@ -1,0 +1,1 @@
+"""The machines that a kernel can be compiled for: the CPU and CUDA GPUs."""

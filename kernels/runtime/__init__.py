@@ -1,0 +1,1 @@
+"""From a kernel's description to machine code, to the cache on disk, and to launches."""

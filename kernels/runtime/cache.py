@@ -1,0 +1,333 @@
+"""Linked kernels on disk, so that the second start of a process compiles nothing and imports no compiler.
+
+An entry is one file, named by the SHA-256 of its key; the key is JSON text that holds everything the machine code
+depends on: the kernel and what it is specialized with, a digest of this package's source, the versions of the
+compilers, the compute capability. Code from a file runs on the user's GPU, so a file counts only if it is a regular
+one of this user's, which nobody else may write, and its key and digest are right. Any other is a miss, and replaced.
+
+::
+
+    8 bytes   4         4            4              8             ...    ...     ...    32
+    magic   | version | key length | entry length | code length | key  | entry | code | SHA-256 of all before
+
+The folder is ``$QMM_CACHE_DIR`` (empty: nothing is kept), else ``qmm/kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+Where it cannot be written, kernels are compiled in every process; that is said only of a folder that the user named.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import re
+import stat
+import struct
+import sys
+import time
+import types
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["CachedKernel", "Code", "Store", "cache_folder", "digest_of_sources", "key_of", "store"]
+
+MAGIC = b"qmm\0kern"
+VERSION = 1
+HEADER = struct.Struct("<8sIIIQ")
+DIGEST_NBYTES = hashlib.sha256().digest_size
+
+MOST_NBYTES = 256 << 20
+MOST_DAYS = 60
+ABANDONED_SECONDS = 3600
+"""The age at which a half-written file has no writer any more."""
+NAMES = re.compile(r"[0-9a-f]{64}\.(kernel|[0-9a-f]{16}\.part)")
+"""What is ours in the folder. The user may have named one with other files in it."""
+
+DISTRIBUTIONS = (
+    *("qmm", "numpy", "numba", "llvmlite", "numba-cuda", "cuda-bindings", "cuda-python", "cuda-pathfinder"),
+    *("nvidia-cuda-nvcc", "nvidia-nvjitlink", "nvidia-nvvm"),
+    *("nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12", "nvidia-nvvm-cu12"),
+)
+LIBRARIES = ("builtins", "math", "numpy", "operator")
+"""Modules that the versions tell enough of."""
+
+SETTINGS = ("CONDA_PREFIX", "CUDA_HOME", "CUDA_PATH")
+"""Where a compiler is looked for that no wheel brought."""
+SETTING_PREFIXES = ("NUMBA_CUDA_", "NUMBA_DEBUG", "NUMBA_OPT")
+
+PACKAGE = "qmm.kernels"
+FOLDER = Path(__file__).parents[1]
+
+
+class Code(NamedTuple):
+    """A linked kernel: the name of its entry point, and machine code."""
+
+    entry: str
+    code: bytes
+
+
+class Store:
+    """The entries in one folder. Processes may share it: a file appears whole or not at all."""
+
+    def __init__(self, folder: Path, named: bool = False) -> None:
+        """Args are the folder, made when something is put there, and whether the user named it."""
+        self.folder = folder
+        self._warns = named
+
+    def path(self, key: str) -> Path:
+        """Where the entry of a key is."""
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.kernel"
+
+    def get(self, key: str) -> Code | None:
+        """What was put under a key; None where nothing was, or not by us, or it was damaged since."""
+        try:
+            with open(self.path(key), "rb", opener=_open_to_read) as file:
+                if not _trusted(os.fstat(file.fileno())):
+                    return None
+                found = _parse(file.read(), key)
+                if found is not None:
+                    with suppress(OSError):  # a file system mounted read-only
+                        os.utime(file.fileno())
+                return found
+        except (OSError, ValueError):  # ValueError: no UTF-8 where there should be
+            return None
+
+    def put(self, key: str, code: Code) -> None:
+        """Keep machine code under a key, and drop what is old. A folder that cannot be written is left alone."""
+        try:
+            self._write(self.path(key), _format(key, code))
+        except OSError as reason:
+            if self._warns:
+                self._warns = False
+                message = f"QMM_CACHE_DIR={self.folder}: {reason}. Kernels are not kept, but compiled in every process."
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+        else:
+            with suppress(OSError):  # another process removes files too
+                self._prune(self.path(key))
+
+    def _write(self, path: Path, data: bytes) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.urandom(8).hex()}.part")
+        try:
+            with open(part, "xb", opener=_open_to_write) as file:
+                file.write(data)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _prune(self, newest: Path) -> None:
+        """Remove what was not used for MOST_DAYS, then the longest unused beyond MOST_NBYTES; never ``newest``."""
+        now = time.time()
+        held, entries = newest.stat().st_size, []
+        with os.scandir(self.folder) as files:
+            for file in files:
+                if NAMES.fullmatch(file.name) and file.name != newest.name and file.is_file(follow_symlinks=False):
+                    status = file.stat(follow_symlinks=False)
+                    entries.append((status.st_mtime, status.st_size, file.path))
+        for mtime, nbytes, path in sorted(entries, reverse=True):
+            held += nbytes
+            if path.endswith(".part"):
+                useless = now - mtime > ABANDONED_SECONDS
+            else:
+                useless = now - mtime > MOST_DAYS * 86400 or held > MOST_NBYTES
+            if useless:
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+
+
+def _open_to_read(path: str, flags: int) -> int:
+    # O_NONBLOCK: opening a FIFO would otherwise wait for its writer.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _open_to_write(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _trusted(status: os.stat_result) -> bool:
+    """Whether nobody but this user can have written a file."""
+    shared = stat.S_IWGRP | stat.S_IWOTH
+    return (
+        stat.S_ISREG(status.st_mode)
+        and status.st_uid == os.geteuid()
+        and not status.st_mode & shared
+        and status.st_size <= MOST_NBYTES
+    )
+
+
+def _format(key: str, code: Code) -> bytes:
+    parts = [key.encode(), code.entry.encode(), code.code]
+    data = b"".join([HEADER.pack(MAGIC, VERSION, *map(len, parts)), *parts])
+    return data + hashlib.sha256(data).digest()
+
+
+def _parse(data: bytes, key: str) -> Code | None:
+    body, digest = data[:-DIGEST_NBYTES], data[-DIGEST_NBYTES:]
+    if len(body) < HEADER.size or hashlib.sha256(body).digest() != digest:
+        return None
+    magic, version, key_nbytes, entry_nbytes, code_nbytes = HEADER.unpack_from(body)
+    entry_start = HEADER.size + key_nbytes
+    code_start = entry_start + entry_nbytes
+    if (magic, version, code_start + code_nbytes) != (MAGIC, VERSION, len(body)):
+        return None
+    if body[HEADER.size : entry_start] != key.encode():
+        return None
+    return Code(body[entry_start:code_start].decode(), body[code_start:])
+
+
+class CachedKernel:
+    """The place of one kernel in the user's cache, whether there is a cache or not."""
+
+    def __init__(self, name: str, constants: Mapping[str, Any], capability: tuple[int, int]) -> None:
+        """Args are the kernel's name, all that it is specialized with, and the compute capability."""
+        self._described = (name, constants, capability)
+        self._store = store()
+        self._key = key_of(*self._described) if self._store else None
+
+    def get(self) -> Code | None:
+        """The kernel, if it is there."""
+        return self._store.get(self._key) if self._store and self._key else None
+
+    def put(self, code: Code) -> None:
+        """Keep the kernel."""
+        if self._store and self._key and self._unchanged():
+            self._store.put(self._key, code)
+
+    def _unchanged(self) -> bool:
+        """Whether the kernel's sources are as they were: code compiled during an edit may be of neither version."""
+        return digest_of_sources(FOLDER) == SOURCES and key_of(*self._described) == self._key
+
+
+def cache_folder() -> Path:
+    """Where qmm keeps what can be made again: ``$XDG_CACHE_HOME/qmm``, or ``~/.cache/qmm``.
+
+    Raises:
+        RuntimeError: the user has no home directory.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "qmm"
+
+
+def store() -> Store | None:
+    """The user's cache; None where there is to be none."""
+    named = os.environ.get("QMM_CACHE_DIR")
+    if named is not None:
+        return _store(Path(named), True) if named else None
+    try:
+        return _store(cache_folder() / "kernels", False)
+    except RuntimeError:
+        return None
+
+
+_store = functools.cache(Store)  # one for each folder, so that it warns once
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _CannotBeDescribedError(Exception):
+    """A kernel is made of something that the text of a key cannot tell from another."""
+
+
+def key_of(name: str, constants: Mapping[str, Any], capability: tuple[int, int]) -> str | None:
+    """Everything that a kernel's machine code depends on, as text; None where text cannot say it.
+
+    Args:
+        name: the kernel's.
+        constants: what it is specialized with: numbers, strings, arrays, functions, and tuples and mappings of them.
+        capability: the compute capability.
+    """
+    if not SOURCES:
+        return None
+    try:
+        kernel = _described(constants, {})
+    except _CannotBeDescribedError:
+        return None
+    settings = {
+        setting: value
+        for setting, value in os.environ.items()
+        if setting in SETTINGS or setting.startswith(SETTING_PREFIXES)
+    }
+    key = {
+        "name": name,
+        "kernel": kernel,
+        "capability": capability,
+        "sources": SOURCES,
+        "versions": _versions(),
+        "settings": settings,
+    }
+    return json.dumps(key, sort_keys=True)
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """The versions of all that takes part in compiling."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version}
+    for distribution in DISTRIBUTIONS:
+        with suppress(PackageNotFoundError):
+            found[distribution] = version(distribution)
+    return found
+
+
+def digest_of_sources(folder: Path) -> str:
+    """A digest of the names and texts of all Python files in a folder and below; empty where there are none."""
+    digest = hashlib.sha256()
+    paths = sorted(folder.rglob("*.py"))
+    try:
+        for path in paths:
+            text = path.read_bytes()
+            digest.update(f"{path.relative_to(folder)} {len(text)}\n".encode() + text)
+    except OSError:
+        return ""
+    return digest.hexdigest() if paths else ""
+
+
+# Read together with the modules: what they were made of, though their files may be edited while the process runs.
+SOURCES = digest_of_sources(FOLDER)
+
+
+def _described(value: Any, functions: dict[types.FunctionType, int]) -> Any:
+    """A value as JSON can hold it, the same only for values that make the same kernel. ``functions`` counts those met
+    so far."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _described(inner, functions) for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_described(inner, functions) for inner in value]
+    if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        return {"array": [value.dtype.str, *value.shape], "sha256": hashlib.sha256(value.tobytes()).hexdigest()}
+    if isinstance(value, types.FunctionType):
+        return _described_function(value, functions)
+    if isinstance(value, types.ModuleType) and value.__name__ in LIBRARIES:
+        return {"module": value.__name__}
+    if isinstance(value, type | types.BuiltinFunctionType) and value.__module__ in LIBRARIES:
+        return {"function": f"{value.__module__}:{value.__qualname__}"}
+    raise _CannotBeDescribedError(repr(value))
+
+
+def _described_function(function: types.FunctionType, functions: dict[types.FunctionType, int]) -> Any:
+    """One of this package by its name, since the key has the package's source; any other by all that it is made of."""
+    name = f"{function.__module__}:{function.__qualname__}"
+    ours = function.__module__.startswith(f"{PACKAGE}.")
+    if ours and getattr(sys.modules.get(function.__module__), function.__qualname__, None) is function:
+        return {"function": name}
+    if function in functions:
+        return {"function": name, "number": functions[function]}
+    functions[function] = len(functions)
+    try:
+        source = inspect.getsource(function)  # which is what gets compiled, not the code object
+    except (OSError, TypeError) as reason:
+        raise _CannotBeDescribedError(f"{name} has no source") from reason
+    used = inspect.getclosurevars(function)
+    return {"function": name, "source": source, "uses": _described({**used.globals, **used.nonlocals}, functions)}

@@ -1,0 +1,144 @@
+"""Settings of Numba under which kernels cannot be compiled, found before anything is.
+
+LLVM ends the process at a CPU's name that means nothing to it, and a CPU ends it at instructions that it does not have.
+So a CPU that the user names is tried in a child process, once a process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from qmm.children import ending, no_start, python
+from qmm.errors import DeviceError, QmmError
+from qmm.signals import handlers_held
+
+__all__ = ["check_cpu", "check_cuda", "compiling", "try_cpu"]
+
+WAY_OUT = "Unset that: in the environment, in .numba_config.yaml, or in numba.config."
+NO_SIMULATION = "Numba's simulator of a GPU cannot run the kernels, which are written for a real one"
+CHILD = "from qmm.kernels.runtime.compiler import try_cpu; sys.exit(try_cpu())"
+
+_failures: dict[tuple[str | None, str | None], str] = {}
+"""How compiling for a CPU's name and features ended; empty where it works."""
+
+
+def check_cpu() -> None:
+    """See that kernels can be compiled for the CPU.
+
+    Raises:
+        DeviceError: they cannot; the message names the setting and its value.
+    """
+    config = _settings()
+    from llvmlite import binding
+
+    if config.DISABLE_JIT:
+        raise DeviceError(f"NUMBA_DISABLE_JIT={config.DISABLE_JIT}: the kernels exist only compiled. {WAY_OUT}")
+    asked = config.CPU_NAME, config.CPU_FEATURES
+    if asked in ((None, None), ("generic", ""), ("generic", None), (binding.get_host_cpu_name(), None)):
+        return
+    if asked not in _failures:
+        _failures[asked] = _tried(*asked)
+    if _failures[asked]:
+        raise DeviceError(_failures[asked])
+
+
+def check_cuda() -> None:
+    """See that kernels can be compiled for a GPU.
+
+    Raises:
+        DeviceError: they cannot; the message names the setting and its value.
+    """
+    _refuse("NUMBA_ENABLE_CUDASIM", _settings().ENABLE_CUDASIM, NO_SIMULATION)
+    with handlers_held():
+        from numba.cuda.core import config  # numba-cuda has its own
+    _refuse("NUMBA_ENABLE_CUDASIM", config.ENABLE_CUDASIM, NO_SIMULATION)
+    _refuse("NUMBA_CUDA_DEBUGINFO", config.CUDA_DEBUGINFO_DEFAULT, "kernels with it are in parts that cannot be linked")
+    _refuse("NUMBA_FORCE_CUDA_CC", config.FORCE_CUDA_CC, "kernels are compiled for the GPU that runs them")
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Where Numba fails and the user changed settings of it, raise a DeviceError that names them."""
+    try:
+        yield
+    except (QmmError, MemoryError, OSError):
+        raise
+    except Exception as reason:
+        given = _given()
+        if not given:
+            raise
+        said = " ".join(str(reason).split())[:500] or type(reason).__name__
+        raise DeviceError(
+            f"compiling a kernel failed: {said}. That may be for Numba's settings in force, {given}. {WAY_OUT}"
+        ) from reason
+
+
+def _refuse(setting: str, value: object, why: str) -> None:
+    if value:
+        raise DeviceError(f'{setting}={value}: {why}. {WAY_OUT} device="cpu" works all the same.')
+
+
+def _given() -> str:
+    """The settings of Numba in the environment."""
+    return ", ".join(f"{name}={value!r}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
+
+
+def _settings() -> ModuleType:
+    """``numba.config``, as it is now."""
+    try:
+        with handlers_held():  # a Ctrl-C would become an ImportError in Numba's C parts
+            from numba.core import config
+
+        config.reload_config()  # Numba does it too, when it compiles
+    except (ValueError, RuntimeError) as reason:
+        raise DeviceError(f"Numba does not take its settings ({_given()}): {reason} {WAY_OUT}") from reason
+    return config
+
+
+def _tried(name: str | None, features: str | None) -> str:
+    """What is wrong with a CPU's name and features."""
+    settings = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
+    given = {setting: value for setting, value in settings.items() if value is not None}
+    text = " and ".join(f"{setting}={value!r}" for setting, value in given.items())
+    what = f"{text}: compiling a kernel for such a CPU and running it here was tried in a child process, which"
+    kept = {setting: value for setting, value in os.environ.items() if setting not in settings}
+    command, environment = python(CHILD), {**kept, **given}
+    try:  # in a session of its own, or a Ctrl-C would be taken for its failure
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, start_new_session=True
+        )
+    except OSError as reason:  # it may be able to later: nothing is remembered
+        raise DeviceError(f"{what} {no_start(reason)}") from reason
+    if not done.returncode:
+        return ""
+    said = done.stderr.strip().rpartition("\n")[2][-500:].rstrip("!.")
+    return f"{what} {ending(done.returncode)}{': ' if said else ''}{said}. {WAY_OUT}"
+
+
+def try_cpu() -> int:
+    """The child: its exit status, if it lives that long. It meets most instructions that kernels are made of."""
+    from numba.core import config
+
+    _failures[config.CPU_NAME, config.CPU_FEATURES] = ""
+    from qmm.kernels.formats import FORMATS
+    from qmm.kernels.ops.cpu import products as cpu
+
+    def product_of_ones(name: str, row: bytes, activations: str) -> Any:
+        data, x, y = np.frombuffer(row, np.uint8), np.ones((1, 32), np.float32), np.empty((1, 1), np.float32)
+        cpu.matmul(FORMATS[name], data.ctypes.data, 1, 32, x, y, activations)
+        return y[0, 0]
+
+    one = np.float16(1).tobytes()
+    q5_0 = one + bytes([0xFF] * 4 + [0x11] * 16)  # d, high bits, low bits; a weight is d * (bits - 16)
+    found = [product_of_ones("Q5_0", q5_0, "int8"), product_of_ones("F16", one * 32, "f16")]
+    if not np.allclose(found, 32):
+        sys.exit(f"products that should be 32 are {found}")
+    return 0

@@ -1,0 +1,1 @@
+"""How a GPU is given access to a mapped file."""

@@ -1,0 +1,113 @@
+"""Registering a file in a child process first, where it may hang or die and harm nobody.
+
+On some systems a registration does not return (seen with private mappings on an H200 and driver 580, which qmm never
+makes; a file system whose pages the driver cannot lock may do the same). A thread in such a call cannot be stopped, but
+a child can be given up.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from qmm.children import ending, no_start, python
+from qmm.errors import QmmError, RegistrationError
+from qmm.loaders.access.registered import WAY_OUT, HostRegistration
+from qmm.loaders.mapping import FileMapping
+
+__all__ = ["FileSystem", "probe"]
+
+PROBE_NBYTES: Final = 16 << 20
+"""The most bytes of the file that are registered: so many hung where it was seen."""
+PROBE_SECONDS: Final = 30.0
+"""How long it may take. Most of it is a child's start with CUDA, one second, or five on a slow machine."""
+REFUSED: Final = 3
+MOUNTS: Final = Path("/proc/self/mountinfo")
+
+
+class FileSystem(NamedTuple):
+    """Where a file lies: the type, such as ``"ext4"``, the source, such as ``"/dev/sda1"``, and the mount point."""
+
+    type: str
+    source: str
+    mount_point: str
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> FileSystem:
+        """That of a file, as proc(5) has it; all ``"unknown"`` where the system does not say."""
+        found = cls("unknown", "unknown", "unknown")
+        real = Path(os.path.realpath(path))
+        if MOUNTS.exists():
+            for line in MOUNTS.read_text(errors="replace").splitlines():
+                mount, _, rest = line.partition(" - ")
+                point = mount.split()[4].encode().decode("unicode_escape")  # a space is \\040
+                longer = found.type == "unknown" or len(point) >= len(found.mount_point)  # the last one hides others
+                if longer and real.is_relative_to(point):
+                    kind, source, *_ = rest.split()
+                    found = cls(kind, source, point)
+        return found
+
+
+def probe(mapping: FileMapping, device: int = 0, seconds: float = PROBE_SECONDS) -> bool:
+    """Register the beginning of a file in a child process, and unregister it.
+
+    Args:
+        mapping: the file. The child maps it by its descriptor: another file may have its name by now.
+        device: CUDA's number of the device.
+        seconds: how long it may take; then the child is killed.
+
+    Returns:
+        Whether it worked. Where it was refused, this process may ask for itself, and is told why.
+
+    Raises:
+        RegistrationError: it did not return, or the child died of it, or could not be started.
+    """
+    path, file = mapping.path, mapping.fileno()
+    what = f"{path}: registering it on CUDA device {device} was tried in a child process"
+    command = python(_child_source(file, device))
+    try:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, pass_fds=(file,))
+    except OSError as reason:
+        raise RegistrationError(f"{what}, which {no_start(reason)} {WAY_OUT}") from reason
+    try:
+        _, failed = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        file_system = FileSystem.of(path)
+        raise RegistrationError(
+            f"{what}, which had not ended after {seconds:g} s. Memory of this file system ({file_system.type} "
+            f"at {file_system.mount_point}) may be none that the driver can lock. Copy the file to another. {WAY_OUT}"
+        ) from None
+    finally:
+        _give_up(child)
+    if child.returncode not in (0, REFUSED):
+        said = " ".join(failed.split())[-1000:] or "no message"
+        raise RegistrationError(f"{what}, which {ending(child.returncode)}: {said}. {WAY_OUT}")
+    return child.returncode == 0
+
+
+def _child_source(file: int, device: int) -> str:
+    """What the child runs."""
+    return f"from qmm.loaders.access import preflight; sys.exit(preflight.register({file}, {device}))"
+
+
+def register(file: int, device: int) -> int:
+    """What the child does with a descriptor; its exit status."""
+    try:
+        with FileMapping.open(f"/proc/self/fd/{file}") as mapping:
+            HostRegistration.of(mapping, [(0, min(mapping.nbytes, PROBE_NBYTES))], device).close()
+    except QmmError:
+        return REFUSED
+    return 0
+
+
+def _give_up(child: subprocess.Popen[str]) -> None:
+    """Kill what still runs. In the middle of a driver's call it may not even die, so it is not waited for long."""
+    if child.poll() is None:
+        child.kill()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=1)
+    if child.stderr is not None:
+        child.stderr.close()

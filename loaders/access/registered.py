@@ -1,0 +1,298 @@
+"""Registering the pages of a mapped file with CUDA, so that kernels can read them where they are.
+
+What can go wrong, and is held here (each was seen, on an H200 with driver 580): only PROT_READ + MAP_SHARED mappings
+with the ReadOnly flag work, and FileMapping makes no others; registered ranges must not overlap, so all registrations
+of a process share a table of what is registered; one call of 512 GiB or more fails, so it is cut; a refused call leaves
+the runtime's last error set, so it is cleared; the device address may differ from the host's, so it is asked for.
+"""
+
+from __future__ import annotations
+
+import mmap
+import operator
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, SupportsIndex
+
+from qmm.cuda import CudaCallError, attribute, call, current_device, register_flags
+from qmm.errors import ClosedError, RegistrationError
+from qmm.loaders.access.pages import Span, covering_pages, cut, gaps
+from qmm.loaders.closing import Closing, undisturbed
+from qmm.loaders.forks import ProcessLock
+from qmm.loaders.mapping import FileMapping
+from qmm.signals import handlers_held
+
+__all__ = ["REQUIRED_ATTRIBUTES", "HostRegistration"]
+
+CHUNK_NBYTES: Final = 256 << 30  # half of what driver 580 refuses in one call
+
+REQUIRED_ATTRIBUTES: Final = {
+    "CanMapHostMemory": "the device cannot map host memory",
+    "HostRegisterSupported": "the device or its driver cannot register host memory",
+    "HostRegisterReadOnlySupported": "the device or its driver cannot register read-only memory",
+}
+"""Device attributes without which nothing can be registered, and what their absence means."""
+
+NO_MEMORY: Final = ("cudaErrorMemoryAllocation", "cudaErrorOperatingSystem")
+LOCKABLE: Final = (
+    "Registering locks pages: is there so much memory, and may the process lock it (ulimit -l, the container's limit)?"
+)
+WAY_OUT: Final = 'Use placement="device" (a copy in GPU memory) or placement="host" (the CPU).'
+
+
+@dataclass(eq=False, slots=True)
+class _Chunk:
+    """A span that one call registers, how many registrations use it, and the device address of its first byte."""
+
+    span: Span
+    device_address: int = 0
+    users: int = 0
+
+    def overlaps(self, span: Span) -> bool:
+        return self.span.start < span.end and span.start < self.span.end
+
+
+@dataclass(eq=False, slots=True)
+class _Table:
+    """What is registered of one mapping: chunks ascending and disjoint. Its handle keeps the pages mapped meanwhile."""
+
+    mapping: FileMapping
+    chunks: list[_Chunk] = field(default_factory=list)
+
+
+# By host address, which is unique while mapped, and the table's handle keeps it mapped.
+_tables: dict[int, _Table] = {}
+_lock = ProcessLock()
+os.register_at_fork(after_in_child=_tables.clear)  # what CUDA holds is the parent's
+
+
+class HostRegistration(Closing):
+    """Registered pages of one mapped file. A context manager; share it between threads freely.
+
+    Registrations of one file share pages: each page is registered once in the process, and unregistered by the last
+    registration that uses it. In a forked child they are closed.
+    """
+
+    def __init__(self, mapping: FileMapping, table: _Table, chunks: list[_Chunk], device: int) -> None:
+        """Use :meth:`of`."""
+        self.path = mapping.path
+        self.device = device
+        self._mapping = mapping
+        self._table = table
+        self._chunks = chunks
+        self._process = os.getpid()
+        self._closed = False  # not what its mapping says: collected together, either may be finalized first
+
+    @classmethod
+    def of(
+        cls,
+        mapping: FileMapping,
+        ranges: Iterable[tuple[SupportsIndex, SupportsIndex]],
+        device: SupportsIndex = 0,
+        *,
+        chunk_nbytes: SupportsIndex = CHUNK_NBYTES,
+    ) -> HostRegistration:
+        """Register the pages under ``ranges`` for reading by the GPU.
+
+        Args:
+            mapping: The file. The registration takes its own handle; the caller may close this one.
+            ranges: ``(offset, nbytes)`` of each tensor, in bytes from the start of the file, any order, may overlap.
+            device: CUDA's number of the device whose support is checked; all devices can use the pages.
+            chunk_nbytes: Most bytes in one call, a multiple of the page size.
+
+        Raises:
+            RegistrationError: The device or the driver refuses. What this call had registered is unregistered again.
+            MappingError: A range is not in the file, or the file changed since it was mapped.
+            ClosedError: ``mapping`` was closed.
+        """
+        device, chunk_nbytes = operator.index(device), operator.index(chunk_nbytes)
+        if chunk_nbytes <= 0 or chunk_nbytes % mmap.PAGESIZE:
+            raise ValueError(f"chunk_nbytes is {chunk_nbytes}; it must be a positive multiple of {mmap.PAGESIZE}")
+        wanted = [Span(*mapping.require(offset, nbytes)) for offset, nbytes in ranges]
+        mapping.check()
+        spans = covering_pages([(span.start, span.nbytes) for span in wanted], mmap.PAGESIZE)
+        with undisturbed(), _lock.now, handlers_held():  # users, once counted, need a registration that uncounts them
+            # The table's own handle keeps the pages mapped for as long as one of them is registered.
+            table = _tables.setdefault(mapping.address, _Table(mapping.share()))
+            try:
+                with current_device(device):
+                    _check_device(device)
+                    _register_missing(table, spans, chunk_nbytes)
+            except CudaCallError as reason:
+                raise RegistrationError(_refusal(mapping, spans, device, reason)) from reason
+            finally:
+                _drop_if_empty(table)
+            chunks = [chunk for chunk in table.chunks if any(chunk.overlaps(span) for span in spans)]
+            for chunk in chunks:
+                chunk.users += 1
+            return cls(mapping.share(), table, chunks, device)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or is the parent's of this process."""
+        return self._closed or self._process != os.getpid()
+
+    @property
+    def nbytes_registered(self) -> int:
+        """Bytes of registered pages that this registration uses, shared with others or not; 0 once closed."""
+        return sum(chunk.span.nbytes for chunk in self._chunks)
+
+    def host_address(self, offset: SupportsIndex) -> int:
+        """The CPU's address of byte ``offset`` of the file.
+
+        Raises:
+            MappingError: It is not in the file.
+            ClosedError: The registration was closed.
+        """
+        self._require_open()
+        start, _ = self._mapping.require(offset, 1)
+        return self._mapping.address + start
+
+    def address(self, offset: SupportsIndex, nbytes: SupportsIndex) -> int:
+        """The device's address of bytes ``offset`` to ``offset + nbytes`` of the file, ``nbytes`` at least 1.
+
+        It is what ``cudaHostGetDevicePointer`` says, good on every device of the process until ``close``.
+
+        Raises:
+            RegistrationError: They are not all registered here, or lie in chunks that do not follow each other on the
+                device.
+            MappingError: They are not all in the file.
+            ClosedError: The registration was closed.
+        """
+        self._require_open()
+        wanted = Span(*self._mapping.require(offset, nbytes))
+        chunks = [chunk for chunk in self._chunks if chunk.overlaps(wanted)]
+        missing = gaps(wanted, [chunk.span for chunk in chunks])
+        if missing or not chunks:
+            first = missing[0] if missing else wanted
+            raise RegistrationError(
+                f"{self.path}: bytes {wanted.start} to {wanted.end} were asked for, but {first.start} to {first.end} "
+                "are not registered. Give HostRegistration.of the range of every tensor that will be used."
+            )
+        bases = {chunk.device_address - chunk.span.start for chunk in chunks}
+        if len(bases) > 1:
+            raise RegistrationError(
+                f"{self.path}: bytes {wanted.start} to {wanted.end} lie in {len(chunks)} registered chunks whose "
+                f"device addresses do not follow each other. {WAY_OUT}"
+            )
+        return bases.pop() + wanted.start
+
+    def pieces(self, offset: SupportsIndex, nbytes: SupportsIndex) -> list[Span]:
+        """Bytes ``offset`` to ``offset + nbytes`` of the file in parts, each within what one call registered: CUDA's
+        copies take in no more (``cudaErrorInvalidValue``), while kernels do not care.
+
+        Raises:
+            RegistrationError, MappingError, ClosedError: as :meth:`address`.
+        """
+        self.address(offset, nbytes)
+        wanted = Span(*self._mapping.require(offset, nbytes))
+        return [
+            Span(max(chunk.span.start, wanted.start), min(chunk.span.end, wanted.end))
+            for chunk in self._chunks
+            if chunk.overlaps(wanted)
+        ]
+
+    def close(self) -> None:
+        """Wait for the device, unregister the pages that no other registration uses, then let the mapping go.
+
+        Twice is harmless, and so is closing after CUDA itself has shut down.
+
+        Raises:
+            RegistrationError: A call failed, most often because a kernel did: its error shows here first. Pages that
+                could not be unregistered stay mapped.
+        """
+        with undisturbed(), _lock.now, handlers_held():
+            if self.closed:
+                self._mapping.close()
+                return
+            self._closed = True
+            for chunk in self._chunks:
+                chunk.users -= 1
+            failure = _release(self._table, [chunk for chunk in self._chunks if not chunk.users], self.device)
+            self._chunks = []
+            self._mapping.close()
+        if failure is not None:
+            raise RegistrationError(
+                f"{self.path}: closing its registration on device {self.device}: {failure}"
+            ) from failure
+
+    def __repr__(self) -> str:
+        return f"<HostRegistration of {self.path}: {self.nbytes_registered} bytes in {len(self._chunks)} chunks>"
+
+    def _require_open(self) -> None:
+        if self.closed:
+            closed = "is of the process that this one was forked from" if self._process != os.getpid() else "was closed"
+            raise ClosedError(f"{self.path}: the registration {closed}. Register the mapping again.")
+
+
+def _check_device(device: int) -> None:
+    for name, meaning in REQUIRED_ATTRIBUTES.items():
+        if not attribute(name, device):
+            raise CudaCallError(f"attribute cudaDevAttr{name} is 0: {meaning}")
+
+
+def _register_missing(table: _Table, spans: list[Span], chunk_nbytes: int) -> None:
+    """Register all of ``spans`` that ``table`` does not have yet, or, if a call fails, nothing."""
+    taken = [chunk.span for chunk in table.chunks]
+    try:
+        for span in spans:
+            for gap in gaps(span, taken):
+                for piece in cut(gap, chunk_nbytes):
+                    table.chunks.append(_Chunk(piece))
+                    _register(table, table.chunks[-1])
+    except BaseException:
+        _unregister(table, [chunk for chunk in table.chunks if chunk.span not in taken])
+        raise
+    table.chunks.sort(key=lambda chunk: chunk.span)
+
+
+def _register(table: _Table, chunk: _Chunk) -> None:
+    """Register a chunk of the table; if it is refused, it is none."""
+    host_address = table.mapping.address + chunk.span.start
+    try:
+        call("cudaHostRegister", host_address, chunk.span.nbytes, register_flags())
+    except CudaCallError:  # what is registered there is somebody else's, who unregisters it
+        table.chunks.remove(chunk)
+        raise
+    chunk.device_address = int(call("cudaHostGetDevicePointer", host_address, 0))
+
+
+def _release(table: _Table, idle: list[_Chunk], device: int) -> CudaCallError | None:
+    """Synchronize and unregister; the first failure, unless CUDA is gone."""
+    failure = None
+    if idle:
+        try:
+            with current_device(device):
+                call("cudaDeviceSynchronize")  # a kernel may still be reading them
+        except CudaCallError as error:
+            failure = None if error.gone else error
+        failure = _unregister(table, idle) or failure
+    _drop_if_empty(table)
+    return failure
+
+
+def _unregister(table: _Table, chunks: list[_Chunk]) -> CudaCallError | None:
+    """Unregister ``chunks``, take those that are gone off ``table``, and return the first failure."""
+    failure = None
+    for chunk in chunks:
+        try:
+            call("cudaHostUnregister", table.mapping.address + chunk.span.start)
+        except CudaCallError as error:
+            if not error.gone:
+                failure = failure or error
+                continue
+        table.chunks.remove(chunk)
+    return failure
+
+
+def _drop_if_empty(table: _Table) -> None:
+    if not table.chunks and not table.mapping.closed:
+        _tables.pop(table.mapping.address, None)
+        table.mapping.close()
+
+
+def _refusal(mapping: FileMapping, spans: list[Span], device: int, reason: CudaCallError) -> str:
+    nbytes = sum(span.nbytes for span in spans)
+    memory = f"{LOCKABLE} " if reason.name in NO_MEMORY else ""
+    return f"{mapping.path}: {nbytes} bytes cannot be registered on CUDA device {device}: {reason}. {memory}{WAY_OUT}"

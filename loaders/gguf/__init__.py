@@ -1,0 +1,1 @@
+"""The header of a GGUF file: what tensors there are, and where their bytes lie."""

@@ -1,0 +1,1 @@
+"""The command line: ``qmm info``, ``smoke``, ``run``, ``verify`` and ``demo``."""

@@ -1,0 +1,1 @@
+"""``qmm verify``: a file's tensors compared with independent arithmetic, and between memory that faults."""

@@ -1,0 +1,171 @@
+"""Products and dequantizations as hypothesis draws them for ``test_masking.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hypothesis import strategies as st
+from lanes import USUAL, run_dequantization, run_product
+from lanes_machine import Settings
+from lanes_schedules import MACHINES, Planned, alignments_of
+
+from qmm.kernels.formats import FORMATS, Format
+from qmm.kernels.ops.matvec.plan import Machine, Schedule, Tiling, scale_blocks_of
+from qmm.kernels.runtime.launch import alignment_of
+
+__all__ = ["REACHES", "Case", "Reach", "depths_of_product", "dequantizations", "products", "usual_products", "work_of"]
+
+ITEMS = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a shape reaches: tiles of rows, and chunks of each, from one row of one block on.
+
+    Attributes:
+        past_tiles: tiles that there are more rows than; None for as many as the ring has stages.
+        past_chunks: chunks that rows are longer than.
+    """
+
+    past_tiles: int | None
+    past_chunks: int
+
+    def tiles(self, tiling: Tiling) -> int:
+        return tiling.stages if self.past_tiles is None else self.past_tiles
+
+
+REACHES = {
+    "past both": Reach(1, 1),
+    "round the ring": Reach(None, 0),
+    "past a chunk": Reach(0, 1),
+    "past a tile": Reach(1, 0),
+    "within a tile": Reach(0, 0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product, or with no columns a dequantization; without a schedule it is the one that the host takes."""
+
+    name: str
+    machine: Machine
+    m: int
+    k: int
+    start: int
+    n: int = 0
+    int8: bool = False
+    schedule: Schedule | None = None
+    mapped: bool = False
+    x_start: int = 0
+    dtype: str = "float32"
+    settings: Settings = USUAL
+
+    def run(self) -> None:
+        """Run it; what must hold is asserted here and where it is run."""
+        common = {"machine": self.machine, "shift": self.start, "settings": self.settings}
+        if self.n == 0:
+            outcome = run_dequantization(self.name, self.m, self.k, **common)
+            launches, tiling = 1, outcome.schedule
+        else:
+            change = None if self.schedule is None else lambda _: self.schedule
+            of_x = {"int8": self.int8, "x_shift": self.x_start, "dtype": self.dtype, "mapped": self.mapped}
+            outcome = run_product(self.name, self.m, self.k, self.n, change=change, **of_x, **common)
+            launches, tiling = -(-self.n // outcome.schedule.activations.columns), outcome.schedule.tiling
+        if tiling.alignment == 16:  # all parts of rows begin at multiples of 16
+            assert (outcome.reads == launches).all()
+
+
+def work_of(block_format: Format, schedule: Schedule, columns: range, reach: Reach) -> int:
+    """What the executor's time goes by: units that warps take, by rows of a lane, runs and columns."""
+    tiling, tile = schedule.tiling, schedule.activations.columns
+    parts = (reach.tiles(tiling) + 1) * (reach.past_chunks + 1) * -(-columns.start // tile)
+    return parts * tiling.warps * tiling.units * tiling.lane_rows * block_format.runs * tile
+
+
+def depths(block_format: Format, tiling: Tiling, reach: Reach) -> list[int]:
+    """Weights of a row, from one block to past a chunk; a multiple of 512 is never needed, so it is left out."""
+    chunk = tiling.chunk_blocks * block_format.block_weights
+    least = reach.past_chunks * chunk + 1
+    of_row = block_format.block_weights
+    if block_format.plain:
+        of_row = max(1, tiling.alignment * block_format.block_weights // block_format.block_nbytes)
+    return [k for k in range(least, least + chunk) if k % of_row == 0 and k % 512]
+
+
+def depths_of_product(block_format: Format, planned: Planned, reach: Reach) -> list[int]:
+    """Those of a product: whose activations fit into shared memory, and may be quantized where that is planned."""
+    schedule, machine = planned
+    return [
+        k
+        for k in depths(block_format, schedule.tiling, reach)
+        if schedule.shared_nbytes(scale_blocks_of(block_format, k)) <= machine.shared_nbytes
+        and (k % 4 == 0 or not schedule.fused)
+    ]
+
+
+@st.composite
+def starts(draw: st.DrawFn, block_format: Format, alignment: int, k: int) -> int:
+    """Where a tensor begins that keeps to no more than an alignment: as in a file, at a multiple of 32, if its rows
+    have that alignment; else as an engine's copy may."""
+    if min(block_format.alignment, alignment_of(block_format.row_nbytes(k))) > alignment:
+        return alignment * (2 * draw(st.integers(0, 40)) + 1)
+    return draw(st.sampled_from([32, 32, alignment])) * draw(st.integers(1, 40))
+
+
+@st.composite
+def shapes(
+    draw: st.DrawFn, block_format: Format, tiling: Tiling, reach: Reach, depths: list[int]
+) -> tuple[int, int, int]:
+    """Rows, weights of each, and where the tensor begins."""
+    above = reach.tiles(tiling) * tiling.rows
+    k = draw(st.sampled_from(depths))
+    return draw(st.integers(above + 1, above + tiling.rows)), k, draw(starts(block_format, tiling.alignment, k))
+
+
+def ways(warps: int) -> st.SearchStrategy[Settings]:
+    """How kernels are run."""
+    slow = st.one_of(st.none(), st.integers(0, warps + 3))
+    return st.builds(Settings, late=st.booleans(), slow=slow, seed=st.integers(0, 999))
+
+
+@st.composite
+def products(draw: st.DrawFn, name: str, planned: Planned, reach: Reach, columns: range) -> Case:
+    """A product with a schedule."""
+    schedule, machine = planned
+    tiling = schedule.tiling
+    m, k, start = draw(shapes(FORMATS[name], tiling, reach, depths_of_product(FORMATS[name], planned, reach)))
+    dtype = "float32" if schedule.fused else draw(st.sampled_from(list(ITEMS)))
+    x_start = (16 if schedule.fused else ITEMS[dtype]) * draw(st.integers(0, 15))
+    multiprocessors = 1 if reach.past_tiles is None else draw(st.integers(1, 3))
+    return Case(
+        name,
+        replace(machine, multiprocessors=multiprocessors),
+        *(m, k, start, draw(st.sampled_from(columns)), schedule.activations.int8, schedule),
+        *(tiling.line == 128, x_start, dtype, draw(ways(tiling.warps))),
+    )
+
+
+@st.composite
+def usual_products(draw: st.DrawFn, name: str) -> Case:
+    """A product with whatever schedule the host takes for its shape."""
+    block_format = FORMATS[name]
+    machine = replace(draw(st.sampled_from(list(MACHINES.values()))), multiprocessors=draw(st.integers(1, 3)))
+    alignment = draw(st.sampled_from(alignments_of(block_format)))
+    like = Tiling.of(block_format, alignment, 0, warps=8)
+    reach = REACHES[draw(st.sampled_from(["within a tile", "past a tile"]))]
+    m, k, _ = draw(shapes(block_format, like, reach, depths(block_format, like, reach)))
+    start = alignment * draw(st.integers(1, 80))
+    n, dtype = draw(st.integers(1, 4) | st.integers(5, 10)), draw(st.sampled_from(list(ITEMS)))
+    x_start = ITEMS[dtype] * draw(st.sampled_from([0, 0, 1, 4]))
+    plan = None, draw(st.booleans()), x_start, dtype, draw(ways(16))
+    return Case(name, machine, m, k, start, n, draw(st.booleans()) and not block_format.plain, *plan)
+
+
+@st.composite
+def dequantizations(draw: st.DrawFn, name: str, alignment: int, machine: Machine, reach: Reach) -> Case:
+    """A dequantization."""
+    tiling = Tiling.of_dequantization(FORMATS[name], alignment, machine)
+    m, k, start = draw(shapes(FORMATS[name], tiling, reach, depths(FORMATS[name], tiling, reach)))
+    multiprocessors = 1 if reach.past_tiles is None else draw(st.integers(1, 3))
+    machine = replace(machine, multiprocessors=multiprocessors)
+    return Case(name, machine, m, k, start, settings=draw(ways(tiling.warps)))
