@@ -1,17 +1,19 @@
 """Turns a kernel written as plain Python into the flat function that Numba compiles for one target.
 
-A kernel in this folder is ordinary Python: it calls the primitives of :mod:`qmm.kernels.lang.primitives`, loops over
-``unroll(...)`` and keeps its accumulators in ``registers(...)``. Run as it stands it is slow and exact, which is what
-the tests want. A compiled kernel must have no loop over an accumulator and no list, or the accumulators live in memory
-instead of registers. :func:`specialize` closes that gap on the syntax tree:
+A kernel in this package is ordinary Python: it calls operations (:mod:`qmm.kernels.lang`), reads compile-time constants
+from a namespace (:mod:`qmm.kernels.lang.constants`), loops over ``unroll(...)`` and keeps its accumulators in
+``registers(...)``. Run as it stands it is slow and exact, which is what tests and the emulator want. A compiled kernel
+must have no loop over an accumulator and no list, or the accumulators live in memory instead of registers.
+:func:`specialize` closes that gap on the syntax tree:
 
-* names given in ``constants`` become literals (numbers) or bound globals (functions: a format's ``load``, ``unpack``);
+* ``c.NAME`` becomes a literal (a number) or a global (a function, such as a format's ``load``);
 * ``for i in unroll(...)`` is written out once for each value;
 * ``a = registers(count, value)`` becomes ``a_0 = value``, ``a_1 = value``, …, and ``a[i]`` the variable of that number;
+* a helper that is given registers is written out in place of its call, so that it works on the caller's variables;
 * ``if`` and the conditional expression are decided where their test is known, so a variant that is switched off is not
   even typed;
 * a float literal is a float32;
-* every function that the kernel calls is specialized in turn, and every primitive becomes the target's intrinsic.
+* every other function that the kernel calls is specialized in turn, and every operation becomes the target's intrinsic.
 
 The generated source is kept for tracebacks and for reading (``function.__source__``).
 """
@@ -24,10 +26,12 @@ import itertools
 import linecache
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
+
+from qmm.kernels.lang.constants import Constants
 
 __all__ = ["Target", "registers", "specialize", "unroll"]
 
@@ -41,7 +45,7 @@ class Target(Protocol):
     name: str
 
     def intrinsic(self, primitive: object) -> object | None:
-        """The target's implementation of a primitive, or None where ``primitive`` is not one."""
+        """The target's implementation of an operation, or None where ``primitive`` is not one."""
 
     def device_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compiles a function that kernels call."""
@@ -53,44 +57,49 @@ def unroll(count: Iterable[int] | int) -> Iterable[int]:
 
 
 def registers(count: int, value: Any) -> list[Any]:
-    """``count`` variables that start as ``value``; plain Python keeps them in a list."""
+    """``count`` variables that start as ``value``; plain Python keeps them in a list.
+
+    They may be indexed by what is known when a kernel is compiled, and handed to helpers, which are then written out in
+    place: such a helper is called as a statement, or as all that an assignment assigns, and returns at its end only.
+    """
     return [value] * count
 
 
-def specialize(function: Callable[..., Any], constants: Mapping[str, Any], target: Target) -> Callable[..., Any]:
+def specialize(function: Callable[..., Any], constants: Constants, target: Target) -> Callable[..., Any]:
     """A flat copy of ``function`` for ``target``, uncompiled, with ``constants`` bound (see the module's text).
 
     Functions that it calls are specialized with the same constants and compiled as device functions.
+
+    Args:
+        function: a kernel; its source is read from its file.
+        constants: values for every ``c.NAME`` that it, or a function that it calls, reads.
+        target: what it is prepared for.
+
+    Raises:
+        SyntaxError: something in it cannot be written out; the message names the file and the line.
+        AttributeError: it reads a constant that ``constants`` does not have.
     """
     return _Specializer(constants, target).flatten(function)
 
 
 class _Specializer:
-    """One specialization: device functions are made once each, however often they are called."""
+    """One specialization: a device function is made once, however often it is called."""
 
-    def __init__(self, constants: Mapping[str, Any], target: Target) -> None:
+    def __init__(self, constants: Constants, target: Target) -> None:
         self.constants = constants
         self.target = target
         self.compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def flatten(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        definition = tree.body[0]
-        assert isinstance(definition, ast.FunctionDef)
-        definition.decorator_list = []
-        definition.returns = None
-        arguments = {argument.arg for argument in ast.walk(definition.args) if isinstance(argument, ast.arg)}
-        for argument in ast.walk(definition.args):
-            if isinstance(argument, ast.arg):
-                argument.annotation = None
-        known = {name: value for name, value in _visible(function).items() if name not in arguments}
-        known |= {name: value for name, value in self.constants.items() if name not in arguments}
-        literals = {name: value for name, value in known.items() if isinstance(value, Number)}
-        definition.body = _Flatten(literals).block(definition.body) or [ast.Pass()]
+        scope = _Scope(self.constants)
+        source_of = _Source(function)
+        definition = source_of.definition()
+        names = {name: name for name in source_of.arguments}
+        definition.body = _Flatten(scope, source_of, names).block(definition.body) or [ast.Pass()]
+        tree = ast.Module([definition], [])
         _SingleFloats().visit(tree)
         source = ast.unparse(ast.fix_missing_locations(tree))
-        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        namespace = {name: self.bind(value) for name, value in known.items() if name in names}
+        namespace = {name: self.bind(value) for name, value in scope.used.items()}
         namespace["float32"] = np.float32
         filename = f"<qmm {function.__module__}.{function.__name__} #{next(_serial)}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
@@ -104,7 +113,7 @@ class _Specializer:
         """What a global name of the kernel stands for on the target."""
         try:
             intrinsic = self.target.intrinsic(value)
-        except TypeError:  # unhashable: certainly no primitive
+        except TypeError:  # unhashable: certainly no operation
             return value
         if intrinsic is not None:
             return intrinsic
@@ -115,18 +124,88 @@ class _Specializer:
         return value
 
 
-def _visible(function: Callable[..., Any]) -> dict[str, Any]:
-    """The globals and closure variables of a function, by name."""
-    closure = inspect.getclosurevars(function)
-    return {**closure.globals, **closure.nonlocals, **closure.builtins}
+class _Source:
+    """The source of a function: its syntax tree, what its names stand for, and where its lines are."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = function.__name__
+        try:
+            lines, self._first = inspect.getsourcelines(function)
+        except (OSError, TypeError) as reason:
+            raise SyntaxError(f"{self.name}: its source cannot be read; a kernel is a function in a file") from reason
+        self._tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
+        if not isinstance(self._tree, ast.FunctionDef):
+            raise SyntaxError(f"{self.name}: a kernel is defined by def")
+        closure = inspect.getclosurevars(function)
+        self.visible: dict[str, Any] = {**closure.globals, **closure.nonlocals, **closure.builtins}
+        arguments = self._tree.args
+        self.parameters = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+        self.arguments = [argument.arg for argument in ast.walk(arguments) if isinstance(argument, ast.arg)]
+        self.assigned = {
+            node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
+
+    def definition(self) -> ast.FunctionDef:
+        """A copy of the tree, without annotations and decorators."""
+        copied: ast.FunctionDef = _copy(self._tree)
+        copied.decorator_list, copied.returns = [], None
+        for argument in ast.walk(copied.args):
+            if isinstance(argument, ast.arg):
+                argument.annotation = None
+        return copied
+
+    def refuse(self, node: ast.AST, found: bool, what: str) -> None:
+        """What flattening would silently give another meaning is an error."""
+        if found:
+            line = self._first + getattr(node, "lineno", 1) - 1
+            place = f"{self.function.__code__.co_filename}, line {line}, in {self.name}"
+            raise SyntaxError(f"{place}: specialize cannot write out {what}")
+
+
+class _Scope:
+    """The globals of the flat function, which helpers that are written out bring along."""
+
+    def __init__(self, constants: Constants) -> None:
+        self.constants = constants
+        self.used: dict[str, Any] = {}
+        self._inlined: dict[str, int] = {}
+
+    def name_of(self, name: str, value: Any) -> str:
+        """A name for a global, the given one unless that stands for something else."""
+        chosen, number = name, 0
+        while chosen in self.used and self.used[chosen] is not value:
+            number += 1
+            chosen = f"{name}_{number}"
+        self.used[chosen] = value
+        return chosen
+
+    def prefix_of(self, helper: str) -> str:
+        """What the variables of one helper's call begin with."""
+        self._inlined[helper] = self._inlined.get(helper, 0) + 1
+        return f"{helper}_{self._inlined[helper]}_"
 
 
 class _Flatten(ast.NodeTransformer):
-    """Writes out loops, registers and decided branches; ``literals`` are the names whose values are known."""
+    """Writes out loops, registers, helpers and decided branches of one function.
 
-    def __init__(self, literals: Mapping[str, Any]) -> None:
-        self.literals = dict(literals)
-        self.banks: set[str] = set()
+    Attributes:
+        names: the function's own variables, and what they are called in the flat function.
+        literals: variables whose values are known.
+        banks: variables that are registers, and what these are called.
+    """
+
+    def __init__(self, scope: _Scope, source: _Source, names: dict[str, str], prefix: str = "") -> None:
+        self.scope, self.source, self.prefix = scope, source, prefix
+        self.names = names
+        self.literals: dict[str, Any] = {}
+        self.banks: dict[str, str] = {}
+        self.active: tuple[Callable[..., Any], ...] = (source.function,)
+        for name, value in source.visible.items():
+            if name not in names and isinstance(value, Number):
+                self.literals[name] = value
+
+    # Statements -------------------------------------------------------------------------------------------------------
 
     def block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
         flat: list[ast.stmt] = []
@@ -145,52 +224,161 @@ class _Flatten(ast.NodeTransformer):
                 return self.block(node.body if test.value else node.orelse)
             return [ast.If(test, self.block(node.body) or [ast.Pass()], self.block(node.orelse))]
         if isinstance(node, ast.While):
-            _refuse(node, bool(node.orelse), "an else of a loop")
+            self.refuse(node, bool(node.orelse), "an else of a loop")
             return [ast.While(self.visit(node.test), self.block(node.body) or [ast.Pass()], [])]
-        if isinstance(node, ast.Assign) and _called(node.value) == "registers":
+        if isinstance(node, ast.Assign) and self.called(node.value) is registers:
             return self.bank(node)
+        if isinstance(node, ast.Assign | ast.Expr) and isinstance(node.value, ast.Call):
+            helper = self.helper(node.value)
+            if helper is not None:
+                return self.inline(node, node.value, helper)
         visited = self.visit(node)
         return [visited] if visited is not None else []
 
     def loop(self, node: ast.For) -> list[ast.stmt]:
-        _refuse(node, bool(node.orelse), "an else of a loop")
-        if _called(node.iter) != "unroll":
-            return [ast.For(node.target, self.visit(node.iter), self.block(node.body), [], None)]
-        assert isinstance(node.iter, ast.Call) and isinstance(node.target, ast.Name)
+        self.refuse(node, bool(node.orelse), "an else of a loop")
+        if self.called(node.iter) is not unroll:
+            return [ast.For(self.visit(node.target), self.visit(node.iter), self.block(node.body), [], None)]
+        assert isinstance(node.iter, ast.Call)
+        self.refuse(node, not isinstance(node.target, ast.Name), "a loop over several variables")
+        assert isinstance(node.target, ast.Name)
         leaves = any(isinstance(inner, ast.Break | ast.Continue) for inner in ast.walk(node))
-        _refuse(node, leaves, "break or continue inside unroll")
-        flat: list[ast.stmt] = []
-        for value in unroll(self.evaluate(node.iter.args[0])):
-            inner = _Flatten({**self.literals, node.target.id: value})
-            inner.banks = self.banks
-            # Each copy is parsed afresh: the transformer changes nodes in place.
-            flat.extend(inner.block([_copy(statement) for statement in node.body]))
+        self.refuse(node, leaves, "break or continue inside unroll")
+        name, flat = node.target.id, []
+        outer = self.literals.get(name)
+        for value in unroll(self.evaluate(node.iter.args[0], "how often to unroll")):
+            self.literals[name] = value
+            # Each copy is a fresh tree: the transformer changes nodes in place.
+            flat.extend(self.block([_copy(statement) for statement in node.body]))
+        self.literals.pop(name, None)
+        if outer is not None:
+            self.literals[name] = outer
         return flat
 
     def bank(self, node: ast.Assign) -> list[ast.stmt]:
         (name,) = node.targets
         assert isinstance(name, ast.Name) and isinstance(node.value, ast.Call)
-        count = self.evaluate(node.value.args[0])
-        self.banks.add(name.id)
+        count = self.evaluate(node.value.args[0], "a number of registers")
+        self.banks[name.id] = own = self.prefix + name.id
         value = self.visit(node.value.args[1])
-        return [ast.Assign([ast.Name(f"{name.id}_{i}", ast.Store())], _copy(value), lineno=0) for i in range(count)]
+        return [ast.Assign([ast.Name(f"{own}_{i}", ast.Store())], _copy(value), lineno=0) for i in range(count)]
 
-    def evaluate(self, node: ast.expr) -> Any:
-        """The value of an expression over literals, ``range``, ``min`` and ``max``; no other can be unrolled."""
-        expression = ast.fix_missing_locations(ast.Expression(self.visit(_copy(node))))
-        return eval(
-            compile(expression, "<unroll>", "eval"), {"__builtins__": {}, "max": max, "min": min, "range": range}
+    # Helpers ----------------------------------------------------------------------------------------------------------
+
+    def helper(self, call: ast.Call) -> Callable[..., Any] | None:
+        """The function that is written out in place of a call: one that is given registers."""
+        if not any(isinstance(argument, ast.Name) and argument.id in self.banks for argument in call.args):
+            return None
+        function = self.called(call)
+        whole = isinstance(function, types.FunctionType) and not call.keywords
+        self.refuse(call, not whole, "registers given to what is no function, or by keyword")
+        return function
+
+    def inline(self, node: ast.Assign | ast.Expr, call: ast.Call, helper: Callable[..., Any]) -> list[ast.stmt]:
+        self.refuse(call, helper in self.active, f"{helper.__name__}, which calls itself")
+        source = _Source(helper)
+        prefix = self.prefix + self.scope.prefix_of(helper.__name__)
+        inner = _Flatten(self.scope, source, {}, prefix)
+        inner.active = (*self.active, helper)
+        arguments = self.spread(call, len(source.parameters))
+        self.refuse(
+            call,
+            len(arguments) != len(source.parameters),
+            f"{len(arguments)} arguments for the {len(source.parameters)} of {helper.__name__}",
         )
+        flat: list[ast.stmt] = []
+        for name, argument in zip(source.parameters, arguments, strict=True):
+            if isinstance(argument, ast.Name) and argument.id in self.banks:
+                inner.banks[name] = self.banks[argument.id]
+                continue
+            value = self.visit(argument)
+            kept = name not in source.assigned
+            if kept and isinstance(value, ast.Constant):
+                inner.literals[name] = value.value
+            elif kept and isinstance(value, ast.Name):
+                inner.names[name] = value.id
+            else:
+                inner.names[name] = prefix + name
+                flat.append(ast.Assign([ast.Name(prefix + name, ast.Store())], value, lineno=0))
+        for name in source.assigned - inner.names.keys():
+            inner.names[name] = prefix + name
+            inner.literals.pop(name, None)
+        flat += inner.block(source.definition().body)
+        returns = [inside for statement in flat for inside in ast.walk(statement) if isinstance(inside, ast.Return)]
+        last = flat.pop().value if flat and isinstance(flat[-1], ast.Return) else None
+        self.refuse(call, len(returns) > (last is not None), f"{helper.__name__}, which returns before its end")
+        if isinstance(node, ast.Assign):
+            self.refuse(call, last is None, f"{helper.__name__}, which returns nothing")
+            flat.append(ast.Assign([self.visit(target) for target in node.targets], last, lineno=0))
+        return flat
+
+    def spread(self, call: ast.Call, count: int) -> list[ast.expr]:
+        """The arguments of a call one by one; ``*(a, b)`` is two."""
+        arguments: list[ast.expr] = []
+        for argument in call.args:
+            if isinstance(argument, ast.Starred):
+                self.refuse(argument, not isinstance(argument.value, ast.Tuple), "a spread argument beside registers")
+                assert isinstance(argument.value, ast.Tuple)
+                arguments.extend(argument.value.elts)
+            else:
+                arguments.append(argument)
+        return arguments
+
+    # Expressions ------------------------------------------------------------------------------------------------------
+
+    def refuse(self, node: ast.AST, found: bool, what: str) -> None:
+        self.source.refuse(node, found, what)
+
+    def called(self, node: ast.expr) -> Any:
+        """The function that a call calls, where that is known."""
+        return self.known(node.func) if isinstance(node, ast.Call) else None
+
+    def known(self, node: ast.expr) -> Any:
+        """What a name, or a constant of the namespace, stands for; None where it is a variable."""
+        if isinstance(node, ast.Name) and node.id not in self.names and node.id not in self.banks:
+            return self.source.visible.get(node.id)
+        if isinstance(node, ast.Attribute) and isinstance(self.known(node.value), Constants):
+            return self.scope.constants.value(node.attr)
+        return None
+
+    def evaluate(self, node: ast.expr, what: str) -> Any:
+        """The value of an expression over literals, ``range``, ``min`` and ``max``; no other can be unrolled."""
+        visited = self.visit(_copy(node))
+        expression = ast.fix_missing_locations(ast.Expression(visited))
+        allowed = {"__builtins__": {}, "max": max, "min": min, "range": range}
+        try:
+            return eval(compile(expression, "<unroll>", "eval"), allowed)
+        except NameError as reason:
+            self.refuse(node, True, f"{what} by a variable: {reason.name!r} is not known when the kernel is compiled")
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        _refuse(node, isinstance(node.ctx, ast.Store) and node.id in self.literals, f"a new value for {node.id}")
-        if isinstance(node.ctx, ast.Load) and node.id in self.literals:
-            return ast.Constant(self.literals[node.id])
-        return node
+        name = node.id
+        if isinstance(node.ctx, ast.Store):
+            self.refuse(node, name in self.literals, f"a new value for {name}")
+            self.names.setdefault(name, self.prefix + name)
+        elif name in self.literals:
+            return ast.Constant(self.literals[name])
+        self.refuse(node, name in self.banks and not isinstance(node.ctx, ast.Store), f"registers {name} as a whole")
+        if name in self.names:
+            return ast.Name(self.names[name], node.ctx)
+        if name in self.source.visible:
+            value = self.source.visible[name]
+            self.refuse(node, isinstance(value, Constants), "a namespace of constants as a whole")
+            return ast.Name(self.scope.name_of(name, value), node.ctx)
+        return ast.Name(self.prefix + name if name in self.source.assigned else name, node.ctx)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        if isinstance(self.known(node.value), Constants):
+            value = self.scope.constants.value(node.attr)
+            if isinstance(value, Number):
+                return ast.Constant(value)
+            return ast.Name(self.scope.name_of(node.attr, value), node.ctx)
+        return self.generic_visit(node)  # type: ignore[return-value]
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         if isinstance(node.value, ast.Name) and node.value.id in self.banks:
-            return ast.Name(f"{node.value.id}_{self.evaluate(node.slice)}", node.ctx)
+            index = self.evaluate(node.slice, f"registers {node.value.id} indexed")
+            return ast.Name(f"{self.banks[node.value.id]}_{index}", node.ctx)
         return self.generic_visit(node)  # type: ignore[return-value]
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
@@ -233,21 +421,11 @@ class _SingleFloats(ast.NodeTransformer):
         return node
 
 
-def _refuse(node: ast.expr | ast.stmt, found: bool, what: str) -> None:
-    """What flattening would silently give another meaning is an error."""
-    if found:
-        raise SyntaxError(f"line {node.lineno} of a kernel: specialize cannot write out {what}")
-
-
-def _called(node: ast.expr) -> str | None:
-    """The plain name that a call calls."""
-    return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
-
-
 def _copy(node: Any) -> Any:
     """A deep copy of a syntax tree."""
     if isinstance(node, ast.AST):
-        return type(node)(**{name: _copy(value) for name, value in ast.iter_fields(node)})
+        copied = type(node)(**{name: _copy(value) for name, value in ast.iter_fields(node)})
+        return ast.copy_location(copied, node)
     return [_copy(item) for item in node] if isinstance(node, list) else node
 
 

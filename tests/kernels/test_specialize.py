@@ -14,10 +14,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.specialize import registers, specialize, unroll
 
 SCALE = 3
 HALF = 0.5
+
+
+class Knobs(Constants):
+    """Whatever constants a test wants."""
+
+    COUNT: int
+    ROWS: int
+    COLUMNS: int
+    MODE: int
+    FLAG: bool
+    SIGNED: bool
+    SHIFT: int
+    ZERO: int
+    chosen: Callable[..., Any]
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+c = Knobs.placeholder()
 
 
 class PythonTarget:
@@ -38,7 +59,7 @@ class PythonTarget:
 
 
 def flat(function: Callable[..., Any], **constants: Any) -> Callable[..., Any]:
-    return specialize(function, constants, PythonTarget())
+    return specialize(function, Knobs(**constants), PythonTarget())
 
 
 def body(function: Callable[..., Any]) -> str:
@@ -55,7 +76,7 @@ def body(function: Callable[..., Any]) -> str:
 
 def sum_of_products(x):
     total = 0
-    for i in unroll(COUNT):  # noqa: F821
+    for i in unroll(c.COUNT):
         total += i * x
     return total
 
@@ -118,8 +139,8 @@ def test_other_loops_stay_loops() -> None:
 
 def clipped(x):
     total = 0
-    for i in unroll(6 // min(COUNT, 3)):  # noqa: F821
-        for j in unroll(range(0, max(COUNT, 2), min(COUNT, 2))):  # noqa: F821
+    for i in unroll(6 // min(c.COUNT, 3)):
+        for j in unroll(range(0, max(c.COUNT, 2), min(c.COUNT, 2))):
             total = total * 10 + i + j * x
     return total
 
@@ -142,7 +163,7 @@ def unknown_count(n):
 
 
 def test_a_count_that_is_not_known_cannot_be_unrolled() -> None:
-    with pytest.raises(NameError, match="'n'"):
+    with pytest.raises(SyntaxError, match=r"test_specialize.py, line \d+, in unknown_count: .* 'n' is not known"):
         flat(unknown_count)
 
 
@@ -152,12 +173,12 @@ def test_a_count_that_is_not_known_cannot_be_unrolled() -> None:
 
 
 def in_registers(x, y):
-    total = registers(ROWS * COLUMNS, x)  # noqa: F821
-    for r in unroll(ROWS):  # noqa: F821
-        for c in unroll(COLUMNS):  # noqa: F821
-            total[r * COLUMNS + c] += r * y  # noqa: F821
-            total[r * COLUMNS + c] = total[r * COLUMNS + c] * (c + 1)  # noqa: F821
-    return total[0], total[ROWS * COLUMNS - 1]  # noqa: F821
+    total = registers(c.ROWS * c.COLUMNS, x)
+    for r in unroll(c.ROWS):
+        for column in unroll(c.COLUMNS):
+            total[r * c.COLUMNS + column] += r * y
+            total[r * c.COLUMNS + column] = total[r * c.COLUMNS + column] * (column + 1)
+    return total[0], total[c.ROWS * c.COLUMNS - 1]
 
 
 def test_registers_become_variables() -> None:
@@ -186,9 +207,9 @@ def test_each_register_gets_a_value_of_its_own() -> None:
 
 
 def branches(x):
-    if MODE == 0:  # noqa: F821
+    if c.MODE == 0:
         return x
-    elif MODE == 1:  # noqa: F821
+    elif c.MODE == 1:
         return not_even_a_name(x)  # noqa: F821
     elif x > 0:
         return -x
@@ -209,12 +230,12 @@ def test_a_known_if_is_decided(mode: int, expected: str) -> None:
 
 def emptied(x):
     if x > 0:
-        if FLAG:  # noqa: F821
+        if c.FLAG:
             x = 0
-    elif not FLAG:  # noqa: F821
+    elif not c.FLAG:
         x = 1
     while x > 5:
-        if FLAG:  # noqa: F821
+        if c.FLAG:
             x -= 5
         x -= 1
     return x
@@ -230,15 +251,15 @@ def test_a_branch_that_becomes_empty_still_parses(flag: bool) -> None:
 
 def expressions(x, y):
     return (
-        x if FLAG else y,  # noqa: F821
-        FLAG and x,  # noqa: F821
-        x and FLAG and y,  # noqa: F821
-        FLAG or x,  # noqa: F821
+        x if c.FLAG else y,
+        c.FLAG and x,
+        x and c.FLAG and y,
+        c.FLAG or x,
         x > y if x else y,
-        not FLAG,  # noqa: F821
-        -COUNT + 2 * COUNT,  # noqa: F821
-        1 < COUNT <= 4,  # noqa: F821
-        x + COUNT,  # noqa: F821
+        not c.FLAG,
+        -c.COUNT + 2 * c.COUNT,
+        1 < c.COUNT <= 4,
+        x + c.COUNT,
     )
 
 
@@ -269,18 +290,19 @@ def test_numbers_become_literals_and_floats_single() -> None:
     assert type(written(np.float32(1))) is np.float32
 
 
-def test_constants_go_before_globals() -> None:
-    assert body(flat(with_globals, SCALE=8)) == "return x * 8 + float32(0.5)"
-
-
 def with_shadows(x, SCALE):
     return x * SCALE
 
 
-def test_an_argument_hides_a_constant_and_a_global() -> None:
-    written = flat(with_shadows, SCALE=100, x=7)
+def test_an_argument_hides_a_global() -> None:
+    written = flat(with_shadows)
     assert body(written) == "return x * SCALE"
     assert written(2, 5) == 10
+
+
+def test_a_constant_that_nobody_gave_is_named() -> None:
+    with pytest.raises(AttributeError, match=r"Knobs\.COUNT has a value only in a specialized kernel"):
+        flat(sum_of_products, FLAG=True)
 
 
 def test_closures_are_seen() -> None:
@@ -304,7 +326,7 @@ def test_annotations_are_left_out() -> None:
 
 def test_the_source_is_there_for_tracebacks() -> None:
     def fails(x: int) -> float:
-        return x / ZERO  # noqa: F821
+        return x / c.ZERO
 
     written = flat(fails, ZERO=0)
     with pytest.raises(ZeroDivisionError) as caught:
@@ -325,7 +347,7 @@ def primitive(x):
 
 def inner(x):
     total = registers(2, x)
-    for i in unroll(COUNT):  # noqa: F821
+    for i in unroll(c.COUNT):
         total[i % 2] += primitive(i)
     return total[0] * total[1]
 
@@ -335,16 +357,16 @@ def middle(x):
 
 
 def outer(x, *more):
-    return middle(x) + inner(*more) + chosen(x)  # noqa: F821
+    return middle(x) + inner(*more) + c.chosen(x)
 
 
 def chosen_one(x):
-    return 1000 * x * COUNT  # noqa: F821
+    return 1000 * x * c.COUNT
 
 
 def test_called_functions_are_specialized_once_each() -> None:
     target = PythonTarget()
-    written = specialize(outer, {"COUNT": 3, "chosen": chosen_one}, target)
+    written = specialize(outer, Knobs(COUNT=3, chosen=chosen_one), target)
     # Innermost first; `inner`, called from two functions, once; the kernel itself is left to the caller.
     assert sorted(target.device_functions) == ["chosen_one", "inner", "middle", "primitive"]
     assert target.device_functions.index("inner") < target.device_functions.index("middle")
@@ -357,7 +379,7 @@ def test_called_functions_are_specialized_once_each() -> None:
 
 def test_primitives_are_exchanged_and_not_specialized() -> None:
     target = PythonTarget({primitive: lambda x: 100 * x})
-    written = specialize(inner, {"COUNT": 2}, target)
+    written = specialize(inner, Knobs(COUNT=2), target)
     assert target.device_functions == []
     assert written(1) == (1 + 0) * (1 + 100)
 
@@ -374,24 +396,159 @@ def test_a_global_of_another_kind_is_passed_on() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Helpers that take registers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_to(total, x, offset):
+    """Adds to each register; `step` is its own variable, whatever the caller has under that name."""
+    step = x + offset
+    for i in unroll(c.COUNT):
+        total[i] += step * i
+
+
+def weighted(values, scale):
+    scale = scale * 2  # an argument that changes is a variable of its own
+    partial = registers(c.COUNT, 0)
+    add_to(partial, scale, 1)
+    for i in unroll(c.COUNT):
+        partial[i] += values[i] * scale
+    return partial[0], partial[c.COUNT - 1]
+
+
+def with_helpers(x, step):
+    total = registers(c.COUNT, x)
+    add_to(total, step, SCALE)
+    add_to(total, x + 1, step)
+    first, last = weighted(total, step)
+    return first * 1000 + last + step
+
+
+def test_a_helper_works_on_the_registers_of_its_caller() -> None:
+    written = flat(with_helpers, COUNT=3)
+    assert "add_to(" not in body(written)
+    assert "weighted(" not in body(written)
+    assert "[" not in body(written)
+    assert body(written).splitlines()[3:5] == ["add_to_1_step = step + 3", "total_0 += add_to_1_step * 0"]
+    plain = {**globals(), "c": Knobs(COUNT=3)}
+    for helper in (add_to, weighted, with_helpers):
+        plain[helper.__name__] = type(helper)(helper.__code__, plain)
+    assert written(5, 7) == plain["with_helpers"](5, 7)
+
+
+def test_what_a_helper_is_given_that_is_known_is_known_in_it() -> None:
+    def decide(total, wide):
+        if wide:
+            total[0] += 1
+        else:
+            total[1] += not_even_a_name  # noqa: F821
+
+    def kernel(x):
+        total = registers(2, x)
+        decide(total, True)
+        c.chosen(total, *(x, False))
+        return total[0] + total[1]
+
+    written = flat(kernel, chosen=lambda_like)
+    assert body(written) == "total_0 = x\ntotal_1 = x\ntotal_0 += 1\ntotal_1 = x\nreturn total_0 + total_1"
+
+
+def lambda_like(total, x, double):
+    total[1] = 2 * x if double else x
+
+
+def the_same_name(total):
+    total[0] *= HALF_OF_ANOTHER_MODULE["HALF"]
+
+
+def test_a_helper_sees_the_globals_of_its_own_module() -> None:
+    elsewhere: dict[str, Any] = {"HALF_OF_ANOTHER_MODULE": {"HALF": 7}}
+    moved = type(the_same_name)(the_same_name.__code__, elsewhere)
+
+    def kernel(x):
+        total = registers(1, x)
+        the_same_name(total)
+        c.chosen(total)
+        return total[0]
+
+    assert flat(kernel, chosen=moved)(2) == 2 * 0.5 * 7
+
+
+HALF_OF_ANOTHER_MODULE = {"HALF": 0.5}
+
+
+def calls_itself(total):
+    calls_itself(total)
+
+
+def returns_early(total, x):
+    if x > 0:
+        return total[0]
+    return x
+
+
+def given_itself(x):
+    total = registers(1, x)
+    calls_itself(total)
+
+
+def given_early(x):
+    total = registers(1, x)
+    y = returns_early(total, x)
+    return y
+
+
+def given_too_little(x):
+    total = registers(1, x)
+    add_to(total, x)
+
+
+def as_a_whole(x):
+    total = registers(1, x)
+    return max(total)
+
+
+def by_a_variable(x):
+    total = registers(4, x)
+    for i in range(4):
+        total[i] += 1
+    return total[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (given_itself, "calls_itself, which calls itself"),
+        (given_early, "returns_early, which returns before its end"),
+        (given_too_little, "2 arguments for the 3 of add_to"),
+        (as_a_whole, "registers total as a whole"),
+        (by_a_variable, "registers total indexed by a variable: 'i' is not known when the kernel is compiled"),
+    ],
+)
+def test_registers_that_could_not_stay_registers_are_refused(function, message) -> None:
+    with pytest.raises(SyntaxError, match=f"test_specialize.py, line .*{message}"):
+        flat(function, COUNT=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The whole
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def product(x, y, n):
-    """Something like a kernel: rows of COUNT running sums, a decided mode, a helper, floats and a loop that stays."""
-    total = registers(COUNT, 0.0)  # noqa: F821
+    """Something like a kernel: rows of c.COUNT running sums, a decided mode, a helper, floats and a loop that stays."""
+    total = registers(c.COUNT, 0.0)
     best = 0.25
     for step in range(n):
-        for i in unroll(COUNT):  # noqa: F821
+        for i in unroll(c.COUNT):
             part = weigh(x[step], i)
-            if SIGNED and part < 0:  # noqa: F821
+            if c.SIGNED and part < 0:
                 total[i] -= part * y[step]
             else:
-                total[i] += part * (y[step] if not SIGNED or i % 2 == 0 else 1.5)  # noqa: F821
+                total[i] += part * (y[step] if not c.SIGNED or i % 2 == 0 else 1.5)
             best = max(best, total[i])
     result = best
-    for i in unroll(COUNT):  # noqa: F821
+    for i in unroll(c.COUNT):
         result = result * 0.5 + total[i]
     return result
 
@@ -399,7 +556,7 @@ def product(x, y, n):
 def weigh(value, i):
     if i == 0:
         return value
-    return value * SHIFT + i  # noqa: F821
+    return value * c.SHIFT + i
 
 
 @given(
@@ -413,11 +570,11 @@ def test_a_specialized_function_computes_what_the_plain_one_does(
 ) -> None:
     constants = {"COUNT": count, "SIGNED": signed, "SHIFT": shift}
     x, y = [a for a, _ in values], [b for _, b in values]
-    plain = {**product.__globals__, **constants}
+    plain = {**product.__globals__, "c": Knobs(**constants)}
     plain["weigh"] = type(weigh)(weigh.__code__, plain)
     expected = type(product)(product.__code__, plain)(x, y, len(x))
     # Every intermediate is a whole multiple of 2**-7 below 2**14: float32 and float64 agree on each bit.
-    assert specialize(product, constants, PythonTarget())(x, y, len(x)) == expected
+    assert flat(product, **constants)(x, y, len(x)) == expected
 
 
 def leaves_an_unrolled_loop(n):
@@ -435,9 +592,10 @@ def has_an_else(n):
     return n
 
 
-def gives_a_constant_a_new_value(n):
-    COUNT = n
-    return COUNT
+def gives_a_known_number_a_new_value(n):
+    for i in unroll(3):
+        i = n
+    return i
 
 
 @pytest.mark.parametrize(
@@ -445,9 +603,9 @@ def gives_a_constant_a_new_value(n):
     [
         (leaves_an_unrolled_loop, "break or continue"),
         (has_an_else, "else of a loop"),
-        (gives_a_constant_a_new_value, "new value for COUNT"),
+        (gives_a_known_number_a_new_value, "new value for i"),
     ],
 )
 def test_what_would_change_its_meaning_is_refused(function, message) -> None:
     with pytest.raises(SyntaxError, match=message):
-        specialize(function, {"COUNT": 3}, PythonTarget())
+        specialize(function, Knobs(COUNT=3), PythonTarget())

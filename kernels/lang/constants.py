@@ -1,0 +1,54 @@
+"""Compile-time constants: what a kernel is specialized with, as one object with documented fields.
+
+A kernel reads them from a placeholder, by tradition named ``c``::
+
+    @dataclass(frozen=True)
+    class Sizes(Constants):
+        COLUMNS: int
+        \"\"\"Columns that a kernel multiplies at once.\"\"\"
+
+    c = Sizes.placeholder()
+
+    def kernel(x, y):
+        for column in unroll(c.COLUMNS): ...
+
+    specialize(kernel, Sizes(COLUMNS=4), target)
+
+Numbers become literals of the compiled kernel, functions are specialized and called. So editors and type checkers know
+what a kernel may ask for, and a field that a kernel names but nobody gave is an error when the kernel is described.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+__all__ = ["Constants"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """The base of all sets of compile-time constants; subclasses are frozen dataclasses."""
+
+    @classmethod
+    def placeholder(cls) -> Self:
+        """What kernels name; it has no values, which :func:`qmm.kernels.lang.specialize.specialize` puts in."""
+        return object.__new__(cls)
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached for a field of a placeholder, and for what is no field.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(f"{type(self).__name__}.{name} has a value only in a specialized kernel")
+
+    def value(self, name: str) -> Any:
+        """The constant of that name.
+
+        Raises:
+            AttributeError: there is none.
+        """
+        return vars(self)[name] if name in vars(self) else self.__getattr__(name)
+
+    def described(self) -> dict[str, Any]:
+        """All of them by name, as a kernel's cache key has them."""
+        return dict(vars(self))
