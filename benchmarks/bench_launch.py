@@ -26,13 +26,16 @@ from gguf_files import random_blocks, write_gguf
 import qmm
 from benchmarks.support import gpu as machine
 from benchmarks.support.rounds import Quantiles
+from qmm import direct
 from qmm.arrays import View
+from qmm.graph import Step, queue_sequence, time_ms
 from qmm.kernels.formats import FORMATS
+from qmm.kernels.ops.op import At, WeightLayout
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-    from qmm.device import GPU
+    from qmm.device import Device
 
 pytestmark = pytest.mark.skipif(machine.missing() is not None, reason=f"no GPU: {machine.missing()}")
 
@@ -132,27 +135,30 @@ def test_plan(engine: qmm.Engine, timed: Callable[..., None], products: int) -> 
     timed(f"plan() of {products} product{'s' * (products > 1)}", calls, count)
 
 
-def nodes_of_nothing(gpu: GPU) -> Callable[[], None]:
+def nodes_of_nothing(gpu: Device) -> Callable[[], None]:
     """NODES kernels, launched as products are, whose blocks have nothing to do."""
-    from qmm.kernels.runtime import launch
+    from qmm.kernels.ops.layout import Activations
+    from qmm.kernels.ops.op import Operand, Work
+    from qmm.kernels.ops.quantize_plan import specs
 
-    arguments = (0, 0, 4, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0)
-    kernel = launch.quantize_kernel("float32", True, gpu.machine.bulk)
-    node = launch.Launch(kernel, gpu.device, gpu.multiprocessors, arguments, 0, gpu.machine.bulk)
+    activations = Activations.of(FORMATS["Q8_0"], 0, 1, True)
+    work = Work(tuple(specs(Operand.contiguous(0, 0), activations, At("workspace"), 0, gpu.architecture)))
+    nothing = gpu.prepare(work, "nothing")
 
     def queue() -> None:
         for _ in range(NODES):
-            node.queue(gpu.stream)
+            gpu.queue(nothing, 0, 0, 0, gpu.stream)
 
     return queue
 
 
-def nodes_of_products(gpu: GPU) -> Callable[[], None]:
+def nodes_of_products(gpu: Device) -> Callable[[], None]:
     """NODES products of 8 rows of 32 weights, as a plan has them."""
     area = gpu.allocate(1024, "the smallest product")
-    x, y = (View((1, n), (4 * n, 4), "float32", area + at, gpu.device) for n, at in ((32, 0), (8, 256)))
-    product = gpu.prepare(FORMATS["Q8_0"], area + 512, 8, 32, x, y, True)
-    return lambda: gpu.sequence([(product, x.address, y.address)] * NODES, gpu.stream, 0)
+    x, y = (View((1, n), (4 * n, 4), "float32", area + at, gpu.number) for n, at in ((32, 0), (8, 256)))
+    layout = WeightLayout.at(area + 512)
+    step = Step(direct.prepare(gpu, FORMATS["Q8_0"], layout, 8, 32, x, y, True), area + 512, x.address, y.address)
+    return lambda: queue_sequence(gpu, [step] * NODES, gpu.stream, 0)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +168,7 @@ def test_node(
     benchmark: BenchmarkFixture,
     engine: qmm.Engine,
     what: str,
-    nodes: Callable[[GPU], Callable[[], None]],
+    nodes: Callable[[Device], Callable[[], None]],
     record: Callable[..., None],
 ) -> None:
     gpu = engine.gpu
@@ -170,7 +176,7 @@ def test_node(
     work = nodes(gpu)
     work()  # compiles
     benchmark.group = "device"
-    milliseconds = benchmark.pedantic(gpu.time, (work, gpu.stream, ROUNDS, 1), rounds=1)
+    milliseconds = benchmark.pedantic(time_ms, (gpu, work, gpu.stream, ROUNDS, 1), rounds=1)
     record(row_of(f"device, {what}", [time / NODES / 1e3 for time in milliseconds]), **machine.about())
 
 

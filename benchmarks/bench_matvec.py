@@ -40,7 +40,7 @@ from benchmarks.support.rounds import Quantiles, Side, take_turns
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-    from qmm.device import GPU
+    from qmm.device import Device
 
 pytestmark = pytest.mark.skipif(machine.missing() is not None, reason=f"no GPU: {machine.missing()}")
 
@@ -87,10 +87,10 @@ def compiled(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Iterator[GPU]:
-    from qmm.device import GPU
+def gpu() -> Iterator[Device]:
+    from qmm.device import Device
 
-    made = GPU(0)
+    made = Device(0)
     yield made
     made.drain()
     made.close()
@@ -109,14 +109,14 @@ def backend() -> Iterator[ggml_gpu.Backend | None]:
 
 
 @pytest.fixture(scope="module")
-def device_peak(gpu: GPU) -> peaks.Reading:
+def device_peak(gpu: Device) -> peaks.Reading:
     return peaks.device_reading(gpu)
 
 
 @pytest.fixture(scope="module")
 def placed(
     request: pytest.FixtureRequest,
-    gpu: GPU,
+    gpu: Device,
     backend: ggml_gpu.Backend | None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Placed]:

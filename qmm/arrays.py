@@ -11,28 +11,18 @@ import operator
 import sys
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from qmm.cuda import call
 from qmm.errors import ArrayError, DeviceError
+from qmm.kernels.ops.op import ITEM_NBYTES, Operand, Slab
 
-__all__ = ["DTYPES", "KINDS", "ArrayKind", "Slab", "View", "kind_of", "stream_handle"]
+__all__ = ["DTYPES", "KINDS", "ArrayKind", "View", "kind_of", "stream_handle"]
 
 DTYPES = ("float32", "float16", "bfloat16")
-ITEM_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-class Slab(NamedTuple):
-    """A part of a view that is two-dimensional in memory: ``rows`` of them from row ``first``; strides in bytes."""
-
-    first: int
-    rows: int
-    address: int
-    row_stride: int
-    column_stride: int
 
 
 @dataclass(frozen=True)
@@ -113,10 +103,14 @@ class View:
         shape, strides = (*self.shape[:leading], length), (*self.strides[:leading], stride)
         return replace(self, shape=shape, strides=strides)
 
-    def slabs(self) -> Iterator[Slab]:
-        """The rows of the last axis, in as few two-dimensional parts as the strides allow; no copy is needed."""
+    def operand(self) -> Operand:
+        """The rows of its last axis, as ops have them."""
+        return Operand(self.dtype, self.shape[-1], tuple(self._slabs()), self.address % 16 == 0, self.reach)
+
+    def _slabs(self) -> Iterator[Slab]:
+        """In as few two-dimensional parts as the strides allow; no copy is needed."""
         if len(self.shape) == 1:
-            yield Slab(0, 1, self.address, 0, self.strides[0])
+            yield Slab(0, 1, 0, 0, self.strides[0])
             return
         *leading, _ = self.shape
         if 0 in leading:
@@ -134,7 +128,7 @@ class View:
             axis -= 1
         for number, index in enumerate(np.ndindex(*self.shape[:axis])):
             offset = sum(i * stride for i, stride in zip(index, self.strides, strict=False))
-            yield Slab(number * count, count, self.address + offset, row_stride, column_stride)
+            yield Slab(number * count, count, offset, row_stride, column_stride)
 
 
 class ArrayKind:
@@ -169,6 +163,10 @@ class ArrayKind:
     def from_host(self, values: npt.NDArray[np.float32], target: Any) -> None:
         """Store ``values``, of as many elements, into a host array of this kind, rounded to its dtype."""
         raise NotImplementedError
+
+    def in_place(self, array: Any, shape: tuple[int, int]) -> npt.NDArray[np.float32] | None:
+        """The memory of a host array of this kind as a row-major float32 matrix; None if it is no such thing."""
+        return None
 
     def written(self, array: Any) -> None:
         """Tell the library that a kernel writes to an array of its own."""
@@ -217,6 +215,13 @@ class NumPyArrays(ArrayKind):
     def from_host(self, values: npt.NDArray[np.float32], target: np.ndarray[Any, Any]) -> None:
         with np.errstate(over="ignore"):  # float16 overflows to infinity, as on the GPU
             target[...] = values.reshape(target.shape).astype(target.dtype, copy=False)
+
+
+    def in_place(self, array: np.ndarray[Any, Any], shape: tuple[int, int]) -> npt.NDArray[np.float32] | None:
+        flags = array.flags
+        if array.dtype != np.float32 or not (flags.c_contiguous and flags.aligned):
+            return None
+        return np.asarray(array).reshape(shape)
 
 
 class TorchArrays(ArrayKind):
@@ -280,6 +285,14 @@ class TorchArrays(ArrayKind):
         torch = sys.modules["torch"]
         with torch.no_grad():
             target.copy_(torch.from_numpy(values.reshape(tuple(target.shape))))
+
+    def in_place(self, array: Any, shape: tuple[int, int]) -> npt.NDArray[np.float32] | None:
+        torch = sys.modules["torch"]
+        if array.dtype != torch.float32 or not array.is_contiguous():
+            return None
+        self.written(array)
+        values: npt.NDArray[np.float32] = array.detach().numpy()
+        return values.reshape(shape)
 
     def written(self, array: Any) -> None:
         sys.modules["torch"].autograd.graph.increment_version(array)  # or a backward pass that saved it would be wrong

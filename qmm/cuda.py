@@ -1,17 +1,34 @@
-"""Calling the CUDA runtime through cuda-python, with errors that name the call. Imports CUDA at the first call."""
+"""The one place that calls CUDA's runtime and driver, through cuda-python, and turns failures into errors.
+
+An error names the call. CUDA is imported at the first call. Launches go to the driver, with arguments packed once: a
+launch of Numba's costs four times as much on the host.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from qmm import extras
 
-__all__ = ["CudaCallError", "advice", "attribute", "call", "current_device", "drive", "register_flags", "runtime"]
+__all__ = [
+    "CudaCallError",
+    "Function",
+    "advice",
+    "attribute",
+    "call",
+    "current_device",
+    "drive",
+    "driver",
+    "launch_config",
+    "load_function",
+    "register_flags",
+    "runtime",
+]
 
 # What calls that release something return when nothing is left to release: the driver or the device's context is on its
 # way out, or somebody called cudaDeviceReset.
@@ -85,10 +102,78 @@ def call(function: str, *arguments: Any) -> Any:
     return _result(function, error, results)
 
 
+def driver() -> Any:
+    """The module ``cuda.bindings.driver``."""
+    return importlib.import_module("cuda.bindings.driver")
+
+
 def drive(function: str, *arguments: Any) -> Any:
     """The same of the driver: of ``cuda.bindings.driver.<function>(*arguments)``."""
-    error, *results = getattr(importlib.import_module("cuda.bindings.driver"), function)(*arguments)
+    error, *results = getattr(driver(), function)(*arguments)
     return _result(function, error, results)
+
+
+class Function(NamedTuple):
+    """A kernel that is loaded on a device: the driver's handle, and how it is launched there."""
+
+    handle: Any
+    launch: Callable[[Any, Any, int, int], tuple[Any]]
+
+    def queue(self, config: Any, packed: int, name: str) -> None:
+        """Put a launch on the stream that ``config`` names.
+
+        Args:
+            config: what :func:`launch_config` made.
+            packed: the address of the addresses of the arguments.
+            name: the kernel's, for messages.
+
+        Raises:
+            CudaCallError: the driver refused.
+        """
+        (error,) = self.launch(config, self.handle, packed, 0)
+        if error:
+            _result(f"cuLaunchKernelEx of {name}", error, [])
+
+
+def load_function(code: bytes, entry: str, shared_nbytes: int) -> Function:
+    """Load machine code into the current device's context.
+
+    Args:
+        code: a cubin.
+        entry: the name of the kernel in it.
+        shared_nbytes: the most dynamic shared memory that it will be launched with; 0 for what every kernel may have.
+
+    Raises:
+        CudaCallError: the driver refused.
+    """
+    module = drive("cuModuleLoadData", code)
+    handle = drive("cuModuleGetFunction", module, entry.encode())
+    if shared_nbytes:
+        most = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        drive("cuFuncSetAttribute", handle, most, shared_nbytes)
+    return Function(handle, driver().cuLaunchKernelEx)
+
+
+def launch_config(ctas: int, threads: int, shared_nbytes: int, early: bool) -> Any:
+    """A launch configuration, whose ``hStream`` is set before each launch.
+
+    Args:
+        ctas: CTAs of the grid.
+        threads: of a CTA.
+        shared_nbytes: dynamic shared memory of a CTA.
+        early: whether it may start before its predecessor ends (programmatic dependent launch).
+    """
+    cuda = driver()
+    config = cuda.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = ctas, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared_nbytes
+    if early:
+        attribute = cuda.CUlaunchAttribute()
+        attribute.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 def _result(function: str, error: Any, results: list[Any]) -> Any:

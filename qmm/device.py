@@ -1,172 +1,84 @@
-"""Products and dequantization on one GPU: scratch memory, launches and copies, given addresses.
+"""One CUDA device as an engine uses it: memory, streams, and executing what ops have planned.
 
-Nothing here knows of files or models. A :class:`GPU` belongs to one engine and one device; calls put work on the stream
-that they are given and return without waiting.
+Nothing here knows of files, models or formats. Calls put work on the stream that they are given and return without
+waiting.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
-import math
 import operator
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
-import numpy as np
-import numpy.typing as npt
-
-from qmm.arrays import Slab, View
-from qmm.cuda import CudaCallError, advice, attribute, call, current_device, runtime
+from qmm.cuda import CudaCallError, attribute, call, current_device
 from qmm.errors import ClosedError, DeviceError
-from qmm.kernels.formats import Format
-from qmm.kernels.ops.matvec.plan import (
-    BLOCK,
-    COLUMN_TILES,
-    WARPS,
-    ZERO_NBYTES,
-    Machine,
-    Schedule,
-    Tiling,
-    scale_blocks_of,
-)
-from qmm.kernels.runtime import launch
-from qmm.loaders.closing import Closing, undisturbed
-from qmm.signals import handlers_held
+from qmm.kernels.ops.layout import ZERO_NBYTES
+from qmm.kernels.ops.op import BASES, Architecture, At, Work
+from qmm.kernels.runtime.launch import Launch
+from qmm.loaders.closing import Resource
 
-__all__ = ["GPU", "Graph", "Product"]
+__all__ = ["Device", "Prepared"]
 
-ALIGNMENT = 256
-BLOCKS = 4
-"""Blocks of WARPS warps that fill the 64 warps of a multiprocessor."""
-PREPARED = 4096
-"""The most products that are kept prepared."""
-NEXT = slice(13, 17)
-"""The arguments of :func:`qmm.kernels.ops.matvec.kernel.matvec` that tell of the next product's weights."""
-NEXT_OF_L2 = 6
-"""What part of L2 they may take. It should last for the 3 us in which memory would idle: on an H100 8 MB (Q4_K,
-14336x4096, n = 1: 12.5 us with 6 or 8 MB, 14.4 with 12; Q8_0, 4096x4096: 7.9 with 8, else 8.8)."""
-NOTHING = (0, 0, 0, 0)
-Moving = tuple[int, int, int]
-"""An argument of a launch by its number, the address that it is (0 x, 1 out, 2 scratch memory) and the offset from
-there."""
+NONBLOCKING = 1
+"""cudaStreamNonBlocking: work on the default stream is not waited for."""
+ANYWHERE = 4
+"""cudaMemcpyDefault: the addresses say where they are."""
 
 
-class Product:
-    """One product, prepared: its launches with all their arguments but the addresses of x, out and scratch memory.
+class Prepared:
+    """Work on a device, ready to be queued again and again: kernels loaded, launches packed.
 
     Attributes:
-        scratch_nbytes: the scratch memory that it needs.
-        near: what lies between these is a distance from x to out at which they share memory, if they must not.
-        opening: what another product may bring into L2 before this one starts: the address of the weights, the bytes
-            from one row, or several, to the next, how many of them, and how many bytes of each.
-        announced: the arguments of the launch that does so for the next product.
-        launches: what it takes: see :meth:`add`.
+        work: what was planned.
+        launches: one for each of the work's.
+        cells: the arguments that are addresses of a call, each with the number of its base and the offset from there.
     """
 
-    def __init__(self, scratch_nbytes: int) -> None:
-        self.scratch_nbytes = scratch_nbytes
-        self.near = (0, 0)
-        self.opening = NOTHING
-        self.announced: ctypes.Array[ctypes.c_int64] | None = None
-        self.launches: list[tuple[launch.Launch, ctypes.Array[ctypes.c_int64], Moving, Moving]] = []
-
-    def add(self, made: launch.Launch, source: Moving, target: Moving) -> None:
-        """Add a launch.
-
-        Args:
-            made: what to launch.
-            source: the argument that says where it reads what depends on a call.
-            target: the argument that says where it writes.
-        """
-        self.launches.append((made, made.arguments, source, target))
-
-    def announce(self, opening: tuple[int, int, int, int]) -> None:
-        """Have the launches from now on bring another product's :attr:`opening` into L2."""
-        if self.announced is not None:
-            self.announced[NEXT] = list(opening)
-
-    def meet(self, x: int, out: int) -> bool:
-        """Whether arrays at these addresses share memory that the product reads and writes in no order."""
-        least, most = self.near
-        return least < out - x < most
+    def __init__(self, work: Work, launches: list[Launch]) -> None:
+        """Bind names; the launches are those of the work, in order."""
+        self.work = work
+        self.launches = launches
+        self.cells: list[tuple[ctypes.c_int64, int, int]] = [
+            (launch.cell(name), BASES.index(value.base), value.offset)
+            for launch, spec in zip(launches, work.launches, strict=True)
+            for name, value in spec.arguments.items()
+            if isinstance(value, At)
+        ]
 
 
-class Graph(Closing):
-    """A captured sequence of work, which can be launched again and again."""
-
-    def __init__(self, gpu: GPU, graph: object) -> None:
-        self._gpu = gpu
-        self._ended = False
-        self._made = ExitStack()
-        self._made.callback(call, "cudaGraphDestroy", graph)
-        try:
-            self._executable = call("cudaGraphInstantiate", graph, 0)
-        except BaseException:
-            self._made.close()
-            raise
-        self._made.callback(call, "cudaGraphExecDestroy", self._executable)
-
-    def launch(self, stream: int) -> None:
-        """Put one replay on a stream.
-
-        Raises:
-            ClosedError: it was ended.
-            DeviceError: CUDA refused.
-        """
-        self._gpu.put("launching a graph", self._launch, stream)
-
-    def _launch(self, stream: int) -> None:
-        if self._ended:
-            raise ClosedError("the graph was closed meanwhile, by another thread. Make another one.")
-        call("cudaGraphLaunch", self._executable, stream)
-
-    def end(self) -> bool:
-        """Let it be launched no more; whether this was the first call, whichever thread makes it."""
-        with self._gpu.lock:
-            ended, self._ended = self._ended, True
-            return not ended
-
-    def close(self) -> None:
-        """Free it, once the device is done with it. Twice is harmless."""
-        if self._gpu.forked:
-            return
-        with handlers_held(), self._gpu.errors("freeing a graph"), current_device(self._gpu.device):
-            self._made.close()
-
-
-class GPU(Closing):
-    """One device as an engine uses it.
-
-    What it makes there, memory and streams, is written down before a Ctrl-C is heard, and freed at the latest when the
-    GPU is closed or dropped.
+class Device(Resource):
+    """A CUDA device. What is allocated there, memory and streams, is freed at the latest when it is closed.
 
     Attributes:
-        lock: held by the thread that puts work on the device.
+        number: CUDA's number of it.
+        architecture: what plans depend on.
+        stream: a stream of its own.
+        lock: held by the thread that puts work on it.
     """
 
-    def __init__(self, device: int) -> None:
-        self.device = device = operator.index(device)
+    def __init__(self, number: int) -> None:
+        self.number = number = operator.index(number)
         self._process = os.getpid()
-        self._made: dict[tuple[str, int], None] = {}
-        self._scratch: dict[int, tuple[int, int]] = {}
-        with self.errors("preparing the device"), current_device(device):
-            self.multiprocessors = attribute("MultiProcessorCount", device)
-            shared_nbytes = attribute("MaxSharedMemoryPerBlockOptin", device)
-            bulk = attribute("ComputeCapabilityMajor", device) >= 9
-            self.machine = Machine(self.multiprocessors, shared_nbytes, bulk)
-            self.stream = self._make("cudaStreamDestroy", "cudaStreamCreateWithFlags", 1)  # cudaStreamNonBlocking
-            self._next_nbytes = attribute("L2CacheSize", device) // NEXT_OF_L2
-            self._alone = call("cudaGetDeviceCount") == 1
-            self._integrated = bool(attribute("Integrated", device))
+        self._allocated: dict[tuple[str, int], None] = {}
+        self._workspaces: dict[int, tuple[int, int]] = {}
+        self._staging = (0, 0)
         self._thread = threading.local()
-        self._products: dict[Hashable, Product] = {}
-        self.lock = threading.RLock()
         self._stopped = False
+        self.lock = threading.RLock()
+        with self.errors("preparing the device"), current_device(number):
+            self.architecture = Architecture(
+                sms=attribute("MultiProcessorCount", number),
+                shared_nbytes=attribute("MaxSharedMemoryPerBlockOptin", number),
+                bulk=attribute("ComputeCapabilityMajor", number) >= 9,
+                l2_nbytes=attribute("L2CacheSize", number),
+            )
+            self._alone = call("cudaGetDeviceCount") == 1
+            self.stream = self._allocate("cudaStreamDestroy", "cudaStreamCreateWithFlags", NONBLOCKING)
         self._zeros = self.allocate(ZERO_NBYTES, "zeros")
-        with self.errors("preparing the device"), current_device(device):
+        with self.errors("preparing the device"), current_device(number):
             call("cudaMemset", self._zeros, 0, ZERO_NBYTES)
             call("cudaDeviceSynchronize")  # other streams than the default one would not wait for it
 
@@ -174,6 +86,13 @@ class GPU(Closing):
     def forked(self) -> bool:
         """Whether this is a forked child: what CUDA holds is the parent's, and is not to be freed here."""
         return self._process != os.getpid()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is left on it, or this is a forked child."""
+        return not getattr(self, "_allocated", None) or self.forked
+
+    # Errors and threads -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
@@ -184,44 +103,36 @@ class GPU(Closing):
             raise self._failed(doing, reason) from reason
 
     def _failed(self, doing: str, reason: Exception) -> DeviceError:
-        hint = advice(reason.number) if isinstance(reason, launch.DriverCallError) else ""
-        return DeviceError(f"{doing} on CUDA device {self.device}: {reason}{hint}")
+        return DeviceError(f"{doing} on CUDA device {self.number}: {reason}")
 
     @contextmanager
-    def ready(self, doing: str) -> Iterator[None]:
+    def current(self, doing: str) -> Iterator[None]:
         """Makes the device current inside the block, and turns a failed call into a DeviceError.
 
         Where there is one device only, a thread is asked once: that saves 2 us a product.
         """
-        try:
-            if self._alone:
-                if not hasattr(self._thread, "ready"):
-                    call("cudaSetDevice", self.device)
-                    self._thread.ready = True
-                yield
-            else:
-                with current_device(self.device):
+        with self.errors(doing):
+            if not self._alone:
+                with current_device(self.number):
                     yield
-        except (CudaCallError, RuntimeError) as reason:
-            raise self._failed(doing, reason) from reason
-
-    @contextmanager
-    def working(self, doing: str) -> Iterator[None]:
-        """The same for putting work on the device, which one thread at a time does, and none after :meth:`stop`.
-
-        Raises:
-            ClosedError: it was stopped.
-        """
-        with self.lock, self.ready(doing):
-            self._require_work()
+                return
+            if not hasattr(self._thread, "ready"):
+                call("cudaSetDevice", self.number)
+                self._thread.ready = True
             yield
 
     def put(self, doing: str, work: Callable[..., object], *arguments: object) -> None:
-        """Call ``work``, which puts work on the device, as in a block of :meth:`working`, but 2 us faster."""
+        """Call ``work``, which puts work on the device: one thread at a time does, and none after :meth:`stop`.
+
+        Raises:
+            ClosedError: it was stopped.
+            DeviceError: CUDA refused.
+        """
         with self.lock:
-            self._require_work()
+            if self._stopped:
+                raise ClosedError(f"the engine on CUDA device {self.number} was closed. Make another one.")
             if not hasattr(self._thread, "ready"):
-                with self.ready(doing):
+                with self.current(doing):
                     work(*arguments)
                 return
             try:
@@ -229,43 +140,35 @@ class GPU(Closing):
             except (CudaCallError, RuntimeError) as reason:
                 raise self._failed(doing, reason) from reason
 
-    def _require_work(self) -> None:
-        """Raise ClosedError after :meth:`stop`; for the thread that holds the lock."""
-        if self._stopped:
-            raise ClosedError(f"the engine on CUDA device {self.device} was closed. Make another one.")
+    # Memory and streams -----------------------------------------------------------------------------------------------
 
-    # Memory -----------------------------------------------------------------------------------------------------------
+    def _allocate(self, undo: str, function: str, *arguments: int) -> int:
+        """The handle or address that a call gives, which the call ``undo`` frees."""
+        given = int(call(function, *arguments))
+        self._allocated[undo, given] = None
+        return given
 
-    def _make(self, undo: str, function: str, *arguments: int) -> int:
-        """The handle or address that a call makes, which the call ``undo`` frees."""
-        with handlers_held():
-            made = int(call(function, *arguments))
-            self._made[undo, made] = None
-        return made
-
-    def _unmake(self, undo: str, made: int) -> None:
-        """Free what :meth:`_make` made, unless that was done."""
-        with handlers_held():
-            if (undo, made) in self._made:
-                del self._made[undo, made]
-                call(undo, made)
+    def _free(self, undo: str, given: int) -> None:
+        if (undo, given) in self._allocated:
+            del self._allocated[undo, given]
+            call(undo, given)
 
     def allocate(self, nbytes: int, what: str) -> int:
-        """Device memory of exactly ``nbytes``, until it is freed, or the GPU closed.
+        """The address of ``nbytes`` of device memory, held until it is freed, or the device closed.
 
         Raises:
             DeviceError: there is not enough.
         """
-        with self.errors(f"{nbytes} bytes for {what}"), current_device(self.device):
-            return self._make("cudaFree", "cudaMalloc", operator.index(nbytes))
+        with self.errors(f"{nbytes} bytes for {what}"), current_device(self.number):
+            return self._allocate("cudaFree", "cudaMalloc", operator.index(nbytes))
 
     def free(self, address: int) -> None:
         """Give memory back, once the device is done with it. Twice is harmless."""
-        with self.errors("freeing memory"), current_device(self.device):
-            self._unmake("cudaFree", address)
+        with self.errors("freeing memory"), current_device(self.number):
+            self._free("cudaFree", address)
 
     @contextmanager
-    def lent(self, nbytes: int, what: str) -> Iterator[int]:
+    def temporary_buffer(self, nbytes: int, what: str) -> Iterator[int]:
         """Device memory for the ``with`` block, whose own error is the one to show if giving it back fails too."""
         address = self.allocate(nbytes, what)
         try:
@@ -277,25 +180,111 @@ class GPU(Closing):
         self.free(address)
 
     @contextmanager
-    def fresh_stream(self) -> Iterator[int]:
-        """A stream of its own for the ``with`` block, on which no other thread puts work."""
-        with self.errors("making a stream"), current_device(self.device):
-            stream = self._make("cudaStreamDestroy", "cudaStreamCreateWithFlags", 1)  # cudaStreamNonBlocking
+    def temporary_stream(self) -> Iterator[int]:
+        """A stream for the ``with`` block, on which no other thread puts work."""
+        with self.errors("creating a stream"), current_device(self.number):
+            stream = self._allocate("cudaStreamDestroy", "cudaStreamCreateWithFlags", NONBLOCKING)
         try:
             yield stream
         finally:
-            with suppress(DeviceError), self.errors("freeing a stream"), current_device(self.device):
-                self._unmake("cudaStreamDestroy", stream)
+            with suppress(DeviceError), self.errors("freeing a stream"), current_device(self.number):
+                self._free("cudaStreamDestroy", stream)
+
+    @contextmanager
+    def events(self) -> Iterator[tuple[int, int]]:
+        """Two events that take the time, for the ``with`` block; it is to be the current device."""
+        start, end = (self._allocate("cudaEventDestroy", "cudaEventCreate") for _ in range(2))
+        try:
+            yield start, end
+        finally:
+            for event in (start, end):
+                self._free("cudaEventDestroy", event)
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         """Copy between any two addresses, on a stream."""
-        with self.errors(f"copying {nbytes} bytes"), current_device(self.device):
-            call("cudaMemcpyAsync", *map(operator.index, (target, source, nbytes)), 4, stream)  # cudaMemcpyDefault
+        with self.errors(f"copying {nbytes} bytes"), current_device(self.number):
+            call("cudaMemcpyAsync", *map(operator.index, (target, source, nbytes)), ANYWHERE, stream)
 
     def synchronize(self, stream: int) -> None:
         """Wait for a stream; an error of what ran on it shows here."""
-        with self.errors("waiting for a stream"), current_device(self.device):
+        with self.errors("waiting for a stream"), current_device(self.number):
             call("cudaStreamSynchronize", stream)
+
+    def staging(self, nbytes: int) -> int:
+        """The address of device memory for arrays that come from the host and go back there: kept, and as large as the
+        largest so far. For the thread that holds :attr:`lock`, until it lets go; nothing may be under way there."""
+        address, held = self._staging
+        if held < nbytes:
+            if address:
+                self.free(address)
+                self._staging = (0, 0)
+            address = self.allocate(nbytes, "activations and results")
+            self._staging = (address, nbytes)
+        return address
+
+    def _workspace(self, stream: int, nbytes: int) -> int:
+        """The address of workspace. Each stream has its own, which its later work may overwrite.
+
+        What becomes too small is kept, since queued work and captured graphs may still use it; each is at least twice
+        as large as the one before.
+        """
+        address, held = self._workspaces.get(stream, (0, 0))
+        if held < nbytes:
+            held = max(nbytes, 2 * held)
+            address = self.allocate(held, "workspace")
+            self._workspaces[stream] = (address, held)
+        return address
+
+    # Work -------------------------------------------------------------------------------------------------------------
+
+    def prepare(self, work: Work, doing: str) -> Prepared:
+        """Work, ready to be queued; its kernels are compiled if need be.
+
+        Args:
+            work: what an op has planned.
+            doing: what it is for, for messages.
+
+        Raises:
+            DeviceError: a kernel cannot be compiled or loaded.
+        """
+        with self.lock, self.current(doing):
+            launches = []
+            for spec in work.launches:
+                bound = {name: value for name, value in spec.arguments.items() if not isinstance(value, At)}
+                bound |= {name: 0 for name in spec.arguments.keys() - bound.keys()}
+                launches.append(Launch(spec.kernel, self.number, spec.ctas, bound, spec.shared_nbytes, spec.early))
+            return Prepared(work, launches)
+
+    def queue(
+        self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int = 0, skip: int = 0
+    ) -> None:
+        """Put prepared work on a stream.
+
+        Args:
+            prepared: what :meth:`prepare` gave.
+            weights: the address of the weight's first byte.
+            x: the address of the activations' first element.
+            y: the address of the results' first element.
+            stream: a stream's handle.
+            workspace: the address of ``prepared.work.workspace_nbytes`` bytes; else it is the stream's own workspace.
+            skip: launches at the beginning that are left out.
+
+        Raises:
+            ClosedError: the device was stopped.
+            DeviceError: CUDA refused.
+        """
+        self.put("a product", self._queue, prepared, weights, x, y, stream, workspace, skip)
+
+    def _queue(
+        self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, skip: int
+    ) -> None:
+        if prepared.work.workspace_nbytes and not workspace:
+            workspace = self._workspace(stream, prepared.work.workspace_nbytes)
+        bases = (weights, x, y, workspace, self._zeros)  # in the order of BASES
+        for cell, base, offset in prepared.cells:
+            cell.value = bases[base] + offset
+        for launch in prepared.launches[skip:] if skip else prepared.launches:
+            launch.queue(stream)
 
     def stop(self) -> None:
         """Take no more work, and wait for what there is on the device; an error of any of it shows here."""
@@ -305,7 +294,7 @@ class GPU(Closing):
 
     def drain(self) -> None:
         """Wait for all work on the device; an error of any of it shows here."""
-        with self.errors("waiting for the device"), current_device(self.device):
+        with self.errors("waiting for the device"), current_device(self.number):
             call("cudaDeviceSynchronize")
 
     def close(self) -> None:
@@ -314,343 +303,15 @@ class GPU(Closing):
         Raises:
             DeviceError: work that was still queued failed.
         """
-        if not self._made or self.forked:
+        if self.closed:
             return
-        with handlers_held(), self.errors("closing"), current_device(self.device):
+        with self.errors("closing"), current_device(self.number):
             call("cudaDeviceSynchronize")
-            self._scratch.clear()
-            while self._made:
-                (undo, made), _ = self._made.popitem()
-                call(undo, made)
+            self._workspaces.clear()
+            self._staging = (0, 0)
+            while self._allocated:
+                (undo, given), _ = self._allocated.popitem()
+                call(undo, given)
 
-    def _scratch_for(self, stream: int, nbytes: int) -> int:
-        """The address of scratch memory. Each stream has its own, which its later work may overwrite.
-
-        What becomes too small is kept, since queued work and captured graphs may still use it; each is at least twice
-        as large as the one before.
-        """
-        address, held = self._scratch.get(stream, (0, 0))
-        if held < nbytes:
-            held = max(nbytes, 2 * held)
-            address = self.allocate(held, "scratch memory")
-            self._scratch[stream] = (address, held)
-        return address
-
-    # Work -------------------------------------------------------------------------------------------------------------
-
-    def matmul(
-        self,
-        block_format: Format,
-        weights: int,
-        m: int,
-        k: int,
-        x: View,
-        out: View,
-        int8: bool,
-        stream: int,
-    ) -> None:
-        """``out[..., m] = x[..., k] @ W[m, k]^T`` for arrays on this device.
-
-        Args:
-            block_format: of the weight.
-            weights: the device's address of its first byte.
-            m: rows.
-            k: weights a row.
-            x: activations, any strides.
-            out: results, any strides that keep elements apart.
-            int8: whether activations are quantized to int8, else to float16.
-            stream: a stream's handle.
-        """
-        if m and math.prod(x.shape[:-1]):
-            product = self.prepare(block_format, weights, m, k, x, out, int8)
-            if product.meet(x.address, out.address):
-                product = self.prepare(block_format, weights, m, k, x, out, int8, apart=False)
-            self.queue(product, x.address, out.address, stream)
-
-    def queue(self, product: Product, x: int, out: int, stream: int, scratch: int = 0) -> None:
-        """Put a prepared product on a stream.
-
-        Args:
-            product: what :meth:`prepare` made.
-            x: the address of the activations, of the same strides and alignment to 16 bytes as then.
-            out: the address of the results, likewise.
-            stream: a stream's handle.
-            scratch: the address of ``product.scratch_nbytes`` bytes; else it is the stream's own scratch memory.
-        """
-        self.put("a product", self._queue, product, x, out, stream, scratch)
-
-    def _queue(self, product: Product, x: int, out: int, stream: int, scratch: int) -> None:
-        if product.scratch_nbytes and not scratch:
-            scratch = self._scratch_for(stream, product.scratch_nbytes)
-        bases = (x, out, scratch)
-        for made, arguments, (source, source_base, source_offset), (target, base, offset) in product.launches:
-            arguments[source] = bases[source_base] + source_offset
-            arguments[target] = bases[base] + offset
-            made.queue(stream)
-
-    def sequence(self, products: Sequence[tuple[Product, int, int]], stream: int, scratch: int) -> None:
-        """Put products with their arrays' addresses on a stream, as :meth:`queue` does. While one ends, some of the
-        next one's weights is brought into L2."""
-        with self.lock:
-            for (product, x, out), following in itertools.zip_longest(products, products[1:]):
-                product.announce(following[0].opening if following else NOTHING)
-                try:
-                    self.queue(product, x, out, stream, scratch)
-                finally:
-                    product.announce(NOTHING)
-
-    def prepare(
-        self,
-        block_format: Format,
-        weights: int,
-        m: int,
-        k: int,
-        x: View,
-        out: View,
-        int8: bool,
-        apart: bool = True,
-    ) -> Product:
-        """A product of at least one column and row; its kernels are compiled if need be.
-
-        Arguments as for :meth:`matmul`; of the arrays' addresses only the alignment of ``x`` to 16 bytes counts. Where
-        ``x`` and ``out`` may share memory (:meth:`Product.meet`), ``apart`` is not set.
-        """
-        of_x = (x.shape, x.strides, x.dtype, x.address % 16 == 0)
-        key = (block_format, weights, m, k, of_x, out.shape, out.strides, out.dtype, int8, apart)
-        with self.lock:
-            product = self._products.get(key)
-            if product is None:
-                with self.ready(f"the product with {m} x {k} {block_format.name}"):
-                    product = self._prepared(block_format, weights, m, k, x, out, int8, apart)
-                if len(self._products) >= PREPARED:
-                    self._products.clear()
-                self._products[key] = product
-            return product
-
-    def _prepared(
-        self, block_format: Format, weights: int, m: int, k: int, x: View, out: View, int8: bool, apart: bool
-    ) -> Product:
-        weights, m, k = map(operator.index, (weights, m, k))
-        if k == 0:
-            return self._zero_product(m, out)
-        n = math.prod(x.shape[:-1])
-        slabs = list(x.slabs())
-        row_stride = slabs[0].row_stride
-        fusible = (
-            len(slabs) == 1
-            and x.dtype == "float32"
-            and slabs[0].column_stride == 4
-            and x.address % 16 == 0
-            and row_stride % 16 == 0
-            and k % 4 == 0
-        )
-        row_nbytes = block_format.row_nbytes(k)
-        alignment = launch.alignment_of(weights | row_nbytes)  # what every row starts at
-        widest = min(n, COLUMN_TILES[-1])
-        mapped = not self._integrated and self._in_host_memory(weights)
-        schedule = Schedule.of(block_format, m, k, widest, int8, alignment, fusible, mapped, self.machine)
-        activations = schedule.activations
-        columns = activations.columns
-        scale_blocks = scale_blocks_of(block_format, k)
-        area_nbytes = _rounded(activations.nbytes(scale_blocks))
-        areas_nbytes = 0 if schedule.fused else -(-n // columns) * area_nbytes
-        direct = apart and out.dtype == "float32" and out.contiguous
-        product = Product(areas_nbytes + (0 if direct else n * m * 4))
-        if schedule.fused and direct:  # results may be stored before all of x was read
-            (x_first, x_end), (out_first, out_end) = x.reach, out.reach
-            product.near = x_first - out_end, x_end - out_first
-        early = self.machine.bulk
-        grid = min(self.multiprocessors, -(-m // schedule.tiling.rows))
-        if early and not mapped:  # what is read from host memory passes by L2
-            product.opening = weights, *self._opening(row_nbytes, m, grid, schedule.tiling.rows)
-        if not schedule.fused:
-            kernel = launch.quantize_kernel(x.dtype, int8, early)
-            spread = max(1, block_format.block_weights // BLOCK)
-            for slab in slabs:
-                padded = slab.rows + (-n % columns if slab is slabs[-1] else 0)
-                blocks = self._grid(-(-padded * scale_blocks // WARPS))
-                of_x = (0, slab.row_stride, slab.column_stride, k, scale_blocks, spread, slab.rows, padded, slab.first)
-                of_areas = (columns, activations.sums, 0, area_nbytes)
-                made = launch.Launch(kernel, self.device, blocks, (*of_x, *of_areas), 0, early)
-                product.add(made, (0, 0, slab.address - x.address), (11, 2, 0))
-        kernel = launch.matvec_kernel(block_format, schedule)
-        chunks = schedule.tiling.chunks(block_format, k)
-        of_weights = (weights, row_nbytes, m, block_format.blocks(k), chunks, k, scale_blocks)
-        for first in range(0, n, columns):
-            arguments = (*of_weights, 0, row_stride, self._zeros, min(columns, n - first), 0, m, *NOTHING)
-            made = launch.Launch(kernel, self.device, grid, arguments, schedule.shared_nbytes(scale_blocks), early)
-            source = (7, 0, first * row_stride) if schedule.fused else (7, 2, first // columns * area_nbytes)
-            product.add(made, source, (11, 1, first * m * 4) if direct else (11, 2, areas_nbytes + first * m * 4))
-            product.announced = made.arguments  # the last one's, if there are several
-        if not direct:
-            self._add_stores(product, areas_nbytes, n, m, out)
-        return product
-
-    def _opening(self, row_nbytes: int, m: int, blocks: int, rows: int) -> tuple[int, int, int]:
-        """What ``blocks`` blocks take first of a weight, each so many rows: all of them, and more if there is room, or
-        the beginning of each. Whole rows are joined, a piece for each block."""
-        rows = min(m, max(blocks * rows, self._next_nbytes // row_nbytes))
-        nbytes = min(row_nbytes, self._next_nbytes // rows)
-        joined = -(-rows // blocks) if nbytes == row_nbytes else 1
-        return joined * row_nbytes, rows // joined, joined * nbytes
-
-    def _in_host_memory(self, address: int) -> bool:
-        kinds = runtime().cudaMemoryType
-        return bool(call("cudaPointerGetAttributes", address).type == kinds.cudaMemoryTypeHost)
-
-    def _add_stores(self, product: Product, results: int, n: int, m: int, out: View) -> None:
-        """Copies of float32 results, at an offset in scratch memory, to where ``out`` has them."""
-        for slab in out.slabs():
-            made = self._cast(out.dtype, slab, m, 0, 4)
-            product.add(made, (0, 2, results + slab.first * m * 4), (4, 1, slab.address - out.address))
-
-    def _zero_product(self, m: int, out: View) -> Product:
-        """The product with rows of no weights at all, which is zero everywhere."""
-        product = Product(0)
-        for slab in out.slabs():
-            there = (4, 1, slab.address - out.address)
-            product.add(self._cast(out.dtype, slab, m, self._zeros, 0), there, there)
-        return product
-
-    def _cast(self, dtype: str, slab: Slab, m: int, source: int, pitch: int) -> launch.Launch:
-        """A copy of float32 numbers, ``pitch`` bytes apart, to a slab of ``m`` columns."""
-        blocks = self._grid(-(-slab.rows * m // (WARPS * 32)))
-        arguments = (source, pitch, slab.rows, m, 0, slab.row_stride, slab.column_stride)
-        return launch.Launch(launch.cast_kernel(dtype), self.device, blocks, arguments, 0, early=False)
-
-    def dequantize(self, block_format: Format, weights: int, m: int, k: int, out: int, stream: int) -> None:
-        """Float32 weights, ``(m, k)`` row-major at ``out``, a multiple of 16 bytes."""
-        weights, m, k, out = map(operator.index, (weights, m, k, out))
-        if m == 0 or k == 0:
-            return
-        row_nbytes = block_format.row_nbytes(k)
-        tiling = Tiling.of_dequantization(block_format, launch.alignment_of(weights | row_nbytes), self.machine)
-        kernel = launch.dequantize_kernel(block_format, tiling, self.machine.bulk)
-        with self.working(f"dequantizing {m} x {k} {block_format.name}"):
-            kernel.launch(
-                self.device,
-                min(self.multiprocessors, -(-m // tiling.rows)),
-                stream,
-                weights,
-                row_nbytes,
-                m,
-                block_format.blocks(k),
-                tiling.chunks(block_format, k),
-                k,
-                out,
-                shared_nbytes=tiling.shared_nbytes(0),
-            )
-
-    def matmul_host(
-        self, block_format: Format, weights: int, m: int, k: int, x: npt.NDArray[np.float32], int8: bool, stream: int
-    ) -> npt.NDArray[np.float32]:
-        """The product of activations ``(n, k)`` in host memory; waits for the result ``(n, m)``."""
-        n = len(x)
-        y = np.empty((n, m), np.float32)
-        if not y.size:
-            return y
-        with self.lent(x.nbytes + ALIGNMENT + y.nbytes, "activations and results") as area:
-            result = area + -(-x.nbytes // ALIGNMENT) * ALIGNMENT
-            self.copy(area, x.ctypes.data, x.nbytes, stream)
-            x_view = View((n, k), (4 * k, 4), "float32", area, self.device)
-            y_view = View((n, m), (4 * m, 4), "float32", result, self.device)
-            self.matmul(block_format, weights, m, k, x_view, y_view, int8, stream)
-            self.copy(y.ctypes.data, result, y.nbytes, stream)
-            self.synchronize(stream)
-        return y
-
-    def dequantize_host(
-        self, block_format: Format, weights: int, m: int, k: int, stream: int
-    ) -> npt.NDArray[np.float32]:
-        """The weights ``(m, k)`` as float32 in host memory, by way of the device."""
-        out = np.empty((m, k), np.float32)
-        if not out.size:
-            return out
-        with self.lent(out.nbytes, "dequantized weights") as area:
-            self.dequantize(block_format, weights, m, k, area, stream)
-            self.copy(out.ctypes.data, area, out.nbytes, stream)
-            self.synchronize(stream)
-        return out
-
-    def read_bytes(self, address: int, nbytes: int, stream: int) -> bytes:
-        """Bytes as a kernel reads them at ``address``; waits for them."""
-        with self.lent(nbytes, "bytes read") as area:
-            read = np.empty(nbytes, np.uint8)
-            with self.working(f"reading {nbytes} bytes"):
-                blocks = self._grid(-(-nbytes // (WARPS * 32)))
-                launch.read_kernel().launch(self.device, blocks, stream, address, nbytes, area)
-            self.copy(read.ctypes.data, area, nbytes, stream)
-            self.synchronize(stream)
-        return read.tobytes()
-
-    def _grid(self, wanted: int) -> int:
-        """Blocks to launch: those wanted, at most as many as the device holds at once."""
-        return max(1, min(wanted, self.multiprocessors * BLOCKS))
-
-    def capture(self, work: Callable[[], object], stream: int, batch: int = 1) -> Graph:
-        """Keeps what ``work()`` queues on a stream, as a graph, instead of running it.
-
-        Args:
-            work: launches and copies, with no allocation left to make: call it once before.
-            stream: a handle other than 0.
-            batch: calls of ``work`` in one replay.
-
-        Raises:
-            DeviceError: something in it cannot be captured.
-        """
-        mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        with self.errors("capturing a graph"), current_device(self.device), undisturbed(), handlers_held():
-            call("cudaStreamBeginCapture", stream, mode)
-            try:
-                for _ in range(batch):
-                    work()
-            except BaseException:  # a stream left capturing would be of no use to anyone
-                with suppress(CudaCallError):  # what failed may have ended it
-                    call("cudaGraphDestroy", call("cudaStreamEndCapture", stream))
-                raise
-            return Graph(self, call("cudaStreamEndCapture", stream))
-
-    @contextmanager
-    def replay(self, work: Callable[[], object], stream: int, batch: int = 1) -> Iterator[Callable[[], None]]:
-        """Capture calls of ``work()``, for use inside the ``with`` block; arguments as for :meth:`capture`.
-
-        Yields:
-            A function that puts one replay on the stream.
-        """
-        graph = self.capture(work, stream, batch)
-        try:
-            yield lambda: graph.launch(stream)
-        finally:
-            graph.close()
-
-    def time(self, work: Callable[[], object], stream: int, repeats: int, batch: int = 8) -> list[float]:
-        """Milliseconds of device time that ``work()`` takes.
-
-        Replays of a graph are timed: what Python does between launches, about 0.1 ms a product, is not in it.
-
-        Args:
-            work: as for :meth:`replay`.
-            stream: as for :meth:`replay`.
-            repeats: replays.
-            batch: calls in one replay.
-
-        Returns:
-            The time of one call, as the mean of each replay.
-        """
-        with self.replay(work, stream, batch) as replay, self.errors("timing"), ExitStack() as made:
-            start, end = (self._make("cudaEventDestroy", "cudaEventCreate") for _ in range(2))
-            made.callback(self._unmake, "cudaEventDestroy", start)
-            made.callback(self._unmake, "cudaEventDestroy", end)
-            times = []
-            for _ in range(repeats + 1):
-                call("cudaEventRecord", start, stream)
-                replay()
-                call("cudaEventRecord", end, stream)
-                call("cudaEventSynchronize", end)
-                times.append(float(call("cudaEventElapsedTime", start, end)) / batch)
-            return times[1:]  # the first replay uploads the graph
-
-
-def _rounded(nbytes: int) -> int:
-    """Up to a multiple of ALIGNMENT."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    def __repr__(self) -> str:
+        return f"<Device {self.number}{' (closed)' if self.closed else ''}>"

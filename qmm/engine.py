@@ -3,50 +3,49 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
 import os
+import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
-from qmm.arrays import KINDS, ArrayKind, View, kind_of, stream_handle
+from qmm.arrays import KINDS, ArrayKind, kind_of, stream_handle
+from qmm.calls import Calls, check_activations, check_input, check_output
+from qmm.children import PerProcess, process
 from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
 from qmm.graph import Plan, Step
-from qmm.loaders.closing import Closing
+from qmm.in_flight import InFlight
+from qmm.loaders.closing import Resource
 from qmm.memory.machine import Choice, choose
-from qmm.memory.placement import DeviceCopies, HostWeights, MappedWeights, Weights
+from qmm.memory.placement import Weights
 from qmm.model import Model, Tensor, open_model
-from qmm.signals import handlers_held
 from qmm.tracing import outside, untraced, watched
-from qmm.uses import Uses
 
 if TYPE_CHECKING:
-    from qmm.device import GPU, Product
+    from qmm.device import Device
 
 __all__ = ["Engine"]
 
-ACTIVATIONS = ("int8", "f16")
-CALLS = 4096
-"""The most calls that are kept prepared."""
-
-
-class _Call(NamedTuple):
-    """A prepared product, None if it has no results, and the shape of these."""
-
-    product: Product | None
-    shape: tuple[int, ...]
-
-
-class Engine(Closing):
+class Engine(Resource):
     """Multiplies by the tensors of a model, on one device, from one placement. A context manager.
 
-    Threads may share it. One that closes it waits for the calls of the others. A copy of it is itself.
+    Threads may share it. One that closes it waits for the calls of the others. A copy of it is itself. One that is
+    dropped before it was closed emits a ResourceWarning, and closes itself. In a forked child, an engine on the CPU works
+    on; one on a GPU is refused, and closing it there frees nothing.
+
+    KeyboardInterrupt, or what else a signal handler raises, may end any call. The threads of a product on the CPU are
+    joined first; the engine can be used again, and be closed: by the thread that was interrupted, and if closing was,
+    then again. What an interrupt may leave behind until the process ends: a piece of GPU memory, a stream, or a
+    registration of the file, whose pages then stay mapped and locked; and results written in part. While Numba is
+    imported or compiles (seconds, the first time with a format), an interrupt may be raised as another error, after which
+    a new process may be needed, or be printed and dropped.
 
     Args:
         model: an open model. The engine holds its mappings on its own. Or the path of one, which the engine then opens,
@@ -68,7 +67,6 @@ class Engine(Closing):
         placement: ``"mapped"``, ``"device"`` or ``"host"``.
         gpu: the engine's GPU, which can also time work on itself; None on the CPU.
         gpu_info: what that GPU is.
-        forked: whether this is a forked child of the process that made the engine; what CUDA holds is the parent's.
 
     Raises:
         DeviceError: the device cannot be used, or contradicts the placement.
@@ -88,8 +86,7 @@ class Engine(Closing):
         probe: bool = False,
     ) -> None:
         self._closed = True  # until there is something to close
-        self._uses: Uses | None = None
-        self._check_activations(activations)
+        check_activations(activations)
         self._own_model: Model | None = None
         if not isinstance(model, Model):
             model = self._own_model = open_model(model)
@@ -105,35 +102,38 @@ class Engine(Closing):
         self.placement = choice.placement
         self.device = "cpu" if choice.gpu is None else f"cuda:{choice.gpu.number}"
         self.explanation = choice.why
-        self._process = os.getpid()
-        self.forked = False
-        _engines.add(self)
-        self._calls: dict[Hashable, _Call | None] = {}
+        self._process = process.now
+        self._in_flight = PerProcess(functools.partial(InFlight, self._was_closed))
         self._checks: dict[Path, Callable[[], None]] = {}
         self._plans: weakref.WeakSet[Plan] = weakref.WeakSet()
-        self.gpu: GPU | None = None
-        if choice.gpu is None:
-            self._weights: Weights = HostWeights(chosen)
-        else:
-            from qmm.device import GPU
+        self.gpu: Device | None = None
+        self._closing = threading.RLock()
+        with ExitStack() as held:
+            if self._own_model is not None:
+                held.callback(self._own_model.close)
+            registers = choice.gpu is None or not probe or self._try_registering(chosen, choice)
+            if choice.gpu is not None:
+                from qmm.device import Device
 
-            registers = not probe or self._try_registering(chosen, choice)
-            self.gpu = GPU(choice.gpu.number)
-            try:
-                if choice.placement == "mapped":
-                    self._weights = MappedWeights(chosen, self.gpu)
-                else:
-                    self._weights = DeviceCopies(chosen, self.gpu, registers)
-            except BaseException:
-                self.gpu.close()
-                raise
-        self._uses = Uses(self._was_closed)
+                self.gpu = held.enter_context(Device(choice.gpu.number))
+            self._weights = Weights(chosen, choice.placement, self.gpu, registers)
+            held.callback(self._weights.close)
+            if self.gpu is not None:
+                self._calls = Calls(self._weights, self.gpu, self._in_flight, model.path)
+                held.callback(_close_all, self._plans)
+                held.callback(self.gpu.stop)
+            self._held = held.pop_all()  # what close() gives up, the last one first
         self._closed = False
 
     @property
     def closed(self) -> bool:
         """Whether it was closed."""
         return self._closed
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a forked child of the process that made the engine; what CUDA holds is the parent's."""
+        return self._process != process.now
 
     @property
     def weights_nbytes(self) -> int:
@@ -177,7 +177,7 @@ class Engine(Closing):
         mode = activations or self.activations
         kind = KINDS[type(x)]
         if self.gpu is not None and kind.on_gpu:
-            call, x_address, y_address = self._prepared(tensor, mode, kind, x, out)
+            call, x_address, y_address = self._calls.find(tensor, mode, kind, x, out)
             if call is not None:
                 if stream is None:
                     stream = kind.stream(x)
@@ -188,24 +188,47 @@ class Engine(Closing):
                     y_address, _ = kind.signature(out)
                 else:
                     kind.written(out)
-                self._weights.check(tensor)
-                if call.product is not None:
-                    self.gpu.queue(call.product, x_address, y_address, stream)
+                weights = call.residency.lease()
+                if call.prepared is not None:  # if the engine is closed meanwhile, this raises ClosedError
+                    self.gpu.queue(call.prepared, weights, x_address, y_address, stream)
                 return out
-        self._check_activations(mode)
+        if stream is not None:
+            raise ArrayError("stream= is for arrays on the GPU; x is in host memory, where the call waits anyway")
+        return self._matmul_host(tensor, mode, kind, x, out)
+
+    def _matmul_host(self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any) -> Any:
+        """The same for arrays in host memory; waits for the result."""
+        check_activations(mode)
         source = kind.view(x)
-        self._check_input(tensor, source)
+        check_input(tensor, source, self.device)
         shape = (*source.shape[:-1], *tensor.shape[:-1])
         if out is None:
             out = kind.empty(shape, x)
         else:
-            self._check_output(tensor, kind, source, out, shape)
-        if stream is not None:
-            raise ArrayError("stream= is for arrays on the GPU; x is in host memory, where the call waits anyway")
+            check_output(tensor, kind, source, out, shape)
         int8 = mode == "int8" and not tensor.format.plain
-        with self._under_way():
-            kind.from_host(self._matmul_host(tensor, kind.to_host(x), int8), out)
+        with self._in_flight.now:
+            values = kind.to_host(x)
+            results = kind.in_place(out, (len(values), tensor.m))
+            if results is None or np.may_share_memory(results, values):
+                results = np.empty((len(values), tensor.m), np.float32)
+                self._multiply(tensor, values, results, int8)
+                kind.from_host(results, out)
+            else:
+                self._multiply(tensor, values, results, int8)
         return out
+
+    def _multiply(
+        self, tensor: Tensor, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], int8: bool
+    ) -> None:
+        """``y[n, m] = x[n, k] @ W^T``, both row-major in host memory."""
+        if not y.size:
+            self._weights[tensor].check()
+        elif self.gpu is not None:
+            self._calls.multiply_host(tensor, x, y, int8)
+        else:
+            address = self._weights[tensor].lease()
+            _cpu().matmul(tensor.format, address, tensor.m, tensor.k, x, y, "int8" if int8 else "f16")
 
     @untraced
     def plan(self, products: Iterable[tuple[str | Tensor, Any, Any]], *, activations: str | None = None) -> Plan:
@@ -232,24 +255,30 @@ class Engine(Closing):
             raise DeviceError(f"a plan is a CUDA graph, but this engine works {self.explanation}")
         if not listed:
             raise ArrayError("a plan needs a product at least")
-        with self._under_way():
+        with self._in_flight.now:
             return self._new_plan(self.gpu, listed, mode)
 
-    def _new_plan(self, gpu: GPU, listed: Sequence[tuple[str | Tensor, Any, Any]], mode: str) -> Plan:
+    def _new_plan(self, gpu: Device, listed: Sequence[tuple[str | Tensor, Any, Any]], mode: str) -> Plan:
         steps = []
+        checks: dict[Path, Callable[[], None]] = {}
         for number, (named, x, y) in enumerate(listed):
             tensor = self._tensor(named)
             kind = kind_of(x)
-            call, x_address, y_address = (None, 0, 0) if not kind.on_gpu else self._prepared(tensor, mode, kind, x, y)
+            call, x_address, y_address = (
+                self._calls.find(tensor, mode, kind, x, y) if kind.on_gpu else (None, 0, 0)
+            )
             if call is None:
                 raise ArrayError(
                     f"{self.model.path}: product {number} of the plan, with tensor {tensor.name!r}: x is in host "
                     f"memory. Move x and y to {self.device}."
                 )
-            check = self._checks.setdefault(tensor.info.path, functools.partial(self._weights.check, tensor))
-            steps.append(Step(call.product, x_address, y_address, check, (x, y)))
-        first = listed[0][1]
-        plan = Plan(self, gpu, steps, kind_of(first), first)
+            checks.setdefault(tensor.info.path, call.residency.check)
+            if call.prepared is not None:
+                steps.append(Step(call.prepared, call.residency.lease(), x_address, y_address))
+        kept = [(x, y) for _, x, y in listed]
+        first = kept[0][0]
+        stream_of = functools.partial(kind_of(first).stream, first)
+        plan = Plan(gpu, steps, len(listed), [*checks.values()], stream_of, kept, str(self.model.path))
         self._plans.add(plan)
         return plan
 
@@ -290,53 +319,42 @@ class Engine(Closing):
         whole = first == 0 and last_row is None
         rows = end - first
         block_format = tensor.format
-        with self._under_way():
-            address = self._weights.address(tensor) + first * block_format.row_nbytes(tensor.k)
+        with self._in_flight.now:
+            residency = self._weights[tensor]
+            address = residency.lease() + first * block_format.row_nbytes(tensor.k)
             if self.gpu is None:
                 out = np.empty((rows, tensor.k), np.float32)
                 if out.size:
                     _cpu().dequantize(block_format, address, rows, tensor.k, out)
             else:
-                out = self.gpu.dequantize_host(block_format, address, rows, tensor.k, self.gpu.stream)
+                from qmm.direct import dequantize_host
+
+                mapped = residency.layout().mapped
+                out = dequantize_host(
+                    self.gpu, block_format, address, rows, tensor.k, self.gpu.stream, mapped
+                )
         return out.reshape(tensor.shape) if whole else out
 
     def address(self, tensor: str | Tensor) -> int:
         """Where the engine's device reads the tensor's first byte; good until the engine is closed."""
         tensor = self._tensor(tensor)
-        with self._under_way():
-            return self._weights.address(tensor)
+        with self._in_flight.now:
+            return self._weights[tensor].lease()
 
     def close(self) -> None:
-        """Wait for calls of other threads and for the device, then give up copies, registrations and mappings. Twice is
-        harmless.
+        """Wait for calls of other threads and for the device, then give up copies, registrations and mappings.
+
+        Twice is harmless. If KeyboardInterrupt ends it, call it again.
 
         Raises:
             DeviceError, RegistrationError: work that was still queued failed.
         """
-        if self._uses is None:
-            return
         self._closed = True
         if self.forked:
             return
-        self._uses.end()
-        with handlers_held():  # half closed, it would never be closed, or before the device is done
-            if self._uses.last():
-                self._give_up()
-
-    def _give_up(self) -> None:
-        try:
-            if self.gpu is not None:
-                self.gpu.stop()
-                for plan in list(self._plans):
-                    plan.close()
-        finally:
-            try:
-                self._weights.close()
-            finally:
-                if self.gpu is not None:
-                    self.gpu.close()
-                if self._own_model is not None:
-                    self._own_model.close()
+        self._in_flight.now.end()
+        with self._closing:
+            self._held.close()
 
     def __copy__(self) -> Engine:
         return self
@@ -354,39 +372,22 @@ class Engine(Closing):
     @staticmethod
     def _try_registering(tensors: Iterable[Tensor], choice: Choice) -> bool:
         """Whether registering the tensors' files works, as far as a child process tells."""
-        from qmm.contact import first_contact
+        from qmm.loaders.access.preflight import first_contact
 
         assert choice.gpu is not None
         try:
             for mapping in {tensor.info.path: tensor.model.mapping(tensor.info.path) for tensor in tensors}.values():
-                first_contact(mapping, choice.gpu)
+                first_contact(mapping, choice.gpu.number, choice.gpu.name)
         except RegistrationError:
             if choice.placement == "mapped":
                 raise
             return False
         return True
 
-    def _under_way(self) -> memoryview:
-        """What a call holds in a ``with`` block, in which the engine stays as it is, whoever closes it."""
-        assert self._uses is not None
-        return self._uses.begin()
-
-    def _matmul_host(self, tensor: Tensor, x: npt.NDArray[np.float32], int8: bool) -> npt.NDArray[np.float32]:
-        address = self._weights.address(tensor)
-        if self.gpu is not None:
-            result: npt.NDArray[np.float32] = self.gpu.matmul_host(
-                tensor.format, address, tensor.m, tensor.k, x, int8, self.gpu.stream
-            )
-            return result
-        y = np.empty((len(x), tensor.m), np.float32)
-        if y.size:
-            _cpu().matmul(tensor.format, address, tensor.m, tensor.k, x, y, "int8" if int8 else "f16")
-        return y
-
     def _tensor(self, tensor: str | Tensor) -> Tensor:
         if self._closed:
             raise ClosedError(self._was_closed)
-        if self.gpu is not None and self.forked:
+        if self.gpu is not None and self._process != process.now:
             raise ClosedError(
                 f"{self.model.path}: the engine was made in process {self._process}, and CUDA does not survive a fork "
                 f"into {os.getpid()}. Make the engine in the child, or start it with the spawn method."
@@ -399,130 +400,18 @@ class Engine(Closing):
             return tensor
         return self.model[tensor]
 
-    def _prepared(self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any) -> tuple[_Call | None, int, int]:
-        """A product with arrays on the GPU, checked and prepared once for all calls that differ in addresses only.
 
-        Returns:
-            The call, None if ``x`` is in host memory; and the addresses of ``x`` and ``out``.
-        """
-        y_kind, y_address, of_y = None, 0, None
-        x_address, of_x = _signature(kind, x)
-        if out is not None:
-            y_kind = KINDS[type(out)]
-            y_address, of_y = _signature(y_kind, out)
-        key: Hashable = (tensor, mode, kind, x_address & 15, of_x, y_kind, y_address & 3, of_y)
-        call = self._calls.get(key)
-        if call is None and key not in self._calls:
-            call = self._keep(key, tensor, mode, kind, x, out)
-        if call is not None and call.product is not None and call.product.meet(x_address, y_address):
-            key = (key, "not apart")
-            call = self._calls.get(key) or self._keep(key, tensor, mode, kind, x, out, apart=False)
-        return call, x_address, y_address
-
-    def _keep(
-        self, key: Hashable, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any, apart: bool = True
-    ) -> _Call | None:
-        with self._under_way():
-            call = self._new_call(tensor, mode, kind, x, out, apart)
-        if len(self._calls) >= CALLS:
-            self._calls.clear()
-        self._calls[key] = call
-        return call
-
-    def _new_call(self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any, apart: bool) -> _Call | None:
-        self._check_activations(mode)
-        source = kind.view(x)
-        self._check_input(tensor, source)
-        if source.device is None or self.gpu is None:
-            return None
-        shape = (*source.shape[:-1], *tensor.shape[:-1])
-        if out is None:
-            target = kind.view(kind.empty(shape, x)).rows(len(source.shape) - 1)
-        else:
-            target = self._check_output(tensor, kind, source, out, shape)
-        address = self._weights.address(tensor)
-        if not math.prod(shape):
-            return _Call(None, shape)
-        for name, view in (("x", source), ("out", target)):
-            if not view.aligned:
-                raise ArrayError(
-                    f"{self.model.path}: tensor {tensor.name!r}: {name} begins at address {view.address:#x} and has "
-                    f"strides {view.strides}, but a GPU reads {view.dtype} at multiples of its size only. Pass a copy."
-                )
-        int8 = mode == "int8" and not tensor.format.plain
-        product = self.gpu.prepare(tensor.format, address, tensor.m, tensor.k, source, target, int8, apart)
-        return _Call(product, shape)
-
-    @staticmethod
-    def _check_activations(activations: str) -> None:
-        if activations not in ACTIVATIONS:
-            raise ArrayError(f"there are no activations {activations!r}; choose one of {', '.join(ACTIVATIONS)}")
-
-    def _check_input(self, tensor: Tensor, x: View) -> None:
-        what = f"{self.model.path}: tensor {tensor.name!r}"
-        if not x.shape or x.shape[-1] != tensor.k:
-            raise ArrayError(
-                f"{what} has k = {tensor.k} weights a row, but x has shape {x.shape}; "
-                f"its last dimension must be {tensor.k}"
-            )
-        if x.device is not None and f"cuda:{x.device}" != self.device:
-            raise ArrayError(
-                f"{what}: x is on CUDA device {x.device}, but the engine works on {self.device}. "
-                "Move x to host memory, or make the engine with that device."
-            )
-
-    def _check_output(self, tensor: Tensor, kind: ArrayKind, x: View, out: Any, shape: tuple[int, ...]) -> View:
-        """``out`` as ``(..., m)``, if it can take the product."""
-        what = f"{self.model.path}: tensor {tensor.name!r}"
-        if kind_of(out) is not kind:
-            raise ArrayError(f"{what}: x is a {kind.name} array, but out is a {kind_of(out).name} array; use one kind")
-        view = kind.view(out)
-        if view.shape != shape:
-            raise ArrayError(f"{what}: out has shape {view.shape}; this product has {shape}")
-        if view.device != x.device:
-            where = ["host memory" if device is None else f"CUDA device {device}" for device in (x.device, view.device)]
-            raise ArrayError(f"{what}: x is in {where[0]}, but out in {where[1]}; use one place")
-        if view.overlaps_itself:
-            raise ArrayError(f"{what}: out is a broadcast array, whose elements share memory; pass a contiguous one")
-        if not view.writable:
-            why = (
-                "made in torch.inference_mode(), and can be written to only there"
-                if kind.name == "PyTorch"
-                else "read-only"
-            )
-            raise ArrayError(f"{what}: out is {why}")
-        return view.rows(len(x.shape) - 1)
+def _close_all(plans: Iterable[Plan]) -> None:
+    for plan in list(plans):
+        plan.close()
 
 
 @functools.cache
 def _cpu() -> ModuleType:
-    """The CPU schedules. A Ctrl-C is heard once they are there: it would become an ImportError in Numba's C parts."""
+    """The CPU schedules."""
     from qmm.kernels.runtime.compiler import check_cpu
 
     check_cpu()  # Numba cannot even be imported with some settings
-    with handlers_held():
-        from qmm.kernels.ops.cpu import products as cpu
+    from qmm.kernels.ops.cpu import products as cpu
+
     return cpu
-
-
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-def _note_fork() -> None:
-    for engine in list(_engines):
-        engine.forked = True
-        if engine._uses is not None:
-            engine._uses = Uses(engine._was_closed)  # the parent's threads are not here, and what they use does not end
-
-
-if hasattr(os, "register_at_fork"):  # asking for the process number at each product would take a system call
-    os.register_at_fork(after_in_child=_note_fork)
-
-
-def _signature(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:
-    """As the array's kind has it, or whatever error says why there is none."""
-    try:
-        return kind.signature(array)
-    except Exception:  # each library's own, of an array that has no address
-        view = kind.view(array)
-        return view.address, view

@@ -1,80 +1,265 @@
-"""A sequence of products that is prepared once and run again and again."""
+"""CUDA graphs: work that is captured once and launched again and again, and plans of products made of that."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, NamedTuple
 
-from qmm.arrays import ArrayKind, stream_handle
+from qmm.arrays import stream_handle
+from qmm.cuda import CudaCallError, call, current_device, runtime
+from qmm.device import Device, Prepared
 from qmm.errors import ClosedError, DeviceError
-from qmm.loaders.closing import Closing
-from qmm.signals import handlers_held
+from qmm.kernels.ops.matvec.plan import NOTHING, Product, Region
+from qmm.loaders.closing import Resource
 from qmm.tracing import outside, untraced, watched
 
-if TYPE_CHECKING:
-    from qmm.device import GPU, Product
-    from qmm.engine import Engine
-
-__all__ = ["Plan", "Step"]
+__all__ = ["Graph", "Plan", "Step", "capture", "queue_sequence", "replay", "time_ms"]
 
 
-class Step:
-    """One product of a plan, with the arrays that it reads and writes."""
+class Graph(Resource):
+    """A captured sequence of work, which can be launched again and again."""
 
-    def __init__(self, product: Product | None, x: int, y: int, check: Callable[[], None], kept: object) -> None:
-        """Put one together.
+    def __init__(self, device: Device, graph: object) -> None:
+        self._device = device
+        self._ended = False
+        self._held = ExitStack()
+        self._held.callback(call, "cudaGraphDestroy", graph)
+        try:
+            self._executable = call("cudaGraphInstantiate", graph, 0)
+        except BaseException:
+            self._held.close()
+            self._ended = True
+            raise
+        self._held.callback(call, "cudaGraphExecDestroy", self._executable)
 
-        Args:
-            product: what to queue; None for an empty one.
-            x: the address of the activations.
-            y: the address of the results.
-            check: raises if the weights may not be read any more.
-            kept: what must live as long as the step.
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or this is a forked child."""
+        return self._ended or self._device.forked
+
+    def launch(self, stream: int) -> None:
+        """Put one replay on a stream.
+
+        Raises:
+            ClosedError: it was closed.
+            DeviceError: CUDA refused.
         """
-        self.product, self.x, self.y, self.check, self.kept = product, x, y, check, kept
+        self._device.put("launching a graph", self._launch, stream)
+
+    def _launch(self, stream: int) -> None:
+        if self._ended:
+            raise ClosedError("the graph was closed meanwhile, by another thread. Make another one.")
+        call("cudaGraphLaunch", self._executable, stream)
+
+    def close(self) -> None:
+        """Free it; the device must be done with it. Twice is harmless."""
+        if self.closed:
+            return
+        with self._device.lock:
+            self._ended = True
+            with self._device.errors("freeing a graph"), current_device(self._device.number):
+                self._held.close()
 
 
-class Plan(Closing):
-    """Products in a fixed order, captured into one CUDA graph. Made by :meth:`qmm.Engine.plan`; a context manager.
+def capture(device: Device, work: Callable[[], object], stream: int, batch: int = 1) -> Graph:
+    """Keep what ``work()`` queues on a stream, as a graph, instead of running it.
+
+    Args:
+        device: where.
+        work: launches and copies, with no allocation left to make: call it once before.
+        stream: a handle other than 0.
+        batch: calls of ``work`` in one replay.
+
+    Raises:
+        DeviceError: something in it cannot be captured.
+    """
+    mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    with device.errors("capturing a graph"), current_device(device.number):
+        call("cudaStreamBeginCapture", stream, mode)
+        try:
+            for _ in range(batch):
+                work()
+        except BaseException:  # a stream left capturing would be of no use to anyone
+            with suppress(CudaCallError):  # what failed may have ended it
+                call("cudaGraphDestroy", call("cudaStreamEndCapture", stream))
+            raise
+        return Graph(device, call("cudaStreamEndCapture", stream))
+
+
+@contextmanager
+def replay(device: Device, work: Callable[[], object], stream: int, batch: int = 1) -> Iterator[Callable[[], None]]:
+    """Capture calls of ``work()``, for use inside the ``with`` block; arguments as for :func:`capture`.
+
+    Yields:
+        A function that puts one replay on the stream.
+    """
+    with capture(device, work, stream, batch) as graph:
+        yield lambda: graph.launch(stream)
+        device.synchronize(stream)
+
+
+def time_ms(device: Device, work: Callable[[], object], stream: int, repeats: int, batch: int = 8) -> list[float]:
+    """Milliseconds of device time that ``work()`` takes.
+
+    Replays of a graph are timed: what Python does between launches, about 0.1 ms a product, is not in it.
+
+    Args:
+        device: where.
+        work: as for :func:`capture`.
+        stream: as for :func:`capture`.
+        repeats: replays.
+        batch: calls in one replay.
+
+    Returns:
+        The time of one call, as the mean of each replay.
+    """
+    with (
+        replay(device, work, stream, batch) as again,
+        device.errors("timing"),
+        current_device(device.number),
+        device.events() as (start, end),
+    ):
+        times = []
+        for _ in range(repeats + 1):
+            call("cudaEventRecord", start, stream)
+            again()
+            call("cudaEventRecord", end, stream)
+            call("cudaEventSynchronize", end)
+            times.append(float(call("cudaEventElapsedTime", start, end)) / batch)
+        return times[1:]  # the first replay uploads the graph
+
+
+class Step(NamedTuple):
+    """One product of a sequence: prepared, with the addresses of its weight, activations and results."""
+
+    prepared: Prepared
+    weights: int
+    x: int
+    y: int
+
+    @property
+    def product(self) -> Product:
+        """What was planned."""
+        assert isinstance(self.prepared.work, Product)
+        return self.prepared.work
+
+
+def queue_sequence(
+    device: Device, steps: Sequence[Step], stream: int, workspace: int, share_activations: bool = True
+) -> None:
+    """Put products on a stream, one after the other.
+
+    While one ends, some of the next one's weights is brought into L2. One that reads the activations that the product
+    before it has quantized, the same way, does not quantize them again.
+
+    Args:
+        device: where.
+        steps: the products; they share the workspace.
+        stream: a stream's handle.
+        workspace: the address of as many bytes as the largest of them needs; 0 where none needs any.
+        share_activations: unset, each quantizes for itself.
+    """
+    quantized: Step | None = None
+    with device.lock:
+        for step, following in itertools.zip_longest(steps, steps[1:]):
+            shared = share_activations and quantized is not None and _same_activations(quantized, step)
+            skip = step.product.quantize_launches if shared else 0
+            _set_next_prefetch(step, following)
+            try:
+                device.queue(step.prepared, step.weights, step.x, step.y, stream, workspace, skip)
+            finally:
+                _set_next_prefetch(step, None)
+            if step.product.quantized is not None and not skip:
+                quantized = step
+            if quantized and _writes_activations(step, quantized):
+                quantized = None
+
+
+def _same_activations(first: Step, second: Step) -> bool:
+    """Whether the second product would quantize what the first has quantized, to the same place."""
+    return (
+        first.x == second.x
+        and first.product.quantized is not None
+        and first.product.quantized == second.product.quantized
+        and first.product.x == second.product.x
+    )
+
+
+def _writes_activations(step: Step, quantized: Step) -> bool:
+    """Whether a product's results lie where another's activations do, or may."""
+    (x_low, x_high), (y_low, y_high) = quantized.product.x.reach, step.product.y.reach
+    return quantized.x + x_low < step.y + y_high and step.y + y_low < quantized.x + x_high
+
+
+def _set_next_prefetch(step: Step, following: Step | None) -> None:
+    """Have the launches of a product from now on bring the beginning of another one's weights into L2, or nothing."""
+    number = step.product.prefetches
+    if number is None:
+        return
+    region: Region = following.product.prefetch_region if following else NOTHING
+    launch = step.prepared.launches[number]
+    launch.cell("next_weights").value = following.weights if following and region != NOTHING else 0
+    launch.cell("next_row_nbytes").value = region.row_nbytes
+    launch.cell("next_rows").value = region.rows
+    launch.cell("next_nbytes").value = region.nbytes
+
+
+class Plan(Resource):
+    """Products in a fixed order, captured into one CUDA graph: what :meth:`qmm.Engine.plan` returns; a context manager.
 
     Calling it queues them all: the arrays are read and written in place, in the state that they are in then. A product
-    may read what one before it wrote. While one ends, the beginning of the next one's weights is already brought into
-    the GPU's L2 cache (from sm_90 on, and not from mapped memory). The plan keeps the arrays alive, and the engine ends
-    it when it is closed.
+    may read what one before it wrote. Products that follow each other with the same ``x`` quantize it once. While one
+    ends, the beginning of the next one's weights is already brought into the GPU's L2 cache (from sm_90 on, and not
+    from mapped memory). The plan keeps the arrays alive, and the engine closes it when it is closed.
     """
 
-    def __init__(self, engine: Engine, gpu: GPU, steps: Sequence[Step], kind: ArrayKind, first: Any) -> None:
-        self._closed = True  # until there is something to close
-        self._engine = engine
-        self._gpu = gpu
-        self._kept = [step.kept for step in steps]
-        self._checks = list({step.check: None for step in steps})
-        self._kind, self._first = kind, first
-        self._steps = len(steps)
-        # Of its own: engine.matmul may use the engine's on the same stream, between the plan's replays or in them.
-        nbytes = max((step.product.scratch_nbytes for step in steps if step.product is not None), default=0)
-        self._scratch = gpu.allocate(nbytes, "a plan's scratch memory") if nbytes else 0
-        products = [(step.product, step.x, step.y) for step in steps if step.product is not None]
+    def __init__(
+        self,
+        device: Device,
+        steps: Sequence[Step],
+        length: int,
+        checks: Sequence[Callable[[], None]],
+        stream_of: Callable[[], int],
+        kept: list[Any],
+        name: str,
+    ) -> None:
+        """Capture a sequence.
 
+        Args:
+            device: where it runs.
+            steps: its products, without empty ones.
+            length: of how many products the user knows.
+            checks: raise if the weights may not be read any more.
+            stream_of: the stream that the library of the first ``x`` uses now.
+            kept: the arrays.
+            name: of the model, for messages.
+        """
+        self._closed = True  # until there is something to close
+        self._device, self._length, self._checks, self._name = device, length, list(checks), name
+        self._stream_of, self._kept = stream_of, kept
+        # Of its own: engine.matmul may use the engine's on the same stream, between the plan's replays or in them.
+        nbytes = max((step.product.workspace_nbytes for step in steps), default=0)
+        self._workspace = device.allocate(nbytes, "a plan's workspace") if nbytes else 0
         try:
-            with gpu.fresh_stream() as stream:  # on the engine's, work of other threads would be captured too
-                self._graph = gpu.capture(lambda: gpu.sequence(products, stream, self._scratch), stream)
+            with device.temporary_stream() as stream:  # on the engine's, work of other threads would be captured too
+                self._graph = capture(device, lambda: queue_sequence(device, steps, stream, self._workspace), stream)
         except BaseException:
-            if self._scratch:
+            if self._workspace:
                 with suppress(DeviceError):  # the error at hand is the one to show
-                    gpu.free(self._scratch)
+                    device.free(self._workspace)
             raise
         self._closed = False
 
     def __len__(self) -> int:
         """How many products it has."""
-        return self._steps
+        return self._length
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed, by itself or with its engine."""
-        return self._closed or self._engine.closed
+        """Whether it was closed, by itself or with its engine; or this is a forked child."""
+        return self._closed or self._device.forked
 
     @untraced
     def __call__(self, stream: Any = None) -> None:
@@ -92,12 +277,11 @@ class Plan(Closing):
         if watched():
             outside(Plan.__call__)(self, stream)
             return
-        first = self._first  # another thread may close the plan meanwhile
-        if self.closed or first is None:
-            raise ClosedError(f"{self._engine.model.path}: the plan was closed, or its engine was. Make another one.")
+        if self.closed:
+            raise ClosedError(f"{self._name}: the plan was closed, or its engine was. Make another one.")
         for check in self._checks:
             check()
-        self._graph.launch(self._kind.stream(first) if stream is None else stream_handle(stream))
+        self._graph.launch(self._stream_of() if stream is None else stream_handle(stream))
 
     def close(self) -> None:
         """Wait for the device, and give up the graph and the arrays. Twice is harmless.
@@ -105,25 +289,19 @@ class Plan(Closing):
         Raises:
             DeviceError: work that was still queued failed.
         """
-        with handlers_held():  # half closed, it would never be closed, or before the device is done
-            if not self._closed:
-                self._closed = True
-                self._give_up()
-
-    def _give_up(self) -> None:
-        if self._engine.forked or not self._graph.end():
-            return  # what CUDA holds is the parent's; or another thread closes it
+        if self.closed:
+            return
+        self._closed = True
         try:
-            self._gpu.drain()
+            self._device.drain()
         finally:
             self._kept.clear()  # not before: their libraries would lend the memory to others while it is still used
-            self._first = None
             self._graph.close()
-            if self._scratch:
-                self._gpu.free(self._scratch)
+            if self._workspace:
+                self._device.free(self._workspace)
 
     def _why_not_copied(self) -> str:
         return "copied or pickled: it reads and writes the arrays that it was made with. Make another: engine.plan(...)"
 
     def __repr__(self) -> str:
-        return f"<Plan of {self._steps} products on {self._engine.device}{' (closed)' if self.closed else ''}>"
+        return f"<Plan of {self._length} products on cuda:{self._device.number}{' (closed)' if self._closed else ''}>"

@@ -13,19 +13,16 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from qmm.arrays import View
 from qmm.kernels.formats import FORMATS
+from qmm.kernels.ops.matvec.plan import plan
+from qmm.kernels.ops.op import Operand, WeightLayout
 from qmm.kernels.ops.cpu.products import available_cpus
 
 if TYPE_CHECKING:
     from benchmarks.support.placed import Weight
-    from qmm.device import GPU
+    from qmm.device import Device
 
 __all__ = ["compile_all"]
-
-ADDRESS = 4096
-"""Stands for every array: only what it divides by counts."""
-
 
 def compile_all(cases: Iterable[tuple[Weight, int]]) -> None:
     """Fills the kernel cache with what these weights need for these numbers of columns."""
@@ -37,15 +34,14 @@ def compile_all(cases: Iterable[tuple[Weight, int]]) -> None:
 
 def _compile(weight: Weight, n: int) -> None:
     gpu = _gpu()
-    x = View((n, weight.k), (4 * weight.k, 4), "float32", ADDRESS, gpu.device)
-    y = View((n, weight.m), (4 * weight.m, 4), "float32", ADDRESS, gpu.device)
     form = FORMATS[weight.type]
-    with mock.patch.object(gpu, "_in_host_memory", return_value=weight.placement == "mapped"):
-        gpu.prepare(form, ADDRESS, weight.m, weight.k, x, y, not form.plain)
+    layout = WeightLayout(16, weight.placement == "mapped")
+    x, y = Operand.contiguous(n, weight.k), Operand.contiguous(n, weight.m)
+    gpu.prepare(plan(form, weight.m, weight.k, layout, x, y, not form.plain, gpu.architecture), "compiling")
 
 
 @functools.cache
-def _gpu() -> GPU:
-    from qmm.device import GPU
+def _gpu() -> Device:
+    from qmm.device import Device
 
-    return GPU(0)
+    return Device(0)

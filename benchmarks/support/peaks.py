@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.support.rounds import Quantiles, Side, take_turns
-from qmm.cuda import attribute, current_device
 
 if TYPE_CHECKING:
-    from qmm.device import GPU
+    from qmm.device import Device
 
 __all__ = ["Reading", "best_reading", "device_reading", "filled", "l2_nbytes", "rotated_nbytes"]
 
-BLOCKS_PER_MULTIPROCESSOR = (1, 2, 4, 8)
+CTAS_PER_SM = (1, 2, 4, 8)
 IN_FLIGHT = (2, 4, 8)
 GIB = 1 << 30
 PATTERN_NBYTES = 1 << 24
@@ -35,7 +34,7 @@ class Reading:
 
     source: int
     nbytes: int
-    blocks: int
+    ctas: int
     in_flight: int
     seconds: Quantiles
 
@@ -50,39 +49,38 @@ class Reading:
             "GB/s p10": self.nbytes / self.seconds.p90 / 1e9,
             "GB/s p90": self.nbytes / self.seconds.p10 / 1e9,
             "bytes": self.nbytes,
-            "blocks": self.blocks,
+            "ctas": self.ctas,
             "loads in flight": self.in_flight,
         }
 
 
-def l2_nbytes(gpu: GPU) -> int:
-    return attribute("L2CacheSize", gpu.device)
+def l2_nbytes(gpu: Device) -> int:
+    return gpu.architecture.l2_nbytes
 
 
-def rotated_nbytes(gpu: GPU) -> int:
+def rotated_nbytes(gpu: Device) -> int:
     """How many bytes of weights a rotation must have at least, for none to be found in L2 when its turn comes."""
     return max(1 << 28, 4 * l2_nbytes(gpu))
 
 
-def side(gpu: GPU, source: int, nbytes: int, target: int, blocks: int, in_flight: int, name: str = "read") -> Side:
+def side(gpu: Device, source: int, nbytes: int, target: int, ctas: int, in_flight: int, name: str = "read") -> Side:
     """A reading as a competitor of products."""
-    from qmm.kernels.runtime import launch
+    from qmm.kernels.ops import read
 
-    kernel = launch.checksum_kernel(in_flight)
+    prepared = gpu.prepare(read.plan_checksum(nbytes, ctas, in_flight), "a reading")
 
     def queue() -> None:
-        with current_device(gpu.device):
-            kernel.launch(gpu.device, blocks, gpu.stream, source, nbytes, target)
+        gpu.queue(prepared, source, 0, target, gpu.stream)
 
     return Side(name, queue, lambda: gpu.synchronize(gpu.stream))
 
 
 @contextlib.contextmanager
-def target(gpu: GPU) -> Iterator[int]:
+def target(gpu: Device) -> Iterator[int]:
     """Memory for what the kernel stores."""
-    from qmm.kernels.ops.matvec.plan import WARPS
+    from qmm.kernels.ops.layout import WARPS
 
-    threads = max(BLOCKS_PER_MULTIPROCESSOR) * gpu.multiprocessors * 32 * WARPS
+    threads = max(CTAS_PER_SM) * gpu.architecture.sms * 32 * WARPS
     address = gpu.allocate(4 * threads, "checksums")
     try:
         yield address
@@ -90,26 +88,26 @@ def target(gpu: GPU) -> Iterator[int]:
         gpu.free(address)
 
 
-def best_reading(gpu: GPU, source: int, nbytes: int, rounds: int = 15) -> Reading:
+def best_reading(gpu: Device, source: int, nbytes: int, rounds: int = 15) -> Reading:
     """The fastest way to read ``nbytes`` at ``source``, among those tried."""
     with target(gpu) as stored:
         tried = []
-        for blocks in (gpu.multiprocessors * count for count in BLOCKS_PER_MULTIPROCESSOR):
+        for ctas in (gpu.architecture.sms * count for count in CTAS_PER_SM):
             for in_flight in IN_FLIGHT:
-                quantiles = take_turns(None, [side(gpu, source, nbytes, stored, blocks, in_flight)], 3)["read"]
-                tried.append((quantiles.median, blocks, in_flight))
-        _, blocks, in_flight = min(tried)
-        quantiles = take_turns(None, [side(gpu, source, nbytes, stored, blocks, in_flight)], rounds)["read"]
-    return Reading(source, nbytes, blocks, in_flight, quantiles)
+                quantiles = take_turns(None, [side(gpu, source, nbytes, stored, ctas, in_flight)], 3)["read"]
+                tried.append((quantiles.median, ctas, in_flight))
+        _, ctas, in_flight = min(tried)
+        quantiles = take_turns(None, [side(gpu, source, nbytes, stored, ctas, in_flight)], rounds)["read"]
+    return Reading(source, nbytes, ctas, in_flight, quantiles)
 
 
-def filled(gpu: GPU, address: int, nbytes: int, pattern: int, pattern_nbytes: int) -> None:
+def filled(gpu: Device, address: int, nbytes: int, pattern: int, pattern_nbytes: int) -> None:
     """Repeats ``pattern`` from one address of the device to another, until ``nbytes`` are full; queued, not awaited."""
     for start in range(0, nbytes, pattern_nbytes):
         gpu.copy(address + start, pattern, min(pattern_nbytes, nbytes - start), gpu.stream)
 
 
-def device_reading(gpu: GPU) -> Reading:
+def device_reading(gpu: Device) -> Reading:
     """The read peak of device memory."""
     nbytes = max(GIB, 4 * l2_nbytes(gpu))
     random = np.random.default_rng(0).integers(0, 256, PATTERN_NBYTES, np.uint8)

@@ -22,11 +22,14 @@ from gguf_files import nbytes_of, random_blocks, write_gguf
 import qmm
 from benchmarks.support import ggml_gpu, peaks
 from benchmarks.support.rounds import Side
+from qmm import direct
 from qmm.arrays import View
+from qmm.graph import Step, queue_sequence, replay
 from qmm.kernels.formats import FORMATS
+from qmm.kernels.ops.op import WeightLayout
 
 if TYPE_CHECKING:
-    from qmm.device import GPU, Product
+    from qmm.device import Device
 
 __all__ = ["GRAPH_PRODUCTS", "Pattern", "Placed", "Weight", "in_a_mapped_file", "in_device_memory", "links"]
 
@@ -76,7 +79,7 @@ class Pattern:
 class Placed:
     """Copies of a weight where qmm reads them, and, for the placement ``device``, where ggml does."""
 
-    def __init__(self, weight: Weight, pattern: Pattern, gpu: GPU, addresses: list[int]) -> None:
+    def __init__(self, weight: Weight, pattern: Pattern, gpu: Device, addresses: list[int]) -> None:
         self.weight, self.pattern, self.gpu, self.addresses = weight, pattern, gpu, addresses
         self.products = max(LEAST_PRODUCTS, len(addresses))
         self.ggml: ggml_gpu.Weights | None = None
@@ -95,30 +98,31 @@ class Placed:
             y_nbytes = -(-4 * n * weight.m // 256) * 256
             y_address = allocated(gpu, self.products * y_nbytes, made)
             gpu.copy(x_address, x.ctypes.data, x.nbytes, gpu.stream)
-            x_view = View(x.shape, x.strides, "float32", x_address, gpu.device)
+            x_view = View(x.shape, x.strides, "float32", x_address, gpu.number)
 
-            def product(i: int) -> tuple[Product, int, int]:
+            def product(i: int) -> Step:
                 address = self.addresses[i % len(self.addresses)]
-                y_view = View((n, weight.m), (4 * weight.m, 4), "float32", y_address + i * y_nbytes, gpu.device)
+                y_view = View((n, weight.m), (4 * weight.m, 4), "float32", y_address + i * y_nbytes, gpu.number)
                 form = FORMATS[weight.type]
-                prepared = gpu.prepare(form, address, weight.m, weight.k, x_view, y_view, not form.plain)
-                return prepared, x_address, y_view.address
+                layout = WeightLayout.at(address, weight.placement == "mapped")
+                prepared = direct.prepare(gpu, form, layout, weight.m, weight.k, x_view, y_view, not form.plain)
+                return Step(prepared, address, x_address, y_view.address)
 
-            def as_in_a_plan(products: Sequence[tuple[Product, int, int]]) -> None:
-                gpu.sequence(products, gpu.stream, scratch)
+            def as_in_a_plan(steps: Sequence[Step]) -> None:
+                queue_sequence(gpu, steps, gpu.stream, workspace, share_activations=False)
 
-            def one_by_one(products: Sequence[tuple[Product, int, int]]) -> None:
-                for prepared, *addresses in products:
-                    gpu.queue(prepared, *addresses, gpu.stream, scratch)
+            def one_by_one(steps: Sequence[Step]) -> None:
+                for step in steps:
+                    gpu.queue(*step, gpu.stream, workspace)
 
             products = [product(i) for i in range(self.products)]  # this compiles
-            nbytes = products[0][0].scratch_nbytes
-            scratch = allocated(gpu, nbytes, made) if nbytes else 0
+            nbytes = products[0].product.workspace_nbytes
+            workspace = allocated(gpu, nbytes, made) if nbytes else 0
             parts = [products[start : start + GRAPH_PRODUCTS] for start in range(0, self.products, GRAPH_PRODUCTS)]
 
-            def side(name: str, queue_products: Callable[[Sequence[tuple[Product, int, int]]], None]) -> Side:
+            def side(name: str, queue_products: Callable[[Sequence[Step]], None]) -> Side:
                 replays = [
-                    made.enter_context(gpu.replay(functools.partial(queue_products, part), gpu.stream))
+                    made.enter_context(replay(gpu, functools.partial(queue_products, part), gpu.stream))
                     for part in parts
                 ]
 
@@ -153,19 +157,19 @@ class Placed:
             product.close()
 
 
-def allocated(gpu: GPU, nbytes: int, made: contextlib.ExitStack) -> int:
+def allocated(gpu: Device, nbytes: int, made: contextlib.ExitStack) -> int:
     """Device memory that lives as long as the stack."""
     address = gpu.allocate(nbytes, "a benchmark")
     made.callback(gpu.free, address)
     return address
 
 
-def copies_of(weight: Weight, gpu: GPU, least: int) -> int:
+def copies_of(weight: Weight, gpu: Device, least: int) -> int:
     return max(least, math.ceil(peaks.rotated_nbytes(gpu) / weight.nbytes))
 
 
 @contextlib.contextmanager
-def in_device_memory(weight: Weight, gpu: GPU, backend: ggml_gpu.Backend | None) -> Iterator[Placed]:
+def in_device_memory(weight: Weight, gpu: Device, backend: ggml_gpu.Backend | None) -> Iterator[Placed]:
     """Copies in device memory: one transfer from the host, then the device's own copies, for both sides."""
     pattern = Pattern(weight)
     copies = copies_of(weight, gpu, 2)
@@ -192,7 +196,7 @@ def in_device_memory(weight: Weight, gpu: GPU, backend: ggml_gpu.Backend | None)
 
 
 @contextlib.contextmanager
-def in_a_mapped_file(weight: Weight, gpu: GPU, path: Path) -> Iterator[Placed]:
+def in_a_mapped_file(weight: Weight, gpu: Device, path: Path) -> Iterator[Placed]:
     """Copies in one GGUF file that is mapped and registered, all under names of their own."""
     pattern = Pattern(weight)
     data = pattern.whole()
@@ -222,12 +226,12 @@ def links(placed: Placed) -> Iterator[list[Side]]:
         stored = made.enter_context(peaks.target(gpu))
         copied = allocated(gpu, nbytes, made)
         yield [
-            peaks.side(gpu, source, nbytes, stored, reading.blocks, reading.in_flight),
+            peaks.side(gpu, source, nbytes, stored, reading.ctas, reading.in_flight),
             Side("dma", lambda: gpu.copy(copied, source, nbytes, gpu.stream), lambda: gpu.synchronize(gpu.stream)),
         ]
 
 
 @functools.lru_cache(maxsize=1)
-def mapped_reading(gpu: GPU, source: int, nbytes: int) -> peaks.Reading:
+def mapped_reading(gpu: Device, source: int, nbytes: int) -> peaks.Reading:
     """The best way to read these pages; tried once a file."""
     return peaks.best_reading(gpu, source, nbytes, rounds=1)

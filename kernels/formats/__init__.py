@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from qmm.kernels.formats import bf16, f16, f32, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
-from qmm.kernels.formats.format import Format
+from qmm.kernels.formats.format import Format, FormatConstants
 
-__all__ = ["FORMATS", "Format"]
+__all__ = ["FORMATS", "Format", "c"]
+
+c = FormatConstants.placeholder()
+"""What kernels of any format read their compile-time constants from."""
 
 FORMATS: dict[str, Format] = {
     module.FORMAT.name: module.FORMAT

@@ -7,7 +7,35 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-__all__ = ["Format"]
+from qmm.kernels.lang.constants import Constants
+
+__all__ = ["Format", "FormatConstants"]
+
+
+@dataclass(frozen=True)
+class FormatConstants(Constants):
+    """What every kernel that reads blocks is specialized with."""
+
+    BLOCK_NBYTES: int
+    """Bytes of a block."""
+    BLOCK_RUNS: int
+    """Runs of 16 weights in a block."""
+    LANES: int
+    """Lanes that share a block."""
+    RUNS: int
+    """Runs that a lane unpacks."""
+    HAS_MINIMUM: bool
+    """Whether a run has a minimum."""
+    PLAIN: bool
+    """Whether blocks are plain numbers, of which a row's last block may have fewer."""
+    SHORT: bool
+    """Whether these have at most 11 significant bits."""
+    load: Callable[..., Any]
+    """The registers that a lane loads of a block: ``load(block, lane)``."""
+    unpack: Callable[..., Any]
+    """Their runs: ``unpack(lane, *registers)``."""
+    position: Callable[[int, int], int]
+    """Which run of the block a lane's is: ``position(lane, i)``."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +91,20 @@ class Format:
         if gcd(self.block_nbytes, 16) % self.alignment:
             raise ValueError(f"{self.name}: blocks of {self.block_nbytes} bytes cannot keep to {self.alignment}")
 
-    def constants(self, product: bool = False) -> dict[str, Any]:
+    def constants(self, product: bool = False) -> FormatConstants:
         """What every kernel of the format is specialized with, be it a product or not."""
-        return {
-            "BLOCK_NBYTES": self.block_nbytes,
-            "BLOCK_RUNS": self.block_weights // 16,
-            "HAS_MINIMUM": self.has_minimum,
-            "LANES": self.lanes,
-            "PLAIN": self.plain,
-            "RUNS": self.runs,
-            "SHORT": self.short,
-            "load": self.load,
-            "position": self.position,
-            "unpack": (product and self.unpack_product) or self.unpack,
-        }
+        return FormatConstants(
+            BLOCK_NBYTES=self.block_nbytes,
+            BLOCK_RUNS=self.block_weights // 16,
+            LANES=self.lanes,
+            RUNS=self.runs,
+            HAS_MINIMUM=self.has_minimum,
+            PLAIN=self.plain,
+            SHORT=self.short,
+            load=self.load,
+            unpack=(product and self.unpack_product) or self.unpack,
+            position=self.position,
+        )
 
     def run_step(self, at_once: int = 1) -> int:
         """How far apart the runs of a lane are, of which every ``at_once``-th counts, where that is one even number for

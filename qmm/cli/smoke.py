@@ -62,10 +62,9 @@ class _Smoke:
     def initialise(self) -> str:
         info = self.gpu_info = gpu_info(self.device)
         require_compiler()
-        from qmm.device import GPU
+        from qmm.device import Device
 
-        self.gpu = GPU(self.device)
-        self.cleanup.callback(self.gpu.close)
+        self.gpu = self.cleanup.enter_context(Device(self.device))
         capability = ".".join(map(str, info.capability))
         reads = "can" if info.maps_read_only else "cannot"
         return f"{info.name}, compute capability {capability}, {reads} register read-only memory"
@@ -97,7 +96,9 @@ class _Smoke:
         return f"{on_disk:,} bytes, as on disk; the last tensor ends at byte {end:,}"
 
     def read(self) -> str:
-        found = self.gpu.read_bytes(self.address, len(MAGIC), self.gpu.stream)
+        from qmm.direct import read_bytes
+
+        found = read_bytes(self.gpu, self.address, len(MAGIC), self.gpu.stream)
         if found != MAGIC:
             raise RegistrationError(f"a kernel read {found!r} at 0x{self.address:x}, where the file has {MAGIC!r}")
         return f"a kernel read {found!r} at 0x{self.address:x}"

@@ -171,14 +171,15 @@ def median_ms(engine: Engine, tensor: Tensor, n: int, mode: str, repeats: int, s
 
     gpu = engine.gpu
     assert gpu is not None
-    with cuda.gpus[gpu.device]:
+    from qmm.graph import time_ms
+
+    with cuda.gpus[gpu.number]:
         x_device = cuda.to_device(x)
         out_device = cuda.device_array((n, *tensor.shape[:-1]), np.float32)
         work = functools.partial(engine.matmul, tensor, x_device, out_device, gpu.stream, activations=mode)
         work()
         gpu.synchronize(gpu.stream)
-        device_times: list[float] = gpu.time(work, gpu.stream, repeats)
-        return statistics.median(device_times)
+        return statistics.median(time_ms(gpu, work, gpu.stream, repeats))
 
 
 def _wall_ms(engine: Engine, tensor: Tensor, x: Floats, out: Floats, mode: str) -> float:

@@ -195,9 +195,9 @@ class _Bench(Closing):
         if gpu is None:
             made = HostGuard(nbytes)
         elif placement == "mapped" and of_weights:
-            made = HostGuard(nbytes, gpu.device)
+            made = HostGuard(nbytes, gpu.number)
         else:
-            made = DeviceGuard(nbytes, gpu.device)
+            made = DeviceGuard(nbytes, gpu.number)
         return self._made.enter_context(made)
 
     def close(self) -> None:
@@ -273,10 +273,13 @@ class _Bench(Closing):
             x_there, y_there = _array(self.x, x_at, (n, k)), _array(self.y, y_at, (n, m))
             cpu.matmul(tensor.format, address, m, k, x_there, y_there, mode)
         elif n * m and gpu is not None:
-            x_view = View((n, k), (4 * k, 4), "float32", self.x.address + x_at, gpu.device)
-            y_view = View((n, m), (4 * m, 4), "float32", self.y.address + y_at, gpu.device)
+            x_view = View((n, k), (4 * k, 4), "float32", self.x.address + x_at, gpu.number)
+            y_view = View((n, m), (4 * m, 4), "float32", self.y.address + y_at, gpu.number)
             int8 = mode == "int8" and not tensor.format.plain
-            gpu.matmul(tensor.format, address, m, k, x_view, y_view, int8, gpu.stream)
+            from qmm import direct
+
+            mapped = self.engine.placement == "mapped"
+            direct.matmul(gpu, tensor.format, address, m, k, x_view, y_view, int8, gpu.stream, mapped)
             gpu.synchronize(gpu.stream)
         return self._result(y_at, (n, m), filler)
 
@@ -291,7 +294,10 @@ class _Bench(Closing):
 
             cpu.dequantize(tensor.format, address, rows, k, _array(self.y, y_at, (rows, k)))
         elif rows * k and gpu is not None:
-            gpu.dequantize(tensor.format, address, rows, k, self.y.address + y_at, gpu.stream)
+            from qmm import direct
+
+            mapped = self.engine.placement == "mapped"
+            direct.dequantize(gpu, tensor.format, address, rows, k, self.y.address + y_at, gpu.stream, mapped)
             gpu.synchronize(gpu.stream)
         return self._result(y_at, (rows, k), filler)
 

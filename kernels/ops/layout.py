@@ -1,0 +1,88 @@
+"""Where quantized activations lie: between the kernel that makes them and the products that read them.
+
+Plain numbers, which kernels are specialized with and the host plans by. Nothing here imports Numba.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from qmm.kernels.formats import Format
+
+__all__ = ["BLOCK", "COLUMN_TILES", "WARPS", "ZERO_NBYTES", "Activations", "scale_blocks_of"]
+
+BLOCK: Final = 32
+"""Activations that share one scale (:mod:`qmm.kernels.ops.quantize`)."""
+COLUMN_TILES: Final = (1, 2, 4, 8)
+"""Column counts that a kernel is compiled for; others take the next one and leave its last columns out."""
+WARPS: Final = 16
+"""Warps of a CTA of those kernels that do not read weights."""
+ZERO_NBYTES: Final = 4096
+"""Zeros that stand for blocks past the end of a row, and for activations that a lane leaves out."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Where the activations of up to ``columns`` columns lie, once quantized, in one piece of memory.
+
+    First the values, ``(scale blocks, 2, columns, 16)`` int8 or float16, then float32 scales ``(scale blocks,
+    columns)``, then the sums of each block's or run's values, ``(sums, scale blocks, columns)`` float32. A scale block
+    is 32 values. Those of four weight blocks, which a quad of lanes takes at once, alternate: weight block ``4 g + t``
+    of ``s`` scale blocks has the j-th of them at ``(g * s + j) * 4 + t``. So a quad reads neighbouring words.
+
+    Attributes:
+        columns: one of COLUMN_TILES.
+        int8: whether values are int8, else float16.
+        sums: sums for each scale block: 0 where the format has no minima, else 1 or 2.
+        spread: scale blocks of a weight block, at least 1.
+        scale_blocks: of a row.
+    """
+
+    columns: int
+    int8: bool
+    sums: int
+    spread: int
+    scale_blocks: int
+
+    @classmethod
+    def of(cls, block_format: Format, k: int, columns: int, int8: bool) -> Activations:
+        """Those of rows of ``k`` for a format: with sums if it has minima, one of each block where its runs share them
+        in pairs."""
+        sums = 1 if block_format.pairs and not block_format.run_minima else 2
+        spread = max(1, block_format.block_weights // BLOCK)
+        wanted = sums if int8 and block_format.has_minimum else 0
+        return cls(columns, int8, wanted, spread, scale_blocks_of(block_format, k))
+
+    @property
+    def run_nbytes(self) -> int:
+        """Bytes of the values of a run, all columns."""
+        return self.columns * (16 if self.int8 else 32)
+
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of a scale block, all columns: values, scale and sums."""
+        return 2 * self.run_nbytes + 4 * self.columns * (1 + self.sums)
+
+    @property
+    def nbytes(self) -> int:
+        """All of it; a multiple of 16."""
+        return self.scale_blocks * self.block_nbytes
+
+    def at_once(self, block_format: Format) -> int:
+        """Runs whose products are added up before they are scaled."""
+        return 2 if self.int8 and block_format.pairs else 1
+
+    def run_step(self, block_format: Format) -> int:
+        """The format's, unless lanes that read zeros instead of activations would reach past the zeros with it."""
+        at_once = self.at_once(block_format)
+        step = block_format.run_step(at_once)
+        reach = 4 * step * (block_format.runs // at_once - 1) * self.run_nbytes
+        return step if 64 + reach + 2 * self.run_nbytes <= ZERO_NBYTES else 0
+
+
+def scale_blocks_of(block_format: Format, k: int) -> int:
+    """Scale blocks of a row of ``k`` activations, filled up to four weight blocks, and to four: then all that belongs
+    to them is a multiple of 16 bytes."""
+    weights = -(-block_format.blocks(k) // 4) * 4 * block_format.block_weights
+    return -(-weights // (4 * BLOCK)) * 4

@@ -1,0 +1,176 @@
+"""What an operation is to its host: launches, planned from numbers alone.
+
+An op is a pure planner. From shapes, a format and an :class:`Architecture` it makes :class:`Work`: which kernels, with
+which arguments, and how much workspace. It allocates nothing and asks CUDA nothing, so all of it is tested without a
+GPU; :class:`qmm.device.Device` executes. Arguments are named, as in the kernel's own signature. Those that are addresses
+of a particular call are :class:`At` some base, which is bound when the work is queued: so the same work serves any
+arrays of the same layout, and weights that have moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qmm.kernels.runtime.kernel import Kernel
+
+
+__all__ = [
+    "BASES",
+    "Architecture",
+    "At",
+    "LaunchSpec",
+    "Operand",
+    "Slab",
+    "WeightLayout",
+    "Work",
+    "alignment_of",
+    "rounded",
+]
+
+BASES = ("weights", "x", "y", "workspace", "zeros")
+"""What an address may be counted from: a tensor's first byte, the first element of the activations and of the results,
+temporary memory of the call, and device memory that is zero."""
+WORKSPACE_ALIGNMENT = 256
+ITEM_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What plans depend on of a GPU.
+
+    Attributes:
+        sms: how many streaming multiprocessors it has.
+        shared_nbytes: the most shared memory of a CTA.
+        bulk: whether it has bulk copies and starts kernels before their predecessors end (sm_90 and later).
+        l2_nbytes: the size of its L2 cache.
+    """
+
+    sms: int
+    shared_nbytes: int
+    bulk: bool
+    l2_nbytes: int = 0
+
+
+class At(NamedTuple):
+    """An argument that is an address: byte ``offset`` from ``base``, one of BASES."""
+
+    base: str
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class LaunchSpec:
+    """One launch.
+
+    Attributes:
+        kernel: what is launched.
+        ctas: how many CTAs.
+        arguments: a value or an address for each parameter of the kernel, by name.
+        shared_nbytes: dynamic shared memory of a CTA.
+        early: whether it may start before its predecessor ends (programmatic dependent launch).
+    """
+
+    kernel: Kernel
+    ctas: int
+    arguments: Mapping[str, int | At]
+    shared_nbytes: int = 0
+    early: bool = False
+
+    def __post_init__(self) -> None:
+        self.kernel.check(self.arguments)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call takes: its launches, in order.
+
+    Attributes:
+        launches: see :class:`LaunchSpec`.
+        workspace_nbytes: temporary device memory, at a multiple of 256 bytes.
+    """
+
+    launches: tuple[LaunchSpec, ...]
+    workspace_nbytes: int = 0
+
+
+class Slab(NamedTuple):
+    """A part of an array that is two-dimensional in memory: ``rows`` of them from row ``first``, beginning ``offset``
+    bytes from the array's first element; strides in bytes."""
+
+    first: int
+    rows: int
+    offset: int
+    row_stride: int
+    column_stride: int
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Activations or results as a matrix whose rows are the last axis of an array, wherever that lies.
+
+    Attributes:
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        columns: of a row.
+        slabs: all rows, in parts.
+        aligned: whether its address is a multiple of 16.
+        reach: its lowest byte and the one after its highest, from its first element on.
+    """
+
+    dtype: str
+    columns: int
+    slabs: tuple[Slab, ...]
+    aligned: bool
+    reach: tuple[int, int]
+
+    @classmethod
+    def contiguous(cls, rows: int, columns: int, dtype: str = "float32") -> Operand:
+        """A row-major matrix without gaps, at a multiple of 16 bytes."""
+        item = ITEM_NBYTES[dtype]
+        slabs = (Slab(0, rows, 0, columns * item, item),)
+        return cls(dtype, columns, slabs, True, (0, rows * columns * item))
+
+    @property
+    def rows(self) -> int:
+        """Rows of all slabs."""
+        return sum(slab.rows for slab in self.slabs)
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is float32, row-major and without gaps: a kernel may store its results there as they come."""
+        (first, *others) = self.slabs
+        gapless = first.column_stride == 4 or self.columns == 1
+        followed = first.row_stride == 4 * self.columns or first.rows == 1
+        return self.dtype == "float32" and not others and gapless and followed
+
+    def steps(self) -> Iterator[Slab]:
+        """The slabs, in order."""
+        return iter(self.slabs)
+
+
+class WeightLayout(NamedTuple):
+    """What a plan depends on of where a weight lies.
+
+    Attributes:
+        alignment: what the address of its first byte divides by, a power of two up to 16.
+        mapped: whether it is read through the link to the host, by whose caches nothing passes.
+    """
+
+    alignment: int
+    mapped: bool
+
+    @classmethod
+    def at(cls, address: int, mapped: bool = False) -> WeightLayout:
+        """The layout of a weight at an address."""
+        return cls(alignment_of(address), mapped)
+
+
+def alignment_of(number: int) -> int:
+    """The largest power of two up to 16 that a number divides by."""
+    return min(16, number & -number) if number else 16
+
+
+def rounded(nbytes: int) -> int:
+    """Up to a multiple of 256: what each part of a workspace begins at."""
+    return -(-nbytes // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT

@@ -1,0 +1,236 @@
+"""How kernels that read weights on the GPU are cut: which lane takes what, and how bytes pass through shared memory.
+
+Plain numbers, which kernels are specialized with and the host plans by. Nothing here imports Numba.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Final
+
+from qmm.kernels.formats import Format
+from qmm.kernels.formats.format import FormatConstants
+from qmm.kernels.ops.layout import WARPS, ZERO_NBYTES
+
+__all__ = [
+    "BARRIERS_NBYTES",
+    "LINE_NBYTES",
+    "PRODUCERS",
+    "RING_NBYTES",
+    "SECTOR_NBYTES",
+    "PipelineConstants",
+    "Tiling",
+]
+
+PRODUCERS: Final = 3
+"""Warps that copy weights. One alone takes 50 cycles for each row of a stage, and was the limit: Q4_K, 14336x4096,
+n = 1 on an H200: 17.7 us with one, 14.7 with three."""
+BARRIERS_NBYTES: Final = 256
+"""Shared memory for mbarriers, at its beginning."""
+MOST_STAGES: Final = 8
+RING_NBYTES: Final = 160 << 10
+"""The most shared memory of a ring. What is under way hides the latency of memory, and what is in the ring already when
+the activations arrive hides the time that they take (4096x14336, n = 1 on an H100: Q4_K 13.1, with 144 KB 14.2; but
+Q6_K 20.2, with 200 KB 22.2)."""
+SECTOR_NBYTES: Final = 32
+"""Bytes keep their place modulo this on their way from the GPU's memory: what moves is sectors. Where the halves of one
+went to different sectors of shared memory, it was transferred twice (cp.async, Q6_K, 4096x4096, mapped: 647,168 sectors
+read instead of 430,080)."""
+LINE_NBYTES: Final = 128
+"""The same on the way from host memory: a request asks for what lies in one such line of shared memory, and split ones
+fill the link less (H100, modulo 32: Q4_K 95% of what a plain reading gets, Q6_K 72%)."""
+
+
+@dataclass(frozen=True)
+class PipelineConstants(FormatConstants):
+    """What kernels are specialized with that read weights through a ring of pipeline stages."""
+
+    ALIGNMENT: int
+    """What the address of every row divides by."""
+    BARRIERS_NBYTES: int
+    """Shared memory for mbarriers."""
+    BULK: bool
+    """Whether the GPU has bulk copies (sm_90 and later)."""
+    CHUNK_BLOCKS: int
+    """Blocks of a row in a stage."""
+    CHUNK_NBYTES: int
+    """Their bytes."""
+    EDGE: int
+    """Bytes that are copied at once at a tensor's first and last bytes."""
+    K_WARPS: int
+    """Consumer warps that share a row."""
+    LANE_ROWS: int
+    """Rows of a lane."""
+    LINE: int
+    """Bytes keep their place modulo this."""
+    PITCH: int
+    """Bytes from one row of a stage to the next."""
+    PRODUCERS: int
+    """Producer warps."""
+    ROWS: int
+    """Rows that a CTA takes at once."""
+    STAGES: int
+    """Pipeline stages."""
+    STAGE_NBYTES: int
+    """Bytes of a stage."""
+    TILE_ROWS: int
+    """Rows of a consumer warp."""
+    UNITS: int
+    """Units, each what a lane loads at once, that a consumer warp takes of a stage."""
+    WARPS: int
+    """Consumer warps."""
+    ZERO_NBYTES: int
+    """Zeros in shared memory."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the warps of a CTA share the rows of a format.
+
+    The CTA takes ``row_warps`` tiles of ``8 * lane_rows`` rows at once, ``k_warps`` warps to a tile. A warp takes one
+    unit (what a lane loads at once) of four neighbouring blocks in each row, the next warp the next unit. A chunk, what
+    a stage holds of each row, gives every warp ``units`` of these steps.
+
+    Attributes:
+        warps: consumer warps.
+        lane_rows: rows of a lane.
+        row_warps: tiles at once.
+        units: steps of a warp in a stage.
+        chunk_blocks: blocks of a row in a stage.
+        line: bytes keep their place modulo this.
+        pitch: bytes from one row of a stage to the next.
+        stages: pipeline stages.
+        alignment: what the address of every row divides by.
+    """
+
+    warps: int
+    lane_rows: int
+    row_warps: int
+    units: int
+    chunk_blocks: int
+    line: int
+    pitch: int
+    stages: int
+    alignment: int
+
+    @classmethod
+    def of(
+        cls,
+        block_format: Format,
+        alignment: int,
+        ring_nbytes: int,
+        line: int = SECTOR_NBYTES,
+        warps: int = WARPS,
+        lane_rows: int = 2,
+        row_warps: int = 1,
+        units: int = 1,
+    ) -> Tiling:
+        """The tiling of a format whose rows start at multiples of ``alignment`` bytes, in a ring of that size."""
+        one_stage = cls.with_stages(block_format, alignment, 1, line, warps, lane_rows, row_warps, units)
+        stages = max(2, min(MOST_STAGES, ring_nbytes // one_stage.stage_nbytes))
+        return cls.with_stages(block_format, alignment, stages, line, warps, lane_rows, row_warps, units)
+
+    @classmethod
+    def with_stages(
+        cls,
+        block_format: Format,
+        alignment: int,
+        stages: int,
+        line: int,
+        warps: int,
+        lane_rows: int,
+        row_warps: int,
+        units: int,
+    ) -> Tiling:
+        """The same with so many stages."""
+        k_warps = warps // row_warps
+        units = max(units, -(-block_format.lanes // k_warps))  # a chunk is whole quads of blocks
+        chunk_blocks = 4 * k_warps * units // block_format.lanes
+        alignment = min(alignment, block_format.alignment)
+        pitch = _pitch(block_format, chunk_blocks * block_format.block_nbytes, line, alignment)
+        return cls(warps, lane_rows, row_warps, units, chunk_blocks, line, pitch, stages, alignment)
+
+    def ring_within(self, shared_nbytes: int, columns: int) -> int:
+        """What there is for the ring where a CTA has so much shared memory."""
+        return min(RING_NBYTES, shared_nbytes - self.shared_nbytes(columns) + self.stages * self.stage_nbytes)
+
+    @property
+    def k_warps(self) -> int:
+        """Warps that share a tile."""
+        return self.warps // self.row_warps
+
+    def chunks(self, block_format: Format, k: int) -> int:
+        """Chunks of a row of ``k`` weights."""
+        return -(-block_format.blocks(k) // self.chunk_blocks)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA: consumer warps, producer warps, and one for the epilogue."""
+        return 32 * (self.warps + PRODUCERS + 1)
+
+    @property
+    def rows(self) -> int:
+        """Rows that a CTA takes at once."""
+        return 8 * self.lane_rows * self.row_warps
+
+    @property
+    def stage_nbytes(self) -> int:
+        """Shared memory of a stage."""
+        return self.rows * self.pitch
+
+    def shared_nbytes(self, columns: int) -> int:
+        """Shared memory up to the end of the ring: mbarriers, zeros, twice the sums of the warps, stages.
+
+        The last 16: unaligned loads look up to 4 bytes past a field, copies of activations end at a multiple of 16.
+        """
+        sums = 2 * self.k_warps * self.rows * columns * 4
+        return BARRIERS_NBYTES + ZERO_NBYTES + sums + self.stages * self.stage_nbytes + 16
+
+    def constants(self, block_format: Format, bulk: bool, product: bool) -> dict[str, Any]:
+        """The fields of PipelineConstants, by name; ``bulk`` where the GPU has bulk copies."""
+        return {
+            **block_format.constants(product).described(),
+            "ALIGNMENT": self.alignment,
+            "BARRIERS_NBYTES": BARRIERS_NBYTES,
+            "BULK": bulk,
+            "CHUNK_BLOCKS": self.chunk_blocks,
+            "CHUNK_NBYTES": self.chunk_blocks * block_format.block_nbytes,
+            "EDGE": min(4, self.alignment),
+            "K_WARPS": self.k_warps,
+            "LANE_ROWS": self.lane_rows,
+            "LINE": self.line,
+            "PITCH": self.pitch,
+            "PRODUCERS": PRODUCERS,
+            "ROWS": self.rows,
+            "STAGES": self.stages,
+            "STAGE_NBYTES": self.stage_nbytes,
+            "TILE_ROWS": 8 * self.lane_rows,
+            "UNITS": self.units,
+            "WARPS": self.warps,
+            "ZERO_NBYTES": ZERO_NBYTES,
+        }
+
+
+@functools.lru_cache(maxsize=4096)
+def _pitch(block_format: Format, chunk_nbytes: int, line: int, alignment: int) -> int:
+    """Bytes from one row of a stage to the next, whole lines, chosen so that lanes meet in few memory banks."""
+    least = -(-(line - 1 + chunk_nbytes) // line) * line
+    return min(
+        (least + line * i for i in range(128 // line)), key=lambda pitch: _cycles(block_format, pitch, alignment)
+    )
+
+
+def _cycles(block_format: Format, pitch: int, alignment: int) -> int:
+    """Cycles that a wide load of a warp takes: lane ``4 g + t`` reads row g, block t."""
+    width = 16 if alignment >= 16 else 4
+    together = 32 * 4 // width
+    addresses = [(lane >> 2) * pitch + (lane & 3) * block_format.block_nbytes for lane in range(32)]
+    cycles = 0
+    for start in range(0, 32, together):
+        banks: dict[int, set[int]] = {}
+        for address in addresses[start : start + together]:
+            for word in range(address // 4, (address + width) // 4):
+                banks.setdefault(word % 32, set()).add(word)
+        cycles += max(map(len, banks.values()))
+    return cycles

@@ -1,0 +1,64 @@
+"""The description of a GPU kernel: everything that its machine code is made of, and nothing that is made yet.
+
+Its parameters are those of its Python function, whose signature is the only list of them: whoever launches it names
+them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from qmm.kernels.lang.constants import Constants
+
+__all__ = ["Kernel"]
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A function for the GPU with its compile-time constants. Every parameter is an int64: an address or a number.
+
+    Attributes:
+        name: for messages and for the cache.
+        function: the kernel, as plain Python.
+        constants: what it is specialized with.
+        threads: of a CTA.
+        alignment: of the block fields that it loads from shared memory, in bytes.
+        shared: whether launches ask for dynamic shared memory, as much as the device has for a CTA if need be.
+    """
+
+    name: str
+    function: Callable[..., None]
+    constants: Constants
+    threads: int
+    alignment: int = 16
+    shared: bool = False
+
+    @functools.cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of its parameters, in the order that its machine code has them."""
+        return tuple(inspect.signature(self.function).parameters)
+
+    def check(self, names: Iterable[str]) -> None:
+        """See that arguments of these names are all that it takes.
+
+        Raises:
+            TypeError: one is missing, or is none of its parameters.
+        """
+        given, wanted = set(names), set(self.parameters)
+        if given != wanted:
+            missing, unknown = (", ".join(sorted(some)) or "none" for some in (wanted - given, given - wanted))
+            place = f"{self.function.__code__.co_filename}, line {self.function.__code__.co_firstlineno}"
+            raise TypeError(f"{self.name} ({place}): arguments that are missing: {missing}; unknown: {unknown}")
+
+    def described(self) -> dict[str, Any]:
+        """What tells its machine code from that of others, apart from the source of this package."""
+        return {
+            "function": self.function,
+            "constants": self.constants.described(),
+            "threads": self.threads,
+            "alignment": self.alignment,
+        }

@@ -1,0 +1,200 @@
+"""Products of an engine with the arrays of a call: checked, planned and prepared once for all calls alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from qmm.arrays import KINDS, ArrayKind, View, kind_of
+from qmm.children import PerProcess
+from qmm.errors import ArrayError
+from qmm.in_flight import InFlight
+from qmm.kernels.ops.matvec.plan import Product, plan
+from qmm.kernels.ops.op import Operand, rounded
+from qmm.memory.placement import Weights
+from qmm.memory.residency import Residency
+from qmm.model import Tensor
+
+if TYPE_CHECKING:
+    from qmm.device import Device, Prepared
+
+__all__ = ["ACTIVATIONS", "Call", "Calls", "check_activations", "check_input", "check_output"]
+
+ACTIVATIONS = ("int8", "f16")
+MOST = 4096
+"""Calls that are kept prepared."""
+
+
+class Call(NamedTuple):
+    """A product with arrays of some layout, wherever they and the weight lie.
+
+    Attributes:
+        prepared: what to queue; None if there are no results.
+        residency: of the weight.
+        shape: of the results.
+    """
+
+    prepared: Prepared | None
+    residency: Residency
+    shape: tuple[int, ...]
+
+
+class Calls:
+    """The prepared products of an engine on a GPU."""
+
+    def __init__(self, weights: Weights, device: Device, in_flight: PerProcess[InFlight], path: object) -> None:
+        """Args are the engine's; ``path`` is the model's, for messages."""
+        self._weights, self._device, self._in_flight, self._path = weights, device, in_flight, path
+        self._calls: dict[Hashable, Call | None] = {}
+
+    def find(self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any) -> tuple[Call | None, int, int]:
+        """The call for these arrays, and the addresses of both.
+
+        Returns:
+            The call, None if ``x`` is in host memory; the addresses of ``x`` and ``out``, the latter 0 if there is none.
+
+        Raises:
+            ArrayError: as :meth:`qmm.Engine.matmul`.
+        """
+        y_kind, y_address, of_y = None, 0, None
+        x_address, of_x = _signature(kind, x)
+        if out is not None:
+            y_kind = KINDS[type(out)]
+            y_address, of_y = _signature(y_kind, out)
+        key: Hashable = (tensor, mode, kind, x_address & 15, of_x, y_kind, y_address & 3, of_y)
+        call = self._calls.get(key)
+        if call is None and key not in self._calls:
+            call = self._new(key, tensor, mode, kind, x, out, no_alias=True)
+        if call is not None and call.prepared is not None and _overlaps(call.prepared, x_address, y_address):
+            key = (key, "overlapping")
+            call = self._calls.get(key) or self._new(key, tensor, mode, kind, x, out, no_alias=False)
+        return call, x_address, y_address
+
+    def multiply_host(
+        self, tensor: Tensor, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], int8: bool
+    ) -> None:
+        """``y[n, m] = x[n, k] @ W^T``, both row-major in host memory, at least one result; waits for it.
+
+        Raises:
+            DeviceError: CUDA failed.
+        """
+        device, n = self._device, len(x)
+        key = (tensor, n, int8)
+        call = self._calls.get(key)
+        if call is None:
+            operands = Operand.contiguous(n, tensor.k), Operand.contiguous(n, tensor.m)
+            prepared = self._prepare(tensor, *operands, int8, no_alias=True)
+            call = self._keep(key, Call(prepared, self._weights[tensor], (n, tensor.m)))
+        assert call is not None and call.prepared is not None
+        results = rounded(x.nbytes)
+        with device.lock:  # the staging area is every thread's
+            area, stream = device.staging(results + y.nbytes), device.stream
+            if x.nbytes:
+                device.copy(area, x.ctypes.data, x.nbytes, stream)
+            device.queue(call.prepared, call.residency.lease(), area, area + results, stream)
+            device.copy(y.ctypes.data, area + results, y.nbytes, stream)
+            device.synchronize(stream)
+
+    def _keep(self, key: Hashable, call: Call | None) -> Call | None:
+        if len(self._calls) >= MOST:
+            self._calls.clear()
+        self._calls[key] = call
+        return call
+
+    def _new(
+        self, key: Hashable, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any, no_alias: bool
+    ) -> Call | None:
+        with self._in_flight.now:
+            return self._keep(key, self._planned(tensor, mode, kind, x, out, no_alias))
+
+    def _planned(self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any, no_alias: bool) -> Call | None:
+        check_activations(mode)
+        source = kind.view(x)
+        check_input(tensor, source, f"cuda:{self._device.number}")
+        if source.device is None:
+            return None
+        shape = (*source.shape[:-1], *tensor.shape[:-1])
+        if out is None:
+            target = kind.view(kind.empty(shape, x)).rows(len(source.shape) - 1)
+        else:
+            target = check_output(tensor, kind, source, out, shape)
+        residency = self._weights[tensor]
+        if not math.prod(shape):
+            return Call(None, residency, shape)
+        for name, view in (("x", source), ("out", target)):
+            if not view.aligned:
+                raise ArrayError(
+                    f"{self._path}: tensor {tensor.name!r}: {name} begins at address {view.address:#x} and has "
+                    f"strides {view.strides}, but a GPU reads {view.dtype} at multiples of its size only. Pass a copy."
+                )
+        int8 = mode == "int8" and not tensor.format.plain
+        prepared = self._prepare(tensor, source.operand(), target.operand(), int8, no_alias)
+        return Call(prepared, residency, shape)
+
+    def _prepare(self, tensor: Tensor, x: Operand, y: Operand, int8: bool, no_alias: bool) -> Prepared:
+        layout = self._weights[tensor].layout()
+        architecture = self._device.architecture
+        product = plan(tensor.format, tensor.m, tensor.k, layout, x, y, int8, architecture, no_alias)
+        return self._device.prepare(product, f"the product with {tensor.m} x {tensor.k} {tensor.format.name}")
+
+
+def _overlaps(prepared: Prepared, x: int, y: int) -> bool:
+    product = prepared.work
+    assert isinstance(product, Product)
+    return product.overlaps(x, y)
+
+
+def _signature(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:
+    """As the array's kind has it, or whatever error says why there is none."""
+    try:
+        return kind.signature(array)
+    except Exception:  # each library's own, of an array that has no address
+        view = kind.view(array)
+        return view.address, view
+
+
+def check_activations(activations: str) -> None:
+    """Raise ArrayError unless it is one of ACTIVATIONS."""
+    if activations not in ACTIVATIONS:
+        raise ArrayError(f"there are no activations {activations!r}; choose one of {', '.join(ACTIVATIONS)}")
+
+
+def check_input(tensor: Tensor, x: View, device: str) -> None:
+    """Raise ArrayError unless a tensor can be multiplied by ``x`` on a device, ``"cpu"`` or ``"cuda:N"``."""
+    what = f"{tensor.model.path}: tensor {tensor.name!r}"
+    if not x.shape or x.shape[-1] != tensor.k:
+        raise ArrayError(
+            f"{what} has k = {tensor.k} weights a row, but x has shape {x.shape}; its last dimension must be {tensor.k}"
+        )
+    if x.device is not None and f"cuda:{x.device}" != device:
+        raise ArrayError(
+            f"{what}: x is on CUDA device {x.device}, but the engine works on {device}. "
+            "Move x to host memory, or make the engine with that device."
+        )
+
+
+def check_output(tensor: Tensor, kind: ArrayKind, x: View, out: Any, shape: tuple[int, ...]) -> View:
+    """``out`` as ``(..., m)``.
+
+    Raises:
+        ArrayError: it cannot take the product.
+    """
+    what = f"{tensor.model.path}: tensor {tensor.name!r}"
+    if kind_of(out) is not kind:
+        raise ArrayError(f"{what}: x is a {kind.name} array, but out is a {kind_of(out).name} array; use one kind")
+    view = kind.view(out)
+    if view.shape != shape:
+        raise ArrayError(f"{what}: out has shape {view.shape}; this product has {shape}")
+    if view.device != x.device:
+        where = ["host memory" if device is None else f"CUDA device {device}" for device in (x.device, view.device)]
+        raise ArrayError(f"{what}: x is in {where[0]}, but out in {where[1]}; use one place")
+    if view.overlaps_itself:
+        raise ArrayError(f"{what}: out is a broadcast array, whose elements share memory; pass a contiguous one")
+    if not view.writable:
+        why = "made in torch.inference_mode(), and can be written to only there"
+        raise ArrayError(f"{what}: out is {why if kind.name == 'PyTorch' else 'read-only'}")
+    return view.rows(len(x.shape) - 1)

@@ -1,0 +1,165 @@
+"""Where an engine has each tensor now, and the address that its device reads it at.
+
+A :class:`Residency` is one tensor's; the placement of an engine decides which kind it is. Addresses are asked for when
+work is queued, not when it is prepared, so that a tensor may move.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from qmm.errors import DeviceError, RegistrationError
+from qmm.kernels.ops.op import WeightLayout
+from qmm.loaders.access.registered import HostRegistration
+from qmm.loaders.mapping import FileMapping
+from qmm.model import Tensor
+
+if TYPE_CHECKING:
+    from qmm.device import Device
+
+__all__ = ["CopyResidency", "HostResidency", "MappedResidency", "Residency"]
+
+PIECE_NBYTES = 64 << 20
+"""The most bytes of a file that are copied to other memory on their way to the GPU."""
+
+
+class Residency:
+    """Where one tensor is.
+
+    Attributes:
+        where: ``"host"``, ``"mapped"`` or ``"device"``.
+        tensor: which.
+    """
+
+    where: str
+
+    def __init__(self, tensor: Tensor, mapping: FileMapping) -> None:
+        """The mapping is the engine's own handle on the tensor's file."""
+        self.tensor = tensor
+        self.mapping = mapping
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that it takes."""
+        return 0
+
+    def layout(self) -> WeightLayout:
+        """What plans depend on of where it is."""
+        return WeightLayout.at(self.lease(), self.where == "mapped")
+
+    def lease(self) -> int:
+        """The address of its first byte, for work that is queued now; 0 for a tensor without values.
+
+        Raises:
+            MappingError: the file changed since it was mapped. The operating system ends a process that reads a page
+                of a file that became shorter, so this is looked at each time.
+            DeviceError: a copy does not fit the device.
+        """
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """What :meth:`lease` looks at each time, without the address.
+
+        Raises:
+            MappingError: the file changed since it was mapped.
+        """
+        self.mapping.check()
+
+    def release(self) -> None:
+        """Give up what it holds beyond the mapping; the device must be done with it."""
+
+
+class HostResidency(Residency):
+    """The CPU reads the mapping."""
+
+    where = "host"
+
+    def lease(self) -> int:
+        if not self.tensor.nbytes:
+            return 0
+        self.mapping.check()
+        return self.mapping.address + self.tensor.info.offset
+
+
+class MappedResidency(Residency):
+    """The GPU reads the mapping, whose pages under the tensor are registered."""
+
+    where = "mapped"
+
+    def __init__(self, tensor: Tensor, mapping: FileMapping, registration: HostRegistration) -> None:
+        super().__init__(tensor, mapping)
+        self._registration = registration
+        self._address = registration.address(tensor.info.offset, tensor.nbytes) if tensor.nbytes else 0
+
+    def lease(self) -> int:
+        if self._address:
+            self.mapping.check()
+        return self._address
+
+
+class CopyResidency(Residency):
+    """The tensor's bytes, copied to the GPU when it is first used, with no padding. The file is not looked at again."""
+
+    where = "device"
+
+    def __init__(self, tensor: Tensor, mapping: FileMapping, device: Device, registers: bool) -> None:
+        """Where ``registers`` is set, pages are registered for the copy, if they can be: the copy engine then runs at
+        the link's speed."""
+        super().__init__(tensor, mapping)
+        self._device = device
+        self._registers = registers
+        self._address = 0
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes if self._address else 0
+
+    def lease(self) -> int:
+        if not self._address and self.tensor.nbytes:
+            with self._lock:
+                if not self._address:
+                    self._address = self._copy()
+        return self._address
+
+    def check(self) -> None:
+        """Nothing: the copy is used, not the file."""
+
+    def _copy(self) -> int:
+        self.mapping.check()
+        nbytes = self.tensor.nbytes
+        target = self._device.allocate(nbytes, f"a copy of tensor {self.tensor.name!r}")
+        try:
+            self._fill(target, self.tensor.info.offset, nbytes)
+        except BaseException:
+            with suppress(DeviceError):  # the error at hand is the one to show
+                self._device.free(target)
+            raise
+        return target
+
+    def _fill(self, target: int, offset: int, nbytes: int) -> None:
+        """Copy bytes of the file. Where registering is refused, a slower way still works."""
+        registration = None
+        if self._registers:
+            with suppress(RegistrationError):
+                registration = HostRegistration.of(self.mapping, [(offset, nbytes)], self._device.number)
+        if registration is not None:
+            with registration:
+                for piece in registration.pieces(offset, nbytes):
+                    self._transfer(target + piece.start - offset, self.mapping.address + piece.start, piece.nbytes)
+            return
+        # By way of memory of its own: some of the pages may be registered by others, and CUDA copies from no two kinds.
+        for start in range(offset, offset + nbytes, PIECE_NBYTES):
+            part = self.mapping.view(start, min(PIECE_NBYTES, offset + nbytes - start)).copy()
+            self._transfer(target + start - offset, part.ctypes.data, part.nbytes)
+
+    def _transfer(self, target: int, source: int, nbytes: int) -> None:
+        self._device.copy(target, source, nbytes, self._device.stream)
+        self._device.synchronize(self._device.stream)
+
+    def release(self) -> None:
+        if self._address:
+            self._device.free(self._address)
+            self._address = 0
