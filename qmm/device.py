@@ -7,10 +7,10 @@ that they are given and return without waiting.
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import math
 import operator
-import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmm.arrays import Slab, View
+from qmm.children import process
 from qmm.cuda import CudaCallError, advice, attribute, call, current_device, runtime
 from qmm.errors import ClosedError, DeviceError
 from qmm.kernels.formats import Format
@@ -33,8 +34,7 @@ from qmm.kernels.ops.matvec.plan import (
     scale_blocks_of,
 )
 from qmm.kernels.runtime import launch
-from qmm.loaders.closing import Closing, undisturbed
-from qmm.signals import handlers_held
+from qmm.loaders.closing import Closing
 
 __all__ = ["GPU", "Graph", "Product"]
 
@@ -100,14 +100,11 @@ class Graph(Closing):
     def __init__(self, gpu: GPU, graph: object) -> None:
         self._gpu = gpu
         self._ended = False
-        self._made = ExitStack()
-        self._made.callback(call, "cudaGraphDestroy", graph)
-        try:
+        with ExitStack() as made:
+            made.callback(call, "cudaGraphDestroy", graph)
             self._executable = call("cudaGraphInstantiate", graph, 0)
-        except BaseException:
-            self._made.close()
-            raise
-        self._made.callback(call, "cudaGraphExecDestroy", self._executable)
+            made.callback(call, "cudaGraphExecDestroy", self._executable)
+            self._made = made.pop_all()
 
     def launch(self, stream: int) -> None:
         """Put one replay on a stream.
@@ -123,25 +120,23 @@ class Graph(Closing):
             raise ClosedError("the graph was closed meanwhile, by another thread. Make another one.")
         call("cudaGraphLaunch", self._executable, stream)
 
-    def end(self) -> bool:
-        """Let it be launched no more; whether this was the first call, whichever thread makes it."""
+    def end(self) -> None:
+        """Let it be launched no more."""
         with self._gpu.lock:
-            ended, self._ended = self._ended, True
-            return not ended
+            self._ended = True
 
     def close(self) -> None:
         """Free it, once the device is done with it. Twice is harmless."""
         if self._gpu.forked:
             return
-        with handlers_held(), self._gpu.errors("freeing a graph"), current_device(self._gpu.device):
+        with self._gpu.errors("freeing a graph"), current_device(self._gpu.device):
             self._made.close()
 
 
 class GPU(Closing):
     """One device as an engine uses it.
 
-    What it makes there, memory and streams, is written down before a Ctrl-C is heard, and freed at the latest when the
-    GPU is closed or dropped.
+    What it makes there, memory and streams, is freed at the latest when the GPU is closed.
 
     Attributes:
         lock: held by the thread that puts work on the device.
@@ -149,8 +144,8 @@ class GPU(Closing):
 
     def __init__(self, device: int) -> None:
         self.device = device = operator.index(device)
-        self._process = os.getpid()
-        self._made: dict[tuple[str, int], None] = {}
+        self._process = process.now
+        self._made: dict[tuple[str, int], bool] = {}
         self._scratch: dict[int, tuple[int, int]] = {}
         with self.errors("preparing the device"), current_device(device):
             self.multiprocessors = attribute("MultiProcessorCount", device)
@@ -165,15 +160,20 @@ class GPU(Closing):
         self._products: dict[Hashable, Product] = {}
         self.lock = threading.RLock()
         self._stopped = False
-        self._zeros = self.allocate(ZERO_NBYTES, "zeros")
-        with self.errors("preparing the device"), current_device(device):
-            call("cudaMemset", self._zeros, 0, ZERO_NBYTES)
-            call("cudaDeviceSynchronize")  # other streams than the default one would not wait for it
+        try:
+            self._zeros = self.allocate(ZERO_NBYTES, "zeros")
+            with self.errors("preparing the device"), current_device(device):
+                call("cudaMemset", self._zeros, 0, ZERO_NBYTES)
+                call("cudaDeviceSynchronize")  # other streams than the default one would not wait for it
+        except BaseException:
+            with suppress(DeviceError):  # the error at hand is the one to show
+                self.close()
+            raise
 
     @property
     def forked(self) -> bool:
         """Whether this is a forked child: what CUDA holds is the parent's, and is not to be freed here."""
-        return self._process != os.getpid()
+        return self._process != process.now
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
@@ -238,17 +238,14 @@ class GPU(Closing):
 
     def _make(self, undo: str, function: str, *arguments: int) -> int:
         """The handle or address that a call makes, which the call ``undo`` frees."""
-        with handlers_held():
-            made = int(call(function, *arguments))
-            self._made[undo, made] = None
+        made = int(call(function, *arguments))
+        self._made[undo, made] = True
         return made
 
     def _unmake(self, undo: str, made: int) -> None:
         """Free what :meth:`_make` made, unless that was done."""
-        with handlers_held():
-            if (undo, made) in self._made:
-                del self._made[undo, made]
-                call(undo, made)
+        if self._made.pop((undo, made), False):
+            call(undo, made)
 
     def allocate(self, nbytes: int, what: str) -> int:
         """Device memory of exactly ``nbytes``, until it is freed, or the GPU closed.
@@ -316,7 +313,7 @@ class GPU(Closing):
         """
         if not self._made or self.forked:
             return
-        with handlers_held(), self.errors("closing"), current_device(self.device):
+        with self.errors("closing"), current_device(self.device):
             call("cudaDeviceSynchronize")
             self._scratch.clear()
             while self._made:
@@ -599,7 +596,7 @@ class GPU(Closing):
             DeviceError: something in it cannot be captured.
         """
         mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        with self.errors("capturing a graph"), current_device(self.device), undisturbed(), handlers_held():
+        with self.errors("capturing a graph"), current_device(self.device), _no_collection():
             call("cudaStreamBeginCapture", stream, mode)
             try:
                 for _ in range(batch):
@@ -649,6 +646,18 @@ class GPU(Closing):
                 call("cudaEventSynchronize", end)
                 times.append(float(call("cudaEventElapsedTime", start, end)) / batch)
             return times[1:]  # the first replay uploads the graph
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected in the block: a dropped engine would wait for the device, which ends a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _rounded(nbytes: int) -> int:

@@ -6,8 +6,10 @@ import functools
 import math
 import operator
 import os
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
@@ -16,15 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from qmm.arrays import KINDS, ArrayKind, View, kind_of, stream_handle
+from qmm.children import PerProcess, process
 from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
 from qmm.graph import Plan, Step
-from qmm.loaders.closing import Closing
+from qmm.in_flight import InFlight
+from qmm.loaders.closing import Resource
 from qmm.memory.machine import Choice, choose
 from qmm.memory.placement import DeviceCopies, HostWeights, MappedWeights, Weights
 from qmm.model import Model, Tensor, open_model
-from qmm.signals import handlers_held
 from qmm.tracing import outside, untraced, watched
-from qmm.uses import Uses
 
 if TYPE_CHECKING:
     from qmm.device import GPU, Product
@@ -43,10 +45,19 @@ class _Call(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Engine(Closing):
+class Engine(Resource):
     """Multiplies by the tensors of a model, on one device, from one placement. A context manager.
 
-    Threads may share it. One that closes it waits for the calls of the others. A copy of it is itself.
+    Threads may share it. One that closes it waits for the calls of the others. A copy of it is itself. One that is
+    dropped before it was closed emits a ResourceWarning, and closes itself. In a forked child, an engine on the CPU works
+    on; one on a GPU is refused, and closing it there frees nothing.
+
+    KeyboardInterrupt, or what else a signal handler raises, may end any call. The threads of a product on the CPU are
+    joined first; the engine can be used again, and be closed: by the thread that was interrupted, and if closing was,
+    then again. What an interrupt may leave behind until the process ends: a piece of GPU memory, a stream, or a
+    registration of the file, whose pages then stay mapped and locked; and results written in part. While Numba is
+    imported or compiles (seconds, the first time with a format), an interrupt may be raised as another error, after which
+    a new process may be needed, or be printed and dropped.
 
     Args:
         model: an open model. The engine holds its mappings on its own. Or the path of one, which the engine then opens,
@@ -68,7 +79,6 @@ class Engine(Closing):
         placement: ``"mapped"``, ``"device"`` or ``"host"``.
         gpu: the engine's GPU, which can also time work on itself; None on the CPU.
         gpu_info: what that GPU is.
-        forked: whether this is a forked child of the process that made the engine; what CUDA holds is the parent's.
 
     Raises:
         DeviceError: the device cannot be used, or contradicts the placement.
@@ -88,7 +98,6 @@ class Engine(Closing):
         probe: bool = False,
     ) -> None:
         self._closed = True  # until there is something to close
-        self._uses: Uses | None = None
         self._check_activations(activations)
         self._own_model: Model | None = None
         if not isinstance(model, Model):
@@ -105,35 +114,46 @@ class Engine(Closing):
         self.placement = choice.placement
         self.device = "cpu" if choice.gpu is None else f"cuda:{choice.gpu.number}"
         self.explanation = choice.why
-        self._process = os.getpid()
-        self.forked = False
-        _engines.add(self)
+        self._process = process.now
+        self._in_flight = PerProcess(functools.partial(InFlight, self._was_closed))
         self._calls: dict[Hashable, _Call | None] = {}
         self._checks: dict[Path, Callable[[], None]] = {}
         self._plans: weakref.WeakSet[Plan] = weakref.WeakSet()
         self.gpu: GPU | None = None
-        if choice.gpu is None:
-            self._weights: Weights = HostWeights(chosen)
-        else:
-            from qmm.device import GPU
-
-            registers = not probe or self._try_registering(chosen, choice)
-            self.gpu = GPU(choice.gpu.number)
-            try:
-                if choice.placement == "mapped":
-                    self._weights = MappedWeights(chosen, self.gpu)
-                else:
-                    self._weights = DeviceCopies(chosen, self.gpu, registers)
-            except BaseException:
-                self.gpu.close()
-                raise
-        self._uses = Uses(self._was_closed)
+        self._closing = threading.RLock()
+        with ExitStack() as held:
+            if self._own_model is not None:
+                held.callback(self._own_model.close)
+            self._weights = self._place(chosen, choice, probe, held)
+            self._held = held.pop_all()  # what close() gives up, the last one first
         self._closed = False
+
+    def _place(self, tensors: list[Tensor], choice: Choice, probe: bool, held: ExitStack) -> Weights:
+        """The weights in their placement, and the GPU; ``held`` gets what closes them."""
+        weights: Weights
+        if choice.gpu is None:
+            weights = HostWeights(tensors)
+            held.callback(weights.close)
+            return weights
+        from qmm.device import GPU
+
+        registers = not probe or self._try_registering(tensors, choice)
+        self.gpu = gpu = held.enter_context(GPU(choice.gpu.number))
+        weights = MappedWeights(tensors, gpu) if choice.placement == "mapped" else DeviceCopies(tensors, gpu, registers)
+        held.callback(weights.close)
+        held.callback(_close_all, self._plans)
+        held.callback(gpu.stop)
+        return weights
 
     @property
     def closed(self) -> bool:
         """Whether it was closed."""
         return self._closed
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a forked child of the process that made the engine; what CUDA holds is the parent's."""
+        return self._process != process.now
 
     @property
     def weights_nbytes(self) -> int:
@@ -307,36 +327,19 @@ class Engine(Closing):
             return self._weights.address(tensor)
 
     def close(self) -> None:
-        """Wait for calls of other threads and for the device, then give up copies, registrations and mappings. Twice is
-        harmless.
+        """Wait for calls of other threads and for the device, then give up copies, registrations and mappings.
+
+        Twice is harmless. If KeyboardInterrupt ends it, call it again.
 
         Raises:
             DeviceError, RegistrationError: work that was still queued failed.
         """
-        if self._uses is None:
-            return
         self._closed = True
         if self.forked:
             return
-        self._uses.end()
-        with handlers_held():  # half closed, it would never be closed, or before the device is done
-            if self._uses.last():
-                self._give_up()
-
-    def _give_up(self) -> None:
-        try:
-            if self.gpu is not None:
-                self.gpu.stop()
-                for plan in list(self._plans):
-                    plan.close()
-        finally:
-            try:
-                self._weights.close()
-            finally:
-                if self.gpu is not None:
-                    self.gpu.close()
-                if self._own_model is not None:
-                    self._own_model.close()
+        self._in_flight.now.end()
+        with self._closing:
+            self._held.close()
 
     def __copy__(self) -> Engine:
         return self
@@ -354,22 +357,21 @@ class Engine(Closing):
     @staticmethod
     def _try_registering(tensors: Iterable[Tensor], choice: Choice) -> bool:
         """Whether registering the tensors' files works, as far as a child process tells."""
-        from qmm.contact import first_contact
+        from qmm.loaders.access.preflight import first_contact
 
         assert choice.gpu is not None
         try:
             for mapping in {tensor.info.path: tensor.model.mapping(tensor.info.path) for tensor in tensors}.values():
-                first_contact(mapping, choice.gpu)
+                first_contact(mapping, choice.gpu.number, choice.gpu.name)
         except RegistrationError:
             if choice.placement == "mapped":
                 raise
             return False
         return True
 
-    def _under_way(self) -> memoryview:
-        """What a call holds in a ``with`` block, in which the engine stays as it is, whoever closes it."""
-        assert self._uses is not None
-        return self._uses.begin()
+    def _under_way(self) -> InFlight:
+        """The ``with`` block of a call, in which the engine stays as it is, whoever closes it."""
+        return self._in_flight.now
 
     def _matmul_host(self, tensor: Tensor, x: npt.NDArray[np.float32], int8: bool) -> npt.NDArray[np.float32]:
         address = self._weights.address(tensor)
@@ -386,7 +388,7 @@ class Engine(Closing):
     def _tensor(self, tensor: str | Tensor) -> Tensor:
         if self._closed:
             raise ClosedError(self._was_closed)
-        if self.gpu is not None and self.forked:
+        if self.gpu is not None and self._process != process.now:
             raise ClosedError(
                 f"{self.model.path}: the engine was made in process {self._process}, and CUDA does not survive a fork "
                 f"into {os.getpid()}. Make the engine in the child, or start it with the spawn method."
@@ -494,29 +496,20 @@ class Engine(Closing):
         return view.rows(len(x.shape) - 1)
 
 
+def _close_all(plans: Iterable[Plan]) -> None:
+    for plan in list(plans):
+        plan.close()
+
+
 @functools.cache
 def _cpu() -> ModuleType:
-    """The CPU schedules. A Ctrl-C is heard once they are there: it would become an ImportError in Numba's C parts."""
+    """The CPU schedules."""
     from qmm.kernels.runtime.compiler import check_cpu
 
     check_cpu()  # Numba cannot even be imported with some settings
-    with handlers_held():
-        from qmm.kernels.ops.cpu import products as cpu
+    from qmm.kernels.ops.cpu import products as cpu
+
     return cpu
-
-
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-def _note_fork() -> None:
-    for engine in list(_engines):
-        engine.forked = True
-        if engine._uses is not None:
-            engine._uses = Uses(engine._was_closed)  # the parent's threads are not here, and what they use does not end
-
-
-if hasattr(os, "register_at_fork"):  # asking for the process number at each product would take a system call
-    os.register_at_fork(after_in_child=_note_fork)
 
 
 def _signature(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from qmm.arrays import ArrayKind, stream_handle
-from qmm.errors import ClosedError, DeviceError
-from qmm.loaders.closing import Closing
-from qmm.signals import handlers_held
+from qmm.errors import ClosedError
+from qmm.loaders.closing import Resource
 from qmm.tracing import outside, untraced, watched
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Step:
         self.product, self.x, self.y, self.check, self.kept = product, x, y, check, kept
 
 
-class Plan(Closing):
+class Plan(Resource):
     """Products in a fixed order, captured into one CUDA graph. Made by :meth:`qmm.Engine.plan`; a context manager.
 
     Calling it queues them all: the arrays are read and written in place, in the state that they are in then. A product
@@ -47,24 +47,25 @@ class Plan(Closing):
     def __init__(self, engine: Engine, gpu: GPU, steps: Sequence[Step], kind: ArrayKind, first: Any) -> None:
         self._closed = True  # until there is something to close
         self._engine = engine
-        self._gpu = gpu
         self._kept = [step.kept for step in steps]
         self._checks = list({step.check: None for step in steps})
         self._kind, self._first = kind, first
         self._steps = len(steps)
-        # Of its own: engine.matmul may use the engine's on the same stream, between the plan's replays or in them.
-        nbytes = max((step.product.scratch_nbytes for step in steps if step.product is not None), default=0)
-        self._scratch = gpu.allocate(nbytes, "a plan's scratch memory") if nbytes else 0
+        self._closing = threading.RLock()
         products = [(step.product, step.x, step.y) for step in steps if step.product is not None]
-
-        try:
+        # Of its own: engine.matmul may use the engine's on the same stream, between the plan's replays or in them.
+        nbytes = max((product.scratch_nbytes for product, _, _ in products), default=0)
+        scratch = 0
+        with ExitStack() as held:
+            if nbytes:
+                scratch = gpu.allocate(nbytes, "a plan's scratch memory")
+                held.callback(gpu.free, scratch)
             with gpu.fresh_stream() as stream:  # on the engine's, work of other threads would be captured too
-                self._graph = gpu.capture(lambda: gpu.sequence(products, stream, self._scratch), stream)
-        except BaseException:
-            if self._scratch:
-                with suppress(DeviceError):  # the error at hand is the one to show
-                    gpu.free(self._scratch)
-            raise
+                self._graph = gpu.capture(lambda: gpu.sequence(products, stream, scratch), stream)
+            held.callback(self._graph.close)
+            held.callback(self._kept.clear)  # once the device is done: their libraries would lend the memory to others
+            held.callback(gpu.drain)
+            self._held = held.pop_all()  # what close() gives up, the last one first
         self._closed = False
 
     def __len__(self) -> int:
@@ -100,27 +101,19 @@ class Plan(Closing):
         self._graph.launch(self._kind.stream(first) if stream is None else stream_handle(stream))
 
     def close(self) -> None:
-        """Wait for the device, and give up the graph and the arrays. Twice is harmless.
+        """Wait for the device, and give up the graph and the arrays. Twice is harmless. If KeyboardInterrupt ends it,
+        call it again.
 
         Raises:
             DeviceError: work that was still queued failed.
         """
-        with handlers_held():  # half closed, it would never be closed, or before the device is done
-            if not self._closed:
-                self._closed = True
-                self._give_up()
-
-    def _give_up(self) -> None:
-        if self._engine.forked or not self._graph.end():
-            return  # what CUDA holds is the parent's; or another thread closes it
-        try:
-            self._gpu.drain()
-        finally:
-            self._kept.clear()  # not before: their libraries would lend the memory to others while it is still used
-            self._first = None
-            self._graph.close()
-            if self._scratch:
-                self._gpu.free(self._scratch)
+        self._closed = True
+        if self._engine.forked:
+            return  # what CUDA holds is the parent's
+        self._graph.end()
+        with self._closing:
+            self._held.close()
+        self._first = None
 
     def _why_not_copied(self) -> str:
         return "copied or pickled: it reads and writes the arrays that it was made with. Make another: engine.plan(...)"

@@ -20,7 +20,6 @@ from qmm.kernels.formats import Format
 from qmm.kernels.ops.matvec.plan import COLUMN_TILES, PRODUCERS, WARPS, Schedule, Tiling
 from qmm.kernels.runtime.cache import CachedKernel, Code
 from qmm.kernels.runtime.compiler import check_cuda, compiling
-from qmm.signals import handlers_held
 
 __all__ = [
     "CUDAKernel",
@@ -227,8 +226,8 @@ def _build() -> ModuleType:
         DeviceError: a setting of Numba forbids it.
     """
     check_cuda()
-    with handlers_held():  # a Ctrl-C would become an ImportError in Numba's C parts
-        from qmm.kernels.runtime import build
+    from qmm.kernels.runtime import build
+
     return build
 
 
