@@ -1,21 +1,19 @@
-"""The end of what has a ``close``: with its ``with`` block, or when nobody holds it any more."""
+"""Base classes of what has a ``close``."""
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from qmm.errors import CopyError, QmmError
 
-__all__ = ["Closing", "undisturbed"]
+__all__ = ["Closing", "Resource"]
 
 
 class Closing:
-    """Closes itself at the end of a ``with`` block, or else when it is dropped.
+    """A context manager that closes itself at the end of its ``with`` block.
 
     It cannot be pickled, nor copied where a class does not say how: the copy would use what only the original holds.
     """
@@ -47,34 +45,29 @@ class Closing:
     def _why_not_copied(self) -> str:
         return "copied or pickled: it stands for memory of this process. Make another one where it is needed."
 
-    def __del__(self) -> None:
-        try:
-            _dropped.append(self)
-            _close_dropped()
-        except Exception:  # the interpreter ends, and this module is gone
+
+class Resource(Closing):
+    """Holds what outlives its Python object: device memory, locked pages, queued work.
+
+    If it is dropped before it was closed, it emits a ResourceWarning and closes itself. The garbage collector may do
+    that in the middle of any statement, of any thread, so this is a last resort.
+    """
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is left to close. Asked of an object whose constructor failed, too."""
+        raise NotImplementedError
+
+    def __del__(self, warn: Callable[..., Any] = warnings.warn) -> None:
+        if self.closed:
             return
-
-
-# The garbage collector may drop things in the middle of any statement: where a lock is held that closing takes, or a
-# stream is captured, which waiting for the device would end.
-_dropped: deque[Closing] = deque()
-_thread = threading.local()
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """In this block nothing that is dropped in this thread is closed; it is at the end of the block."""
-    _thread.depth = getattr(_thread, "depth", 0) + 1
-    try:
-        yield
-    finally:
-        _thread.depth -= 1
-        _close_dropped()
-
-
-def _close_dropped() -> None:
-    while _dropped and not getattr(_thread, "depth", 0):
         try:
-            _dropped.popleft().close()
-        except Exception:  # nobody is left to tell, and CUDA may be shutting down
-            continue
+            warn(f"{self!r} was dropped before it was closed", ResourceWarning, source=self)
+        finally:
+            self._close_dropped()
+
+    def _close_dropped(self) -> None:
+        try:
+            self.close()
+        except Exception:  # nobody is left to tell; and at the interpreter's exit, modules and CUDA may be gone
+            return

@@ -11,6 +11,7 @@ import mmap
 import operator
 import os
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import SupportsIndex
@@ -18,10 +19,10 @@ from typing import SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from qmm.children import PerProcess
 from qmm.errors import ClosedError, MappingError
 from qmm.loaders.closing import Closing
 from qmm.loaders.files import FileIdentity, OpenFile
-from qmm.loaders.forks import ProcessLock
 
 __all__ = ["FileMapping"]
 
@@ -53,7 +54,7 @@ class _Pages:
 
 
 _pages: weakref.WeakValueDictionary[FileIdentity, _Pages] = weakref.WeakValueDictionary()
-_lock = ProcessLock()
+_lock = PerProcess(threading.RLock)
 
 
 class FileMapping(Closing):
@@ -61,7 +62,8 @@ class FileMapping(Closing):
 
     All handles on the same file (device, inode, size and modification time) share one mapping, whichever thread opened
     them; it goes when the last handle is closed and the last view is dropped. Closing a handle twice is harmless. A
-    view stays valid after ``close`` for as long as somebody holds it; an ``address`` does not.
+    view stays valid after ``close`` for as long as somebody holds it; an ``address`` does not. A handle that is dropped
+    without ``close`` counts as closed, as NumPy's ``memmap`` does.
     """
 
     def __init__(self, pages: _Pages, path: Path) -> None:

@@ -1,12 +1,18 @@
-"""Python in a process of its own, for what may hang, or end a process."""
+"""Child processes: Python in one of its own, for what may hang or die; and what a forked one must not inherit."""
 
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
+import weakref
+from collections.abc import Callable
+from typing import Any, Final, Generic, TypeVar
 
-__all__ = ["ending", "no_start", "python"]
+__all__ = ["PerProcess", "ending", "no_start", "process", "python"]
+
+T = TypeVar("T")
 
 
 def python(code: str) -> list[str]:
@@ -23,3 +29,37 @@ def no_start(reason: OSError) -> str:
     """That a child could not be started, in words, by the error."""
     hint = " Allow more processes (`ulimit -u`, a container's limit on pids)." if reason.errno == errno.EAGAIN else ""
     return f"could not be started ({reason}).{hint}"
+
+
+class PerProcess(Generic[T]):
+    """A value of one process, made anew in a forked child. This is the one place where a fork is noticed.
+
+    It is for locks, which a thread of the parent may hold at the fork; for threads, of which the child has one; and for
+    tables of what CUDA holds for the parent.
+
+    Attributes:
+        now: the value in this process.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self.now = make()
+        _values.add(self)
+
+    def renew(self) -> None:
+        """Make the value anew."""
+        self.now = self._make()
+
+
+_values: weakref.WeakSet[PerProcess[Any]] = weakref.WeakSet()
+
+
+def _renew_all() -> None:
+    for value in list(_values):
+        value.renew()
+
+
+os.register_at_fork(after_in_child=_renew_all)
+
+process: Final = PerProcess(os.getpid)
+"""The number of this process; ``process.now`` takes no system call."""

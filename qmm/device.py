@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import operator
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from qmm.children import process
 from qmm.cuda import CudaCallError, attribute, call, current_device
 from qmm.errors import ClosedError, DeviceError
 from qmm.kernels.ops.layout import ZERO_NBYTES
@@ -61,7 +61,7 @@ class Device(Resource):
 
     def __init__(self, number: int) -> None:
         self.number = number = operator.index(number)
-        self._process = os.getpid()
+        self._process = process.now
         self._allocated: dict[tuple[str, int], None] = {}
         self._workspaces: dict[int, tuple[int, int]] = {}
         self._staging = (0, 0)
@@ -85,7 +85,7 @@ class Device(Resource):
     @property
     def forked(self) -> bool:
         """Whether this is a forked child: what CUDA holds is the parent's, and is not to be freed here."""
-        return self._process != os.getpid()
+        return self._process != process.now
 
     @property
     def closed(self) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"kernels": "qmm.kernels", "loaders": "qmm.loaders"}
-SHARED = ("qmm.children", "qmm.cuda", "qmm.errors", "qmm.extras", "qmm.output", "qmm.signals")
+SHARED = ("qmm.children", "qmm.cuda", "qmm.errors", "qmm.extras", "qmm.folders", "qmm.output")
 HEAVY = ("numba", "llvmlite", "cuda", "gguf", "typer", "rich")
 
 
@@ -63,7 +63,7 @@ def test_a_room_imports_only_itself_and_what_is_shared(room: str) -> None:
         ("qmm", "loaders", True),
         ("kernels.formats", "kernels", True),
         ("qmm.errors.GGUFError", "loaders", False),
-        ("qmm.signals", "kernels", False),
+        ("qmm.children", "kernels", False),
         ("qmm.kernels.formats.q4_k", "kernels", False),
         ("numba.cuda", "kernels", False),
     ],

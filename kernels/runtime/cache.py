@@ -35,7 +35,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["CachedKernel", "Code", "Store", "cache_folder", "digest_of_sources", "key_of", "store"]
+from qmm.folders import cache_folder
+
+__all__ = ["CachedKernel", "Code", "Store", "digest_of_sources", "key_of", "store"]
 
 MAGIC = b"qmm\0kern"
 VERSION = 1
@@ -202,16 +204,6 @@ class CachedKernel:
     def _unchanged(self) -> bool:
         """Whether the kernel's sources are as they were: code compiled during an edit may be of neither version."""
         return digest_of_sources(FOLDER) == SOURCES and key_of(*self._described) == self._key
-
-
-def cache_folder() -> Path:
-    """Where qmm keeps what can be made again: ``$XDG_CACHE_HOME/qmm``, or ``~/.cache/qmm``.
-
-    Raises:
-        RuntimeError: the user has no home directory.
-    """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "qmm"
 
 
 def store() -> Store | None:

@@ -18,7 +18,6 @@ import numpy as np
 
 from qmm.children import ending, no_start, python
 from qmm.errors import DeviceError, QmmError
-from qmm.signals import handlers_held
 
 __all__ = ["check_cpu", "check_cuda", "compiling", "try_cpu"]
 
@@ -57,8 +56,8 @@ def check_cuda() -> None:
         DeviceError: they cannot; the message names the setting and its value.
     """
     _refuse("NUMBA_ENABLE_CUDASIM", _settings().ENABLE_CUDASIM, NO_SIMULATION)
-    with handlers_held():
-        from numba.cuda.core import config  # numba-cuda has its own
+    from numba.cuda.core import config  # numba-cuda has its own
+
     _refuse("NUMBA_ENABLE_CUDASIM", config.ENABLE_CUDASIM, NO_SIMULATION)
     _refuse("NUMBA_CUDA_DEBUGINFO", config.CUDA_DEBUGINFO_DEFAULT, "kernels with it are in parts that cannot be linked")
     _refuse("NUMBA_FORCE_CUDA_CC", config.FORCE_CUDA_CC, "kernels are compiled for the GPU that runs them")
@@ -94,8 +93,7 @@ def _given() -> str:
 def _settings() -> ModuleType:
     """``numba.config``, as it is now."""
     try:
-        with handlers_held():  # a Ctrl-C would become an ImportError in Numba's C parts
-            from numba.core import config
+        from numba.core import config
 
         config.reload_config()  # Numba does it too, when it compiles
     except (ValueError, RuntimeError) as reason:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from types import ModuleType
 
 from qmm import cuda
+from qmm.children import PerProcess
 from qmm.kernels.runtime.cache import CachedKernel, Code
 from qmm.kernels.runtime.compiler import check_cuda, compiling
 from qmm.kernels.runtime.kernel import Kernel
@@ -20,7 +21,7 @@ from qmm.kernels.runtime.kernel import Kernel
 __all__ = ["Launch", "load", "ptx"]
 
 _loaded: dict[tuple[Kernel, int], cuda.Function] = {}
-_lock = threading.Lock()
+_lock = PerProcess(threading.Lock)
 
 
 def load(kernel: Kernel, device: int) -> cuda.Function:
@@ -32,7 +33,7 @@ def load(kernel: Kernel, device: int) -> cuda.Function:
     """
     found = _loaded.get((kernel, device))
     if found is None:
-        with _lock:
+        with _lock.now:
             found = _loaded.get((kernel, device))
             if found is None:
                 found = _loaded[kernel, device] = _load(kernel, device)

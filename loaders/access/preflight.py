@@ -1,4 +1,4 @@
-"""Registering a file in a child process first, where it may hang or die and harm nobody.
+"""Registering a file in a child process first, where it may hang or die and harm nobody; once, and remembered.
 
 On some systems a registration does not return (seen with private mappings on an H200 and driver 580, which qmm never
 makes; a file system whose pages the driver cannot lock may do the same). A thread in such a call cannot be stopped, but
@@ -7,18 +7,23 @@ a child can be given up.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import platform
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from qmm.children import ending, no_start, python
+from qmm.cuda import call
 from qmm.errors import QmmError, RegistrationError
+from qmm.folders import cache_folder
 from qmm.loaders.access.registered import WAY_OUT, HostRegistration
 from qmm.loaders.mapping import FileMapping
 
-__all__ = ["FileSystem", "probe"]
+__all__ = ["FileSystem", "first_contact", "probe"]
 
 PROBE_NBYTES: Final = 16 << 20
 """The most bytes of the file that are registered: so many hung where it was seen."""
@@ -26,6 +31,9 @@ PROBE_SECONDS: Final = 30.0
 """How long it may take. Most of it is a child's start with CUDA, one second, or five on a slow machine."""
 REFUSED: Final = 3
 MOUNTS: Final = Path("/proc/self/mountinfo")
+
+_known: set[str] = set()
+"""Where it worked: the texts of the notes that :func:`first_contact` keeps."""
 
 
 class FileSystem(NamedTuple):
@@ -49,6 +57,48 @@ class FileSystem(NamedTuple):
                     kind, source, *_ = rest.split()
                     found = cls(kind, source, point)
         return found
+
+
+def first_contact(mapping: FileMapping, device: int, gpu: str) -> None:
+    """Try registering a file in a child process, unless it worked before on the same file system, GPU and driver.
+
+    That it worked is noted in a file beside the compiled kernels (``QMM_CACHE_DIR``), so that it costs a second once.
+
+    Args:
+        mapping: the file.
+        device: CUDA's number of the GPU.
+        gpu: its name.
+
+    Raises:
+        RegistrationError: it does not return, or the child dies of it.
+    """
+    contact = {
+        "file system": FileSystem.of(mapping.path)._asdict(),
+        "gpu": gpu,
+        "driver": call("cudaDriverGetVersion"),
+        "kernel": platform.release(),
+    }
+    text = json.dumps(contact, sort_keys=True)
+    folder = _folder()
+    note = None if folder is None else folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    if text in _known or (note is not None and note.exists()) or not probe(mapping, device):
+        return
+    _known.add(text)
+    if note is not None:
+        with suppress(OSError):  # then it is tried again next time
+            note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            note.write_text(text)
+
+
+def _folder() -> Path | None:
+    """Where the notes are; None where none are to be kept."""
+    named = os.environ.get("QMM_CACHE_DIR")
+    if named is not None:
+        return Path(named) / "registering" if named else None
+    try:
+        return cache_folder() / "registering"
+    except RuntimeError:  # the user has no home directory
+        return None
 
 
 def probe(mapping: FileMapping, device: int = 0, seconds: float = PROBE_SECONDS) -> bool:

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import mmap
 import operator
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Final, SupportsIndex
 
-from qmm.cuda import CudaCallError, attribute, call, current_device, register_flags
+from qmm.children import process
+from qmm.cuda import CudaCallError, attribute, current_device
 from qmm.errors import ClosedError, RegistrationError
-from qmm.loaders.access.pages import Span, covering_pages, cut, gaps
-from qmm.loaders.closing import Closing, undisturbed
-from qmm.loaders.forks import ProcessLock
+from qmm.loaders.access.chunks import Chunk, acquire, release
+from qmm.loaders.access.pages import Span, covering_pages, gaps
+from qmm.loaders.closing import Resource
 from qmm.loaders.mapping import FileMapping
-from qmm.signals import handlers_held
 
 __all__ = ["REQUIRED_ATTRIBUTES", "HostRegistration"]
 
@@ -41,48 +39,21 @@ LOCKABLE: Final = (
 WAY_OUT: Final = 'Use placement="device" (a copy in GPU memory) or placement="host" (the CPU).'
 
 
-@dataclass(eq=False, slots=True)
-class _Chunk:
-    """A span that one call registers, how many registrations use it, and the device address of its first byte."""
-
-    span: Span
-    device_address: int = 0
-    users: int = 0
-
-    def overlaps(self, span: Span) -> bool:
-        return self.span.start < span.end and span.start < self.span.end
-
-
-@dataclass(eq=False, slots=True)
-class _Table:
-    """What is registered of one mapping: chunks ascending and disjoint. Its handle keeps the pages mapped meanwhile."""
-
-    mapping: FileMapping
-    chunks: list[_Chunk] = field(default_factory=list)
-
-
-# By host address, which is unique while mapped, and the table's handle keeps it mapped.
-_tables: dict[int, _Table] = {}
-_lock = ProcessLock()
-os.register_at_fork(after_in_child=_tables.clear)  # what CUDA holds is the parent's
-
-
-class HostRegistration(Closing):
+class HostRegistration(Resource):
     """Registered pages of one mapped file. A context manager; share it between threads freely.
 
     Registrations of one file share pages: each page is registered once in the process, and unregistered by the last
     registration that uses it. In a forked child they are closed.
     """
 
-    def __init__(self, mapping: FileMapping, table: _Table, chunks: list[_Chunk], device: int) -> None:
+    def __init__(self, mapping: FileMapping, chunks: list[Chunk], device: int) -> None:
         """Use :meth:`of`."""
         self.path = mapping.path
         self.device = device
         self._mapping = mapping
-        self._table = table
         self._chunks = chunks
-        self._process = os.getpid()
-        self._closed = False  # not what its mapping says: collected together, either may be finalized first
+        self._process = process.now
+        self._closed = False
 
     @classmethod
     def of(
@@ -112,26 +83,17 @@ class HostRegistration(Closing):
         wanted = [Span(*mapping.require(offset, nbytes)) for offset, nbytes in ranges]
         mapping.check()
         spans = covering_pages([(span.start, span.nbytes) for span in wanted], mmap.PAGESIZE)
-        with undisturbed(), _lock.now, handlers_held():  # users, once counted, need a registration that uncounts them
-            # The table's own handle keeps the pages mapped for as long as one of them is registered.
-            table = _tables.setdefault(mapping.address, _Table(mapping.share()))
-            try:
-                with current_device(device):
-                    _check_device(device)
-                    _register_missing(table, spans, chunk_nbytes)
-            except CudaCallError as reason:
-                raise RegistrationError(_refusal(mapping, spans, device, reason)) from reason
-            finally:
-                _drop_if_empty(table)
-            chunks = [chunk for chunk in table.chunks if any(chunk.overlaps(span) for span in spans)]
-            for chunk in chunks:
-                chunk.users += 1
-            return cls(mapping.share(), table, chunks, device)
+        try:
+            with current_device(device):
+                _check_device(device)
+                return cls(mapping.share(), acquire(mapping, spans, chunk_nbytes), device)
+        except CudaCallError as reason:
+            raise RegistrationError(_refusal(mapping, spans, device, reason)) from reason
 
     @property
     def closed(self) -> bool:
         """Whether it was closed, or is the parent's of this process."""
-        return self._closed or self._process != os.getpid()
+        return self._closed or self._process != process.now
 
     @property
     def nbytes_registered(self) -> int:
@@ -196,22 +158,15 @@ class HostRegistration(Closing):
     def close(self) -> None:
         """Wait for the device, unregister the pages that no other registration uses, then let the mapping go.
 
-        Twice is harmless, and so is closing after CUDA itself has shut down.
+        Twice is harmless; so is closing after CUDA itself has shut down; and after KeyboardInterrupt it goes on.
 
         Raises:
             RegistrationError: A call failed, most often because a kernel did: its error shows here first. Pages that
                 could not be unregistered stay mapped.
         """
-        with undisturbed(), _lock.now, handlers_held():
-            if self.closed:
-                self._mapping.close()
-                return
-            self._closed = True
-            for chunk in self._chunks:
-                chunk.users -= 1
-            failure = _release(self._table, [chunk for chunk in self._chunks if not chunk.users], self.device)
-            self._chunks = []
-            self._mapping.close()
+        self._closed = True
+        failure = None if self._process != process.now else release(self._chunks, self.device)
+        self._mapping.close()
         if failure is not None:
             raise RegistrationError(
                 f"{self.path}: closing its registration on device {self.device}: {failure}"
@@ -222,7 +177,7 @@ class HostRegistration(Closing):
 
     def _require_open(self) -> None:
         if self.closed:
-            closed = "is of the process that this one was forked from" if self._process != os.getpid() else "was closed"
+            closed = "is of the process that this one was forked from" if self._process != process.now else "was closed"
             raise ClosedError(f"{self.path}: the registration {closed}. Register the mapping again.")
 
 
@@ -230,66 +185,6 @@ def _check_device(device: int) -> None:
     for name, meaning in REQUIRED_ATTRIBUTES.items():
         if not attribute(name, device):
             raise CudaCallError(f"attribute cudaDevAttr{name} is 0: {meaning}")
-
-
-def _register_missing(table: _Table, spans: list[Span], chunk_nbytes: int) -> None:
-    """Register all of ``spans`` that ``table`` does not have yet, or, if a call fails, nothing."""
-    taken = [chunk.span for chunk in table.chunks]
-    try:
-        for span in spans:
-            for gap in gaps(span, taken):
-                for piece in cut(gap, chunk_nbytes):
-                    table.chunks.append(_Chunk(piece))
-                    _register(table, table.chunks[-1])
-    except BaseException:
-        _unregister(table, [chunk for chunk in table.chunks if chunk.span not in taken])
-        raise
-    table.chunks.sort(key=lambda chunk: chunk.span)
-
-
-def _register(table: _Table, chunk: _Chunk) -> None:
-    """Register a chunk of the table; if it is refused, it is none."""
-    host_address = table.mapping.address + chunk.span.start
-    try:
-        call("cudaHostRegister", host_address, chunk.span.nbytes, register_flags())
-    except CudaCallError:  # what is registered there is somebody else's, who unregisters it
-        table.chunks.remove(chunk)
-        raise
-    chunk.device_address = int(call("cudaHostGetDevicePointer", host_address, 0))
-
-
-def _release(table: _Table, idle: list[_Chunk], device: int) -> CudaCallError | None:
-    """Synchronize and unregister; the first failure, unless CUDA is gone."""
-    failure = None
-    if idle:
-        try:
-            with current_device(device):
-                call("cudaDeviceSynchronize")  # a kernel may still be reading them
-        except CudaCallError as error:
-            failure = None if error.gone else error
-        failure = _unregister(table, idle) or failure
-    _drop_if_empty(table)
-    return failure
-
-
-def _unregister(table: _Table, chunks: list[_Chunk]) -> CudaCallError | None:
-    """Unregister ``chunks``, take those that are gone off ``table``, and return the first failure."""
-    failure = None
-    for chunk in chunks:
-        try:
-            call("cudaHostUnregister", table.mapping.address + chunk.span.start)
-        except CudaCallError as error:
-            if not error.gone:
-                failure = failure or error
-                continue
-        table.chunks.remove(chunk)
-    return failure
-
-
-def _drop_if_empty(table: _Table) -> None:
-    if not table.chunks and not table.mapping.closed:
-        _tables.pop(table.mapping.address, None)
-        table.mapping.close()
 
 
 def _refusal(mapping: FileMapping, spans: list[Span], device: int, reason: CudaCallError) -> str:

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import qmm
+from qmm.cli import interrupts
 from qmm.cli.options import (
     ActivationsOption,
     ArraysOption,
@@ -111,17 +112,22 @@ def main() -> None:
         SystemExit: always; with the exit code.
     """
     try:
+        interrupts.watch()
         take_streams()
         try:
             app(prog_name="qmm")
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(interrupts.INTERRUPTED)
     except OutputError as error:
         if error.pipe_closed:
             sys.exit(PIPE_CLOSED)
         say(f"error: {error}")
         sys.exit(ERROR)
     except Exception:
+        if interrupts.heard():
+            sys.exit(interrupts.INTERRUPTED)
         for line in traceback.format_exc().splitlines():
             say(line)
         say("error: this is a fault in qmm. Please report it with the lines above.")
@@ -161,7 +167,7 @@ def demo(
     def work(bar: Bar) -> Report:
         from qmm.cli.demo import demo as walk
         from qmm.cli.demo import model_file
-        from qmm.kernels.runtime.cache import cache_folder
+        from qmm.folders import cache_folder
 
         bar.stage("putting the model together")
         path = model_file(folder or cache_folder())
@@ -288,8 +294,11 @@ def smoke(
 def _present(work: Callable[[Bar], Report], as_json: bool) -> None:
     """Do the work, print its report or its error, and leave with the exit code that belongs to it."""
     try:
-        with Bar() as bar:
-            report = work(bar)
+        try:
+            with Bar() as bar:
+                report = work(bar)
+        finally:
+            interrupts.check()  # which may have become another error on its way here, or none
         show(report.document().split("\n") if as_json else lines_of(report.blocks(), line_width()))
     except (QmmError, MemoryError) as error:
         text = str(error) if isinstance(error, QmmError) else f"{OUT_OF_MEMORY} {error}".strip()

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Column
 from rich.text import Text
 
+from qmm.cli import interrupts
 from qmm.output import printable, say
 
 __all__ = ["Bar"]
@@ -29,7 +30,10 @@ class _Count(ProgressColumn):
 
 
 class Bar:
-    """Progress of one command. A context manager; nothing is left on a terminal when it ends."""
+    """Progress of one command. A context manager; nothing is left on a terminal when it ends.
+
+    What a command tells it of its steps raises KeyboardInterrupt, if there was a Ctrl-C that came to nothing.
+    """
 
     def __init__(self) -> None:
         self._text = ""
@@ -68,6 +72,7 @@ class Bar:
 
     def stage(self, text: str) -> None:
         """Say what happens next."""
+        interrupts.check()
         self._text = printable(text)
         if self._progress:
             self._progress.update(self._task, description=self._text)
@@ -82,6 +87,7 @@ class Bar:
 
     def step(self, text: str) -> None:
         """One of them is done."""
+        interrupts.check()
         self._done += 1
         self._text = printable(text)
         if self._progress:

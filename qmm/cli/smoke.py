@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from qmm.cli.report import SmokeReport, Step
-from qmm.contact import first_contact
 from qmm.cuda import CudaCallError, call
 from qmm.errors import MappingError, QmmError, RegistrationError
+from qmm.loaders.access.preflight import first_contact
 from qmm.loaders.access.registered import HostRegistration
 from qmm.loaders.files import OpenFile
 from qmm.loaders.gguf.index import GGUFIndex, read_model
@@ -70,7 +70,7 @@ class _Smoke:
         return f"{info.name}, compute capability {capability}, {reads} register read-only memory"
 
     def register(self) -> str:
-        first_contact(self.mapping, self.gpu_info)
+        first_contact(self.mapping, self.device, self.gpu_info.name)
         before = anonymous_nbytes()
         self.registration = HostRegistration.of(self.mapping, [(0, self.mapping.nbytes)], self.device)
         self.cleanup.callback(self.registration.close)

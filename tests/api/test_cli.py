@@ -594,7 +594,7 @@ def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     described = SimpleNamespace(name="Test GPU", capability=(9, 0), maps_read_only=True)
     monkeypatch.setattr(qmm.cli.smoke, "gpu_info", lambda number: described)
     monkeypatch.setattr(qmm.cli.smoke, "require_compiler", lambda: None)
-    monkeypatch.setattr(qmm.cli.smoke, "first_contact", lambda mapping, gpu: None)
+    monkeypatch.setattr(qmm.cli.smoke, "first_contact", lambda mapping, device, gpu: None)
     monkeypatch.setattr(qmm.cli.smoke, "HostRegistration", MadeUpRegistration)
     monkeypatch.setattr(qmm.cli.smoke, "call", lambda function, address: SimpleNamespace(type=0))
     monkeypatch.setattr(qmm.device, "GPU", MadeUpGPU)

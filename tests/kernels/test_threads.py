@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import gc
+import signal
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import pytest
 from children import run_python
 
-from qmm.kernels.ops.cpu import threads as module
 from qmm.kernels.ops.cpu.threads import Helpers
 
 SECONDS = 60
@@ -39,9 +38,10 @@ def product():
 def tasks():
     return len(os.listdir("/proc/self/task"))
 
-most, cpu._Threads.helpers.most = cpu._Threads.helpers.most, 0
+helpers = cpu._Threads.helpers.now
+most, helpers.most = helpers.most, 0
 expected = product()  # compiled, and no helper started
-cpu._Threads.helpers.most = most
+helpers.most = most
 alone = tasks()
 """
 
@@ -80,15 +80,15 @@ print(any(counter[0] for counter in counters))
 
 
 def test_helpers_that_are_granted_help_beside_those_that_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    helpers, usual, started = Helpers(3), module.start_new_thread, []
+    helpers, usual, started = Helpers(3), threading.Thread.start, []
 
-    def second_is_refused(serve: Callable[[], None], arguments: tuple[()]) -> int:
-        started.append(serve)
+    def second_is_refused(thread: threading.Thread) -> None:
+        started.append(thread)
         if len(started) == 2:
             raise RuntimeError("can't start new thread")
-        return usual(serve, arguments)
+        usual(thread)
 
-    monkeypatch.setattr(module, "start_new_thread", second_is_refused)
+    monkeypatch.setattr(threading.Thread, "start", second_is_refused)
     for threads in (2, 4):  # the refused one is tried again
         all_there = threading.Barrier(threads)
         helpers.run(lambda there=all_there: there.wait(SECONDS) and None, 3)
@@ -98,17 +98,35 @@ def test_helpers_that_are_granted_help_beside_those_that_are_not(monkeypatch: py
 
 def test_a_helper_that_has_not_begun_is_not_waited_for_and_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     wakes, calls = threading.Event(), []
-    helpers, usual = Helpers(1), module.start_new_thread
-
-    def late(serve: Callable[[], None], arguments: tuple[()]) -> int:
-        return usual(lambda: wakes.wait(SECONDS) and serve(), arguments)
-
-    monkeypatch.setattr(module, "start_new_thread", late)
+    helpers, usual = Helpers(1), Helpers._serve
+    monkeypatch.setattr(Helpers, "_serve", lambda self: wakes.wait(SECONDS) and usual(self))
     for _ in range(3):
         helpers.run(lambda: calls.append(threading.get_ident()), 1)
     wakes.set()
     helpers.run(threading.Barrier(2).wait, 1)  # it is there, and has nothing left of those before
     assert calls == [threading.get_ident()] * 3
+    helpers.dismiss()
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_every_helper_has_ended_when_an_interrupt_is_raised() -> None:
+    """KeyboardInterrupt twice: in the product's own share, and while it waits for its helper."""
+    helpers, caller, both, ended = Helpers(1), threading.get_ident(), threading.Barrier(2), []
+
+    def work() -> None:
+        both.wait(SECONDS)
+        if threading.get_ident() == caller:
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(0.1)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.1)
+        ended.append(threading.get_ident())
+
+    with pytest.raises(KeyboardInterrupt):
+        helpers.run(work, 1)
+    assert len(ended) == 1
+    assert ended != [caller]
+    helpers.run(threading.Barrier(2).wait, 1)  # the thread is still there
     helpers.dismiss()
 
 
@@ -132,23 +150,23 @@ def test_an_error_is_raised_when_every_thread_has_ended(failing: str) -> None:
     helpers.dismiss()
 
 
-@pytest.mark.parametrize("failing", ["nobody", "caller", "helper"])
-def test_what_the_work_holds_is_given_back_at_once(failing: str) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_the_work_holds_is_given_back_at_once(begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Held:
         pass
 
-    helpers, held, both, caller = Helpers(1), Held(), threading.Barrier(2), threading.get_ident()
-    gone = weakref.ref(held)
+    held, wakes = Held(), threading.Event()
+    gone, usual, both = weakref.ref(held), Helpers._serve, threading.Barrier(1 + begun)
+    if not begun:
+        monkeypatch.setattr(Helpers, "_serve", lambda self: wakes.wait(SECONDS) and usual(self))
 
     def work(held: Held = held) -> None:
         both.wait(SECONDS)
-        if failing == ("caller" if threading.get_ident() == caller else "helper"):
-            raise ArithmeticError(held)
 
+    helpers = Helpers(1)
     gc.disable()
     try:
-        with suppress(ArithmeticError):
-            helpers.run(work, 1)
+        helpers.run(work, 1)
         del work, held
         end = time.monotonic() + SECONDS
         while gone() is not None and time.monotonic() < end:
@@ -156,6 +174,7 @@ def test_what_the_work_holds_is_given_back_at_once(failing: str) -> None:
         assert gone() is None
     finally:
         gc.enable()
+        wakes.set()
     helpers.dismiss()
 
 
@@ -169,9 +188,11 @@ def test_many_callers_share_the_helpers_and_a_work_may_ask_for_help_itself() -> 
         for future in [callers.submit(helpers.run, work, 2) for _ in range(300)]:
             future.result(SECONDS)
     assert len(done) >= 300
-    assert not helpers._offered
-    assert len(helpers._started) <= 2
+    assert len(helpers._threads) <= 2
     helpers.dismiss()
+    for thread in helpers._threads:
+        thread.join(SECONDS)
+        assert not thread.is_alive()
 
 
 def test_set_threads_and_forks_while_others_multiply() -> None:

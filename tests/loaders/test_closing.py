@@ -1,35 +1,37 @@
-"""The end of a ``with`` block: what is closed, and which error is shown."""
+"""The end of a ``with`` block, and of what is dropped without one: what is closed, and which error is shown."""
 
 from __future__ import annotations
 
 import gc
-import threading
 
 import pytest
+from children import run_python
 
 from qmm.errors import DeviceError, QmmError
-from qmm.loaders.closing import Closing, undisturbed
+from qmm.loaders.closing import Resource
 
-CLOSED: list[int] = []
-"""The threads in which things were closed, one after the other."""
+closed: list[Thing] = []
+
+
+class Thing(Resource):
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.failure = failure
+        self.is_closed = False
+
+    @property
+    def closed(self) -> bool:
+        return self.is_closed
+
+    def close(self) -> None:
+        self.is_closed = True
+        closed.append(self)
+        if self.failure is not None:
+            raise self.failure
 
 
 @pytest.fixture(autouse=True)
 def _none_closed() -> None:
-    gc.collect()
-    CLOSED.clear()
-
-
-class Thing(Closing):
-    def __init__(self, failure: Exception | None = None) -> None:
-        self.failure = failure
-        self.closed = False
-
-    def close(self) -> None:
-        self.closed = True
-        CLOSED.append(threading.get_ident())
-        if self.failure is not None:
-            raise self.failure
+    closed.clear()
 
 
 def test_the_block_gets_the_thing_and_closes_it() -> None:
@@ -62,65 +64,49 @@ def test_a_bug_in_closing_is_not_hidden() -> None:
         raise KeyError("mine")
 
 
-def test_what_is_dropped_is_closed() -> None:
-    Thing()
-    assert len(CLOSED) == 1
+def test_what_is_dropped_open_is_closed_with_a_warning() -> None:
+    with pytest.warns(ResourceWarning, match=r"<.*Thing object at .*> was dropped before it was closed"):
+        Thing()
+    assert len(closed) == 1
 
 
-def test_what_is_dropped_in_a_cycle_is_closed_with_it() -> None:
+def test_what_was_closed_is_dropped_without_a_warning() -> None:
+    Thing().close()
+    assert len(closed) == 1
+
+
+def test_what_is_dropped_in_a_cycle_is_closed_when_it_is_collected() -> None:
     first, second = Thing(), Thing()
     first.other, second.other = second, first  # type: ignore[attr-defined]
     del first, second
-    assert CLOSED == []
-    gc.collect()
-    assert len(CLOSED) == 2
+    assert closed == []
+    with pytest.warns(ResourceWarning):
+        gc.collect()
+    assert len(closed) == 2
 
 
 def test_a_dropped_thing_that_fails_to_close_stops_nobody() -> None:
-    Thing(ZeroDivisionError())
-    Thing()
-    assert len(CLOSED) == 2
-
-
-def test_nothing_that_is_dropped_is_closed_in_an_undisturbed_block() -> None:
-    with undisturbed():
-        with undisturbed():
-            Thing()
-        assert CLOSED == []
+    with pytest.warns(ResourceWarning):
+        Thing(ZeroDivisionError())
+    with pytest.warns(ResourceWarning):
         Thing()
-        assert CLOSED == []
-    assert len(CLOSED) == 2
+    assert len(closed) == 2
 
 
-def test_an_undisturbed_block_that_fails_closes_them_all_the_same() -> None:
-    def fail() -> None:
-        with undisturbed():
-            Thing()
-            raise KeyError("mine")
+def test_what_is_open_when_the_interpreter_exits_warns_and_prints_no_traceback() -> None:
+    code = """
+import qmm.loaders.closing
 
-    with pytest.raises(KeyError, match="mine"):
-        fail()
-    assert len(CLOSED) == 1
+class Thing(qmm.loaders.closing.Resource):
+    closed = False
+    def close(self):
+        import numpy.no_such_module
 
-
-def test_a_lock_that_closing_takes_is_not_waited_for_by_the_thread_that_holds_it() -> None:
-    lock = threading.Lock()
-
-    class Locked(Thing):
-        def close(self) -> None:
-            with lock:
-                super().close()
-
-    with undisturbed(), lock:
-        Locked()
-        assert CLOSED == []
-    assert len(CLOSED) == 1
-
-
-def test_threads_do_not_keep_each_other_from_closing() -> None:
-    with undisturbed():
-        thread = threading.Thread(target=Thing)
-        thread.start()
-        thread.join()
-        assert len(CLOSED) == 1
-    assert [threading.get_ident()] != CLOSED
+thing = Thing()
+"""
+    done = run_python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = run_python(f"import warnings; warnings.simplefilter('always'){code}")
+    assert done.returncode == 0
+    assert "ResourceWarning: <__main__.Thing object" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ import pytest
 
 from qmm.errors import ClosedError, MappingError, RegistrationError
 from qmm.loaders import FileMapping, HostRegistration
-from qmm.loaders.access import registered as registration
+from qmm.loaders.access import chunks
 
 
 def has_gpu() -> bool:
@@ -40,7 +40,7 @@ def test_refusal_names_file_bytes_call_number_and_a_way_out(file: Path) -> None:
         assert "8192 bytes cannot be registered on CUDA device 0" in message
         assert 'placement="device"' in message
         assert 'placement="host"' in message
-        assert not registration._tables
+        assert not chunks.registered.now
     assert str(file) not in Path("/proc/self/maps").read_text()  # no handle was left behind
 
 
@@ -65,7 +65,7 @@ def test_changed_file_is_refused(file: Path) -> None:
 
 def test_no_other_mapping_can_be_registered(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FileMapping makes shared ones only; a private one would be copied page by page, or hang."""
-    monkeypatch.setattr(registration, "call", lambda *arguments: pytest.fail("CUDA was asked"))
+    monkeypatch.setattr(chunks, "call", lambda *arguments: pytest.fail("CUDA was asked"))
     private = np.memmap(file, mode="c")
     for other in (private, private.base):
         with pytest.raises(AttributeError):

@@ -21,7 +21,6 @@ from qmm.kernels.lang import primitives
 from qmm.kernels.lang.half import from_half, from_half_by_integers, has_instruction
 from qmm.kernels.lang.vector import F32, I8, I16, I32, I64, Toolkit, define, splat, vector
 from qmm.kernels.runtime.compiler import check_cpu, compiling
-from qmm.signals import handlers_held
 
 __all__ = [
     "CPU",
@@ -67,9 +66,6 @@ PARTIAL = VECTORS.make("Partial", vector(F32, 8))
 class CPUKernel:
     """A function that is compiled at its first call, for arguments of these types.
 
-    A Ctrl-C is heard when it is compiled. Meanwhile LLVM calls back into Python, from where ctypes passes no exception
-    on: it would be printed and forgotten.
-
     Raises:
         DeviceError: a setting of Numba forbids compiling.
     """
@@ -83,7 +79,7 @@ class CPUKernel:
         arguments = tuple([int(value) if isinstance(value, np.integer) else value for value in arguments])
         if not self._dispatcher.overloads:
             check_cpu()
-            with compiling(), handlers_held():
+            with compiling():
                 self._dispatcher.compile(tuple(map(numba.typeof, arguments)))
         self._dispatcher(*arguments)
 

@@ -21,6 +21,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from qmm.children import PerProcess
 from qmm.kernels.formats import Format
 from qmm.kernels.lang.primitives import masked, run_weights
 from qmm.kernels.lang.specialize import registers, specialize, unroll
@@ -43,7 +44,6 @@ from qmm.kernels.lang.targets.cpu import (
     zero_partial,
 )
 from qmm.kernels.ops.cpu.threads import Helpers
-from qmm.signals import handlers_held
 
 __all__ = [
     "available_cpus",
@@ -280,16 +280,9 @@ def available_cpus() -> int:
 
 
 class _Threads:
-    """The helpers that a product asks. They are replaced, by a fork's child too, which has none of its parent's."""
+    """The helpers that a product asks; a forked child has none of its parent's."""
 
-    helpers = Helpers(available_cpus() - 1)
-
-
-def _replace_helpers(most: int) -> None:
-    _Threads.helpers = Helpers(most)
-
-
-os.register_at_fork(after_in_child=lambda: _replace_helpers(_Threads.helpers.most))
+    helpers: PerProcess[Helpers] = PerProcess(functools.partial(Helpers, available_cpus() - 1))
 
 
 def set_threads(count: SupportsIndex) -> None:
@@ -309,8 +302,8 @@ def set_threads(count: SupportsIndex) -> None:
     if number < 1:
         raise ValueError(f"a product needs a thread at least, not {number}")
     before = _Threads.helpers
-    _replace_helpers(number - 1)
-    before.dismiss()
+    _Threads.helpers = PerProcess(functools.partial(Helpers, number - 1))
+    before.now.dismiss()
 
 
 def _over_rows(m: int, nbytes: int, work: Callable[[int, int], None]) -> None:
@@ -319,7 +312,7 @@ def _over_rows(m: int, nbytes: int, work: Callable[[int, int], None]) -> None:
     The caller takes its share at once: a thread that wakes late finds less to do, and one that has not even begun when
     the rows are done is called off, so that a small product never waits for it.
     """
-    threads = _Threads.helpers  # which another caller may replace
+    threads = _Threads.helpers.now  # which another caller may replace
     helpers = min(threads.most, nbytes // HELPER_NBYTES)
     span = max(1, -(-m // (8 * (helpers + 1))))  # a few spans a thread, so that a slow core holds nobody up
     next_row = np.zeros(1, np.int64)
@@ -327,9 +320,7 @@ def _over_rows(m: int, nbytes: int, work: Callable[[int, int], None]) -> None:
     if not helpers:
         work(span, address)
         return
-    # A Ctrl-C here would leave threads at work on memory that is given back.
-    with handlers_held():
-        threads.run(lambda: work(span, address), helpers)
+    threads.run(lambda: work(span, address), helpers)
 
 
 def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,46 @@
+"""Ctrl-C in a command: it ends with the exit code 130, whatever becomes of the KeyboardInterrupt on its way.
+
+Where C code calls Python, an exception may not get through: while Numba is imported it becomes an ImportError, and what
+is raised in a callback of LLVM is printed and dropped. So the handler also notes that it was called, and a command asks
+:func:`check` at each of its steps.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+__all__ = ["INTERRUPTED", "check", "heard", "watch"]
+
+INTERRUPTED = 130
+"""The exit code: as a shell shows SIGINT."""
+_times: list[int] = []
+
+
+def watch() -> None:
+    """Note each Ctrl-C from now on, and print no KeyboardInterrupt that is dropped."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores the signal
+        signal.signal(signal.SIGINT, _note)
+        sys.unraisablehook = _print
+
+
+def heard() -> bool:
+    """Whether there was one."""
+    return bool(_times)
+
+
+def check() -> None:
+    """Raise KeyboardInterrupt if there was one."""
+    if _times:
+        raise KeyboardInterrupt
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _times.append(number)
+    raise KeyboardInterrupt
+
+
+def _print(unraisable: sys.UnraisableHookArgs) -> None:
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
