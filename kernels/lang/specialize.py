@@ -1,17 +1,17 @@
 """Turns a kernel written as plain Python into the flat function that Numba compiles for one target.
 
-A kernel in this folder is ordinary Python: it calls the primitives of :mod:`qmm.kernels.lang.primitives`, loops over
+A kernel in this folder is ordinary Python: it calls operations (:mod:`qmm.kernels.lang.operation`), loops over
 ``unroll(...)`` and keeps its accumulators in ``registers(...)``. Run as it stands it is slow and exact, which is what
 the tests want. A compiled kernel must have no loop over an accumulator and no list, or the accumulators live in memory
 instead of registers. :func:`specialize` closes that gap on the syntax tree:
 
-* names given in ``constants`` become literals (numbers) or bound globals (functions: a format's ``load``, ``unpack``);
+* names given in ``constants`` become literals (numbers, text) or bound globals (functions: a format's ``load``);
 * ``for i in unroll(...)`` is written out once for each value;
 * ``a = registers(count, value)`` becomes ``a_0 = value``, ``a_1 = value``, …, and ``a[i]`` the variable of that number;
 * ``if`` and the conditional expression are decided where their test is known, so a variant that is switched off is not
   even typed;
 * a float literal is a float32;
-* every function that the kernel calls is specialized in turn, and every primitive becomes the target's intrinsic.
+* every function that the kernel calls is specialized in turn, and every operation becomes the target's intrinsic.
 
 The generated source is kept for tracebacks and for reading (``function.__source__``).
 """
@@ -31,7 +31,7 @@ import numpy as np
 
 __all__ = ["Target", "registers", "specialize", "unroll"]
 
-Number = (bool, int, float)
+Literal = (bool, int, float, str)
 _serial = itertools.count()
 
 
@@ -85,7 +85,7 @@ class _Specializer:
                 argument.annotation = None
         known = {name: value for name, value in _visible(function).items() if name not in arguments}
         known |= {name: value for name, value in self.constants.items() if name not in arguments}
-        literals = {name: value for name, value in known.items() if isinstance(value, Number)}
+        literals = {name: value for name, value in known.items() if isinstance(value, Literal)}
         definition.body = _Flatten(literals).block(definition.body) or [ast.Pass()]
         _SingleFloats().visit(tree)
         source = ast.unparse(ast.fix_missing_locations(tree))

@@ -7,17 +7,9 @@ stores the runs of its unit.
 from __future__ import annotations
 
 from qmm.kernels.lang.primitives import run_weights
-from qmm.kernels.lang.ptx import (
-    arrive,
-    block_count,
-    block_index,
-    lane_index,
-    shared_memory,
-    store_part,
-    store_run,
-    synchronize_block,
-    thread_index,
-)
+from qmm.kernels.lang.ptx.barrier import fence_mbarrier_init, mbarrier_arrive, mbarrier_wait, sync_cta
+from qmm.kernels.lang.ptx.global_memory import store_global_run, store_global_run_part
+from qmm.kernels.lang.ptx.grid import cta_count, cta_index, lane_index, shared_memory, thread_index
 from qmm.kernels.lang.specialize import unroll
 from qmm.kernels.ops.pipeline import following, prepare, produce
 
@@ -31,11 +23,11 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
     warp = thread >> 5
     barriers = shared_memory()
     ring = barriers + BARRIERS_NBYTES
-    row = block_index() * ROWS
-    row_step = block_count() * ROWS
+    row = cta_index() * ROWS
+    row_step = cta_count() * ROWS
     prepare(barriers, thread)
-    fence_barriers()
-    synchronize_block()
+    fence_mbarrier_init(BULK)
+    sync_cta()
     if warp >= WARPS:
         if warp < WARPS + PRODUCERS:
             produce(ring, barriers, weights, row_nbytes, m, chunks, row, 0, row_step, 0, 1 << 62, warp - WARPS, lane)
@@ -45,7 +37,7 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
         parity = 0
         chunk = 0
         while row < m:
-            wait_for(full, parity)
+            mbarrier_wait(full, parity, BULK)
             for u in unroll(UNITS):
                 part = (warp + K_WARPS * u) & (LANES - 1)
                 place = ((warp + K_WARPS * u) // LANES) * 4 + (lane & 3)
@@ -60,10 +52,10 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
                             q, scale, minimum = runs[i]
                             values = run_weights(q, scale, minimum)
                             if PLAIN:
-                                store_part(target, values, min(16, k - block * 16))
+                                store_global_run_part(target, values, min(16, k - block * 16))
                             else:
-                                store_run(target + position(part, i) * 64, values)
-            arrive(full + 64)
+                                store_global_run(target + position(part, i) * 64, values)
+            mbarrier_arrive(full + 64)
             row, chunk = following(row, chunk, chunks, row_step)
             stage += STAGE_NBYTES
             full += 8

@@ -12,17 +12,15 @@ outside the tensor is touched.
 
 from __future__ import annotations
 
-from qmm.kernels.lang.ptx import (
-    arrive,
-    arrive_after_copies,
-    block_count,
-    block_index,
-    bulk_copy,
-    copy16,
-    expect,
-    initialize_barrier,
-    prefetch,
+from qmm.kernels.lang.ptx.barrier import (
+    mbarrier_arrive,
+    mbarrier_arrive_after_copies,
+    mbarrier_expect_tx,
+    mbarrier_init,
+    mbarrier_wait,
 )
+from qmm.kernels.lang.ptx.copy import bulk_copy, copy16, copy_edge, prefetch_l2
+from qmm.kernels.lang.ptx.grid import cta_count, cta_index
 from qmm.kernels.lang.specialize import unroll
 
 __all__ = ["following", "prefetch_rows", "prepare", "produce"]
@@ -31,13 +29,13 @@ __all__ = ["following", "prefetch_rows", "prepare", "produce"]
 def prepare(barriers, thread):
     """Initializes the barriers: at ``barriers`` one a stage for "full", 64 bytes on one a stage for "empty".
 
-    Each lane arrives for itself. One that did so for its warp, after a ``synchronize_warp``, was as right and no faster
+    Each lane arrives for itself. One that did so for its warp, after a ``sync_warp``, was as right and no faster
     (H100, 40 products: the others' times in parts of its 0.996 on geometric mean, F16, 4096x14336, n = 8, 1.09), but
     compute-sanitizer's racecheck took it for a race.
     """
     if thread < STAGES:
-        initialize_barrier(barriers + 8 * thread, 32 * PRODUCERS)
-        initialize_barrier(barriers + 64 + 8 * thread, 32 * WARPS)
+        mbarrier_init(barriers + 8 * thread, 32 * PRODUCERS)
+        mbarrier_init(barriers + 64 + 8 * thread, 32 * WARPS)
 
 
 def produce(ring, barriers, weights, row_nbytes, m, chunks, row, chunk, row_step, item, count, producer, lane):
@@ -48,7 +46,7 @@ def produce(ring, barriers, weights, row_nbytes, m, chunks, row, chunk, row_step
     parity = (item // STAGES & 1) ^ 1
     while row < m and count > 0:
         full = barriers + 8 * stage
-        wait_for(full + 64, parity)
+        mbarrier_wait(full + 64, parity, BULK)
         if BULK:
             fetch_bulk(ring + stage * STAGE_NBYTES, full, weights, end, row_nbytes, row, m, chunk, producer, lane)
         else:
@@ -65,14 +63,14 @@ def produce(ring, barriers, weights, row_nbytes, m, chunks, row, chunk, row_step
 def prefetch_rows(weights, row_nbytes, rows, nbytes, lane):
     """Has the first ``nbytes`` of each of some rows brought into L2, but for what shares 16 bytes with other rows. A
     warp of each block takes its share of them."""
-    row = lane * block_count() + block_index()
+    row = lane * cta_count() + cta_index()
     while row < rows:
         start = weights + row * row_nbytes
         first = (start + 15) & -16
         last = (start + nbytes) & -16
         if last > first:
-            prefetch(first, last - first)
-        row += block_count() * 32
+            prefetch_l2(first, last - first)
+        row += cta_count() * 32
 
 
 def following(row, chunk, chunks, row_step):
@@ -107,9 +105,9 @@ def fetch_bulk(stage, full, weights, end, row_nbytes, row, m, chunk, producer, l
                     last -= 16
                     copy_edges(target + last, last, weights, end)
             if last > first:
-                expect(full, last - first)
+                mbarrier_expect_tx(full, last - first)
                 bulk_copy(target + first, first, last - first, full)
-    arrive(full)
+    mbarrier_arrive(full)
 
 
 def fetch(stage, full, weights, end, row_nbytes, row, m, chunk, producer, lane):
@@ -126,7 +124,7 @@ def fetch(stage, full, weights, end, row_nbytes, row, m, chunk, producer, lane):
             else:
                 copy_edges(target + piece, piece, weights, end)
             piece += 512
-    arrive_after_copies(full)
+    mbarrier_arrive_after_copies(full)
 
 
 def copy_edges(target, source, weights, end):
@@ -134,5 +132,5 @@ def copy_edges(target, source, weights, end):
     i = 0
     while i < 16:
         if source + i >= weights and source + i < end:
-            copy_edge(target + i, source + i)
+            copy_edge(target + i, source + i, EDGE)
         i += EDGE

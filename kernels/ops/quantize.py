@@ -25,32 +25,41 @@ from __future__ import annotations
 
 import numpy as np
 
-from qmm.kernels.lang.ptx import (
-    block_count,
-    block_index,
-    lane_index,
-    largest_of_eight,
-    largest_of_values,
-    largest_of_warp,
-    launch_dependents,
-    load_float,
-    load_past_floats,
+from qmm.kernels.lang.ptx.arithmetic import (
+    max_magnitude_of_four,
+    pack_halves,
     power_of_two_below,
     reciprocal,
     scaled_byte,
     scaled_bytes,
-    store_byte,
-    store_float,
-    store_half,
-    store_shared_float,
-    store_shared_word,
-    sum_of_eight_words,
-    sum_of_four_words,
+)
+from qmm.kernels.lang.ptx.barrier import named_barrier_arrive
+from qmm.kernels.lang.ptx.global_memory import (
+    load_global_bfloat,
+    load_global_float,
+    load_global_floats_l2,
+    load_global_half,
+    store_global_bfloat,
+    store_global_byte,
+    store_global_float,
+    store_global_half,
+)
+from qmm.kernels.lang.ptx.grid import (
+    cta_count,
+    cta_index,
+    lane_index,
+    launch_dependents,
+    thread_index,
+    wait_for_predecessors,
+)
+from qmm.kernels.lang.ptx.shared_memory import store_shared_float, store_shared_word
+from qmm.kernels.lang.ptx.warp import (
+    max_magnitude_of_eight_lanes,
+    max_magnitude_of_warp,
     sum_of_half_warp,
     sum_of_warp,
-    thread_index,
-    two_halves,
-    wait_for_predecessors,
+    sum_words_of_eight_lanes,
+    sum_words_of_four_lanes,
 )
 from qmm.kernels.lang.specialize import registers, unroll
 
@@ -62,6 +71,7 @@ OF_127 = 1.0 / 127.0
 LIFT = 2.0**24
 UNIT = 2.0**-149  # the smallest number
 SMALLEST_F16 = 2.0**-112
+LOADS = 1  # the barrier at which those who load activations meet the producers, who wait for that
 
 
 def quantize(
@@ -69,16 +79,16 @@ def quantize(
 ):  # fmt: skip
     """Quantizes ``n`` rows, which become the columns from ``first`` on of the products; zeros fill up to ``padded``.
 
-    ``load_value`` reads a float32, float16 or bfloat16; strides are in bytes. Each ``columns`` columns have an area of
-    their own, with ``sum_count`` sums for each of ``blocks`` scale blocks, ``spread`` of them to a weight block,
+    They are numbers of DTYPE, float32, float16 or bfloat16; strides are in bytes. Each ``columns`` columns have an area
+    of their own, with ``sum_count`` sums for each of ``blocks`` scale blocks, ``spread`` of them to a weight block,
     laid out as :class:`qmm.kernels.ops.matvec.plan.Activations` says.
     """
     if PROGRAMMATIC:
         launch_dependents()
         wait_for_predecessors()
     lane = lane_index()
-    item = block_index() * WARPS + (thread_index() >> 5)
-    step = block_count() * WARPS
+    item = cta_index() * WARPS + (thread_index() >> 5)
+    step = cta_count() * WARPS
     while item < padded * blocks:
         row = item // blocks
         source = item - row * blocks
@@ -91,26 +101,32 @@ def quantize(
         sums = scales + blocks * columns * 4
         value = 0.0
         if row < n and source * 32 + lane < k:
-            value = load_value(x + row * row_stride + (source * 32 + lane) * column_stride)
-        largest = largest_of_warp(value)
+            place = x + row * row_stride + (source * 32 + lane) * column_stride
+            if DTYPE == "float32":
+                value = load_global_float(place)
+            elif DTYPE == "float16":
+                value = load_global_half(place)
+            else:
+                value = load_global_bfloat(place)
+        largest = max_magnitude_of_warp(value)
         at = ((block * 2 + half) * columns + c) * 16 + (lane & 15)
         if INT8:
             scale, inverse, lift = int8_scale(largest)
             rounded = scaled_byte(value * lift, inverse)
-            store_byte(values + at, rounded)
+            store_global_byte(values + at, rounded)
             if sum_count == 1:
                 total = sum_of_warp(rounded)
                 if lane == 0:
-                    store_float(sums + (block * columns + c) * 4, np.float32(total))
+                    store_global_float(sums + (block * columns + c) * 4, np.float32(total))
             elif sum_count == 2:
                 total = sum_of_half_warp(rounded)
                 if lane & 15 == 0:
-                    store_float(sums + ((half * blocks + block) * columns + c) * 4, np.float32(total))
+                    store_global_float(sums + ((half * blocks + block) * columns + c) * 4, np.float32(total))
         else:
             scale, inverse = f16_scale(largest)
-            store_half(values + at * 2, value * inverse)
+            store_global_half(values + at * 2, value * inverse)
         if lane == 0:
-            store_float(scales + (block * columns + c) * 4, scale)
+            store_global_float(scales + (block * columns + c) * 4, scale)
         item += step
 
 
@@ -157,9 +173,9 @@ def quantize_block(x, x_stride, n, k, blocks, values, thread):
             here = at + i * (4 * 32 * WARPS)
             for c in unroll(COLUMNS):
                 if here < k and c < n:
-                    loaded[i * COLUMNS + c] = load_past_floats(x + c * x_stride + here * 4)
+                    loaded[i * COLUMNS + c] = load_global_floats_l2(x + c * x_stride + here * 4)
         if first:
-            loads_are_under_way()
+            named_barrier_arrive(LOADS, 32 * (WARPS + PRODUCERS))
             first = False
         for i in unroll(ROUNDS):
             here = at + i * (4 * 32 * WARPS)
@@ -168,7 +184,7 @@ def quantize_block(x, x_stride, n, k, blocks, values, thread):
                 half = (here >> 4) & 1
                 for c in unroll(COLUMNS):
                     v0, v1, v2, v3 = loaded[i * COLUMNS + c]
-                    largest = largest_of_eight(largest_of_values(v0, v1, v2, v3))
+                    largest = max_magnitude_of_eight_lanes(max_magnitude_of_four(v0, v1, v2, v3))
                     at_run = values + (block * 2 + half) * RUN_NBYTES + c * (RUN_NBYTES // COLUMNS)
                     if INT8:
                         scale, inverse, lift = int8_scale(largest)
@@ -178,28 +194,35 @@ def quantize_block(x, x_stride, n, k, blocks, values, thread):
                     else:
                         scale, inverse = f16_scale(largest)
                         if here < blocks * 32:
-                            store_shared_word(at_run + (here & 15) * 2, two_halves(v0 * inverse, v1 * inverse))
-                            store_shared_word(at_run + (here & 15) * 2 + 4, two_halves(v2 * inverse, v3 * inverse))
+                            store_shared_word(at_run + (here & 15) * 2, pack_halves(v0 * inverse, v1 * inverse))
+                            store_shared_word(at_run + (here & 15) * 2 + 4, pack_halves(v2 * inverse, v3 * inverse))
                     if here & 31 == 0 and here < blocks * 32:
                         store_shared_float(scales + (block * COLUMNS + c) * 4, scale)
                     if SUMS == 1:
-                        total = sum_of_eight_words(packed)
+                        total = sum_words_of_eight_lanes(packed)
                         if here & 31 == 0 and here < blocks * 32:
                             store_shared_float(sums + (block * COLUMNS + c) * 4, total)
                     if SUMS == 2:
-                        total = sum_of_four_words(packed)
+                        total = sum_words_of_four_lanes(packed)
                         if here & 15 == 0 and here < blocks * 32:
                             store_shared_float(sums + ((half * blocks + block) * COLUMNS + c) * 4, total)
         at += ROUNDS * 4 * 32 * WARPS
 
 
 def cast(source, pitch, n, m, target, row_stride, column_stride):
-    """Copies ``(n, m)`` float32, row-major and ``pitch`` bytes apart (0: all the same), to where ``store_value`` puts a
-    value of another dtype; strides in bytes."""
-    item = block_index() * (WARPS * 32) + thread_index()
-    step = block_count() * (WARPS * 32)
+    """Copies ``(n, m)`` float32, row-major and ``pitch`` bytes apart (0: all the same), to numbers of
+    DTYPE; strides in bytes."""
+    item = cta_index() * (WARPS * 32) + thread_index()
+    step = cta_count() * (WARPS * 32)
     while item < n * m:
         row = item // m
         column = item - row * m
-        store_value(target + row * row_stride + column * column_stride, load_float(source + item * pitch))
+        at = target + row * row_stride + column * column_stride
+        value = load_global_float(source + item * pitch)
+        if DTYPE == "float32":
+            store_global_float(at, value)
+        elif DTYPE == "float16":
+            store_global_half(at, value)
+        else:
+            store_global_bfloat(at, value)
         item += step

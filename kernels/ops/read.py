@@ -7,16 +7,14 @@ fast a GPU can read at all, from its own memory or through a link: no product ca
 from __future__ import annotations
 
 from qmm.kernels.lang.primitives import word
-from qmm.kernels.lang.ptx import (
-    block_count,
-    block_index,
-    load_byte,
-    load_past_l1,
-    store_byte,
-    store_word,
-    thread_index,
-    zero_words,
+from qmm.kernels.lang.ptx.arithmetic import zero_words
+from qmm.kernels.lang.ptx.global_memory import (
+    load_global16_no_allocate,
+    load_global_byte,
+    store_global_byte,
+    store_global_word,
 )
+from qmm.kernels.lang.ptx.grid import cta_count, cta_index, thread_index
 from qmm.kernels.lang.specialize import registers, unroll
 
 __all__ = ["checksum", "read"]
@@ -24,10 +22,10 @@ __all__ = ["checksum", "read"]
 
 def read(source, nbytes, target):
     """Copies ``nbytes`` bytes to device memory, a byte a thread, reading none beyond."""
-    item = block_index() * (WARPS * 32) + thread_index()
+    item = cta_index() * (WARPS * 32) + thread_index()
     while item < nbytes:
-        store_byte(target + item, load_byte(source + item))
-        item += block_count() * (WARPS * 32)
+        store_global_byte(target + item, load_global_byte(source + item))
+        item += cta_count() * (WARPS * 32)
 
 
 def checksum(source, nbytes, target):
@@ -40,17 +38,17 @@ def checksum(source, nbytes, target):
     """
     pieces = nbytes >> 4
     thread = thread_index()
-    item = block_index() * (WARPS * 32 * IN_FLIGHT) + thread
+    item = cta_index() * (WARPS * 32 * IN_FLIGHT) + thread
     total = registers(1, zero_words())
     while item + WARPS * 32 * (IN_FLIGHT - 1) < pieces:
         piece = registers(IN_FLIGHT, zero_words())
         for i in unroll(IN_FLIGHT):
-            piece[i] = load_past_l1(source + (item + WARPS * 32 * i) * 16)
+            piece[i] = load_global16_no_allocate(source + (item + WARPS * 32 * i) * 16)
         for i in unroll(IN_FLIGHT):
             total[0] = total[0] ^ piece[i]
-        item += block_count() * (WARPS * 32 * IN_FLIGHT)
+        item += cta_count() * (WARPS * 32 * IN_FLIGHT)
     for i in unroll(IN_FLIGHT):  # of the last tile, what there is
         if item + WARPS * 32 * i < pieces:
-            total[0] = total[0] ^ load_past_l1(source + (item + WARPS * 32 * i) * 16)
-    place = target + (block_index() * (WARPS * 32) + thread) * 4
-    store_word(place, word(total[0], 0) ^ word(total[0], 1) ^ word(total[0], 2) ^ word(total[0], 3))
+            total[0] = total[0] ^ load_global16_no_allocate(source + (item + WARPS * 32 * i) * 16)
+    place = target + (cta_index() * (WARPS * 32) + thread) * 4
+    store_global_word(place, word(total[0], 0) ^ word(total[0], 1) ^ word(total[0], 2) ^ word(total[0], 3))

@@ -14,7 +14,6 @@ from cuda.bindings import nvjitlink
 from numba import cuda
 from numba.cuda import types
 
-from qmm.kernels.lang import ptx
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets.cuda import CUDATarget
 
@@ -28,22 +27,11 @@ def specialized(template: str, constants: Mapping[str, Any], alignment: int) -> 
 
     Args:
         template: where it is written, as ``"matvec.kernel.matvec"`` in qmm.kernels.ops.
-        constants: what it is specialized with. A string names an operation of :mod:`qmm.kernels.lang.ptx`; a tuple, the
-            operation that a function there makes of arguments, as ``("wait", 2)``.
+        constants: what it is specialized with.
         alignment: of the block fields it reads.
     """
     module, _, function = template.rpartition(".")
-    bound = {name: _operation(value) for name, value in constants.items()}
-    return specialize(getattr(import_module(f"qmm.kernels.ops.{module}"), function), bound, CUDATarget(alignment))
-
-
-def _operation(value: Any) -> Any:
-    if isinstance(value, str):
-        return getattr(ptx, value)
-    if isinstance(value, tuple):
-        name, *arguments = value
-        return getattr(ptx, name)(*arguments)
-    return value
+    return specialize(getattr(import_module(f"qmm.kernels.ops.{module}"), function), constants, CUDATarget(alignment))
 
 
 def signature(arguments: int) -> Any:

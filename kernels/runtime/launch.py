@@ -17,7 +17,7 @@ from typing import Any
 from cuda.bindings import driver
 
 from qmm.kernels.formats import Format
-from qmm.kernels.ops.matvec.plan import COLUMN_TILES, PRODUCERS, WARPS, Schedule, Tiling
+from qmm.kernels.ops.matvec.plan import COLUMN_TILES, WARPS, Schedule, Tiling
 from qmm.kernels.runtime.cache import CachedKernel, Code
 from qmm.kernels.runtime.compiler import check_cuda, compiling
 from qmm.signals import handlers_held
@@ -35,8 +35,8 @@ __all__ = [
     "read_kernel",
 ]
 
-LOADS = {"float32": "load_float", "float16": "load_half", "bfloat16": "load_bfloat"}
-STORES = {"float32": "store_float", "float16": "store_half", "bfloat16": "store_bfloat"}
+DTYPES = ("float32", "float16", "bfloat16")
+"""Of activations and results."""
 THREADS = 32 * WARPS
 
 
@@ -266,7 +266,6 @@ def _described(
 def matvec_kernel(block_format: Format, schedule: Schedule) -> CUDAKernel:
     """The product with up to ``schedule.activations.columns`` columns."""
     tiling, activations = schedule.tiling, schedule.activations
-    load_floats = "shared_floats" if schedule.x_shared else "cached_floats"
     constants = {
         **tiling.constants(block_format, schedule.bulk, product=True),
         "ARRIVAL_BY_FULL": block_format.runs > 4 and block_format.has_minimum,  # else ptxas spills (Q2_K, sm_100)
@@ -287,13 +286,6 @@ def matvec_kernel(block_format: Format, schedule: Schedule) -> CUDAKernel:
         "X_BULK": schedule.x_bulk,
         "X_NBYTES": activations.nbytes(1),
         "X_SHARED": schedule.x_shared,
-        "loads_are_under_way": ("barrier_arrive", 1, 32 * (tiling.warps + PRODUCERS)),
-        "synchronize_multipliers": ("barrier_wait", 2, 32 * tiling.warps),
-        "wait_for_loads": ("barrier_wait", 1, 32 * (tiling.warps + PRODUCERS)),
-        "load_columns": (load_floats, activations.columns),
-        "load_one": (load_floats, 1),
-        "load_pair": (load_floats, 2),
-        "load_values": "load_shared16" if schedule.x_shared else "load_cached16",
     }
     mode = "int8" if activations.int8 else "f16"
     name = f"matvec_{block_format.name}_{activations.columns}_{mode}_{tiling.alignment}"
@@ -311,14 +303,14 @@ def dequantize_kernel(block_format: Format, tiling: Tiling, bulk: bool) -> CUDAK
 @functools.cache
 def quantize_kernel(dtype: str, int8: bool, programmatic: bool = True) -> CUDAKernel:
     """Activations of ``dtype`` to blocks of 32 int8 or float16 values."""
-    constants = {"INT8": int8, "PROGRAMMATIC": programmatic, "WARPS": WARPS, "load_value": LOADS[dtype]}
+    constants = {"INT8": int8, "PROGRAMMATIC": programmatic, "WARPS": WARPS, "DTYPE": dtype}
     return _described(f"quantize_{dtype}_{'int8' if int8 else 'f16'}", "quantize.quantize", 13, constants)
 
 
 @functools.cache
 def cast_kernel(dtype: str) -> CUDAKernel:
     """float32 results to an array of ``dtype`` with any strides."""
-    constants = {"WARPS": WARPS, "store_value": STORES[dtype]}
+    constants = {"WARPS": WARPS, "DTYPE": dtype}
     return _described(f"cast_{dtype}", "quantize.cast", 7, constants)
 
 

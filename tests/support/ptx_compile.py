@@ -186,7 +186,7 @@ def unaligned(machine: Machine) -> Iterator[Spec]:
 
 def quantizations(machine: Machine) -> Iterator[Spec]:
     """The makers of activations."""
-    for dtype in launch.LOADS:
+    for dtype in launch.DTYPES:
         for int8 in (True, False):
             yield Spec("quantize_kernel", (dtype, int8, machine.bulk))
 
@@ -202,7 +202,7 @@ def group(specs: Mapping[Machine, Iterable[Spec]]) -> Group:
 
 VARIED = ("F16", "Q4_0", "Q4_K", "Q6_K")
 """Formats that other shapes are compiled for too: they differ in how many lanes share a block, and in its size."""
-CASTS = {Spec("cast_kernel", (dtype,)): tuple(TARGETS) for dtype in launch.STORES}
+CASTS = {Spec("cast_kernel", (dtype,)): tuple(TARGETS) for dtype in launch.DTYPES}
 PROBES = {Spec("checksum_kernel", (in_flight,)): tuple(TARGETS) for in_flight in (1, 8)}
 READ = {Spec("read_kernel", ()): tuple(TARGETS)}
 GROUPS = {

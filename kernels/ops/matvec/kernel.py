@@ -7,10 +7,10 @@ so a second reading would cost a second transfer. Other warps multiply, and one 
 
 Out of a stage, lane ``4 g + t`` of a warp takes one unit (the format's ``load``) of rows g and g + 8, from the t-th of
 four neighbouring blocks, unpacks it into runs of 16 weights and multiplies these with the columns: int8 activations on
-the tensor cores (:func:`qmm.kernels.lang.ptx.dot_pair`), so that two columns cost as much as one and eight little more;
-weights of float16 and bfloat16 there too (:func:`qmm.kernels.lang.ptx.dot_short`); the rest by fused multiply-adds.
-Warps take the units of a row in turn, so each has sums of its own for all rows of the tile; when the tile is done they
-are added up through shared memory, in a fixed order.
+the tensor cores (:func:`qmm.kernels.lang.ptx.mma.mma_s8`), so that two columns cost as much as one and eight little
+more; weights of float16 and bfloat16 there too (:func:`qmm.kernels.lang.ptx.mma.mma_tf32`); the rest by fused
+multiply-adds. Warps take the units of a row in turn, so each has sums of its own for all rows of the tile; when the
+tile is done they are added up through shared memory, in a fixed order.
 
 The quantization of the activations is either another kernel (:mod:`qmm.kernels.ops.quantize`), or with FUSED the
 beginning of this one. Both this kernel and that one are launched before their predecessors end (from sm_90 on), and
@@ -25,42 +25,47 @@ with its last own bytes, 14.0).
 from __future__ import annotations
 
 from qmm.kernels.lang.primitives import half_floats, masked, run_weights
-from qmm.kernels.lang.ptx import (
-    arrive,
-    block_count,
-    block_index,
-    bulk_copy,
-    dot_floats,
-    dot_pair,
-    dot_pair_more,
-    dot_short,
-    expect,
-    fused,
-    initialize_barrier,
+from qmm.kernels.lang.ptx.arithmetic import dot_floats, fma, scale_floats, zero_words
+from qmm.kernels.lang.ptx.barrier import (
+    fence_mbarrier_init,
+    mbarrier_arrive,
+    mbarrier_expect_tx,
+    mbarrier_init,
+    mbarrier_wait,
+    named_barrier_arrive,
+    named_barrier_wait,
+    sync_cta,
+    sync_warp,
+)
+from qmm.kernels.lang.ptx.copy import bulk_copy
+from qmm.kernels.lang.ptx.global_memory import load_global16, load_global16_l2, load_global_floats, store_global_float
+from qmm.kernels.lang.ptx.grid import (
+    cta_count,
+    cta_index,
     lane_index,
     launch_dependents,
-    load_past16,
-    load_shared_float,
-    scaled,
-    share,
     shared_memory,
-    store_float,
-    store_shared16,
-    store_shared_float,
-    synchronize_block,
-    synchronize_warp,
     thread_index,
     wait_for_predecessors,
-    zero_words,
 )
+from qmm.kernels.lang.ptx.mma import mma_s8, mma_s8_more, mma_tf32
+from qmm.kernels.lang.ptx.shared_memory import (
+    load_shared16,
+    load_shared_float,
+    load_shared_floats,
+    store_shared16,
+    store_shared_float,
+)
+from qmm.kernels.lang.ptx.warp import shuffle_xor_add
 from qmm.kernels.lang.specialize import registers, unroll
 from qmm.kernels.ops.pipeline import prefetch_rows, prepare, produce
-from qmm.kernels.ops.quantize import quantize_block
+from qmm.kernels.ops.quantize import LOADS, quantize_block
 
 __all__ = ["matvec"]
 
 OF_X = 160  # where the barrier for the activations lies, from the first barrier on
-BIAS = -12582912.0  # takes the 12,582,912 of dot_pair away: exact, since a scale has at most 18 significant bits
+MULTIPLIERS = 2  # the barrier of the warps that multiply
+BIAS = -12582912.0  # takes the 12,582,912 of mma_s8 away: exact, since a scale has at most 18 significant bits
 
 
 def matvec(
@@ -81,21 +86,21 @@ def matvec(
     nothing = barriers + BARRIERS_NBYTES
     partials = nothing + ZERO_NBYTES
     ring = partials + 2 * K_WARPS * ROWS * COLUMNS * 4
-    row = block_index() * ROWS
-    row_step = block_count() * ROWS
+    row = cta_index() * ROWS
+    row_step = cta_count() * ROWS
     x_nbytes = scale_blocks * X_NBYTES
     if PROGRAMMATIC:
         launch_dependents()
     prepare(barriers, thread)
     if thread == 0:
-        initialize_barrier(barriers + OF_X, 1)
+        mbarrier_init(barriers + OF_X, 1)
     if thread < 2:
-        initialize_barrier(barriers + 128 + 8 * thread, 32 * WARPS)
-        initialize_barrier(barriers + 144 + 8 * thread, 32)
+        mbarrier_init(barriers + 128 + 8 * thread, 32 * WARPS)
+        mbarrier_init(barriers + 144 + 8 * thread, 32)
     if thread * 16 < ZERO_NBYTES:
         store_shared16(nothing + thread * 16, zero_words())
-    fence_barriers()
-    synchronize_block()
+    fence_mbarrier_init(BULK)
+    sync_cta()
 
     next_row = row
     chunk = 0
@@ -114,18 +119,18 @@ def matvec(
         # Activations come first, or they would queue up behind the weights.
         if X_BULK:
             if producer == 0 and lane == 0:
-                expect(barriers + OF_X, x_nbytes)
+                mbarrier_expect_tx(barriers + OF_X, x_nbytes)
                 bulk_copy(ring + STAGES * STAGE_NBYTES, x, x_nbytes, barriers + OF_X)
-                arrive(barriers + OF_X)
+                mbarrier_arrive(barriers + OF_X)
         elif X_SHARED:
-            wait_for_loads()
+            named_barrier_wait(LOADS, 32 * (WARPS + PRODUCERS))
         produce(
             *(ring, barriers, weights, row_nbytes, m, chunks),
             *(next_row, chunk, row_step, FIRST_STAGES, 1 << 62, producer, lane),
         )
         if BULK and producer == 0 and row < m:
             last = (m - row + row_step - 1) // row_step * chunks - 1
-            wait_for(barriers + 8 * (last % STAGES), last // STAGES & 1)
+            mbarrier_wait(barriers + 8 * (last % STAGES), last // STAGES & 1, BULK)
             prefetch_rows(next_weights, next_row_nbytes, next_rows, next_nbytes, lane)
     else:
         values = x
@@ -135,12 +140,12 @@ def matvec(
             nowhere = nothing + 64  # other memory banks than what the others read
         if FUSED:
             quantize_block(x, x_stride, n, k, scale_blocks, values, thread)
-            synchronize_multipliers()
+            named_barrier_wait(MULTIPLIERS, 32 * WARPS)
         elif X_BULK:
-            wait_for(barriers + OF_X, 0)
+            mbarrier_wait(barriers + OF_X, 0, BULK)
         elif X_SHARED:
             copy_activations(values, x, x_nbytes, thread)
-            synchronize_multipliers()
+            named_barrier_wait(MULTIPLIERS, 32 * WARPS)
         multiply(
             *(ring, barriers, partials, nothing, weights, row_nbytes, m, blocks, chunks, k),
             *(values, scale_blocks, nowhere, row, row_step, warp, lane),
@@ -152,13 +157,15 @@ def multiply(
     values, scale_blocks, nowhere, row, row_step, warp, lane,
 ):  # fmt: skip
     """One warp's share of every tile of the block, whose activations lie at ``values``."""
+    load_values = load_shared16 if X_SHARED else load_global16
+    load_floats = load_shared_floats if X_SHARED else load_global_floats
     x_scales = values + scale_blocks * (2 * RUN_NBYTES)
     x_sums = x_scales + scale_blocks * (4 * COLUMNS)
     last_group = (blocks - 1) >> 2
     group = lane >> 2
     quad = lane & 3
 
-    # What a lane passes of the activations: see dot_pair. Others read zeros wherever they look.
+    # What a lane passes of the activations: see mma_s8. Others read zeros wherever they look.
     diagonal = values + (group & 1) * 16
     inside = -1
     if quad != lane >> 3 or (group & 1) >= COLUMNS:
@@ -176,7 +183,7 @@ def multiply(
     while row < m:
         chunk = 0
         while chunk < chunks:
-            wait_for(full, parity)
+            mbarrier_wait(full, parity, BULK)
             for u in unroll(UNITS):
                 part = (step + K_WARPS * u) & (LANES - 1)
                 block_group = (step + K_WARPS * u) // LANES
@@ -191,12 +198,12 @@ def multiply(
                 if u == UNITS - 1:
                     # Neither address is ever 0: the branch and the warp's barrier keep ptxas from moving loads over the
                     # arrival, or it spills (Q5_1, n = 8, sm_90; Q2_K, sm_80 and sm_100; Q4_K, n = 8, sm_100).
-                    synchronize_warp()
+                    sync_warp()
                     if ARRIVAL_BY_FULL:
                         if full != 0:
-                            arrive(full + 64)
+                            mbarrier_arrive(full + 64)
                     elif stage != 0:
-                        arrive(full + 64)
+                        mbarrier_arrive(full + 64)
                 here = min(chunk * (CHUNK_BLOCKS // 4) + block_group, last_group) * QUAD_SCALE_BLOCKS
                 first = position(part, 0)
                 for i in unroll(range(0, RUNS, AT_ONCE)):
@@ -210,7 +217,7 @@ def multiply(
                         scale_block = here + (quad >> 1)
                         half = quad & 1
                     if not SHORT and not SCALES_APART:
-                        scales_x = load_columns(x_scales + scale_block * (4 * COLUMNS))
+                        scales_x = load_floats(x_scales + scale_block * (4 * COLUMNS), COLUMNS)
                     if SHORT:
                         floats = registers(LANE_ROWS, 0.0)
                         for r in unroll(LANE_ROWS):
@@ -221,10 +228,10 @@ def multiply(
                         scale_x = 0.0
                         if group < COLUMNS:
                             mine = values + (scale_block * 2 + half) * RUN_NBYTES + 32 * group
-                            (scale_x,) = load_one(x_scales + (scale_block * COLUMNS + group) * 4)
-                        x_floats = scaled(half_floats(load_values(mine), load_values(mine + 16)), scale_x)
+                            (scale_x,) = load_floats(x_scales + (scale_block * COLUMNS + group) * 4, 1)
+                        x_floats = scale_floats(half_floats(load_values(mine), load_values(mine + 16)), scale_x)
                         for above in unroll(range(0, LANE_ROWS, 2)):
-                            sums = dot_short(
+                            sums = mma_tf32(
                                 floats[above],
                                 floats[above + 1],
                                 x_floats,
@@ -243,9 +250,9 @@ def multiply(
                             # Factored, this address makes ptxas spill (Q5_K, n = 1, sm_90).
                             at_sums = x_sums + half * scale_blocks * (4 * COLUMNS) + scale_block * (4 * COLUMNS)
                         if SUMS and not SUMS_APART:
-                            sums_x = load_columns(at_sums)
+                            sums_x = load_floats(at_sums, COLUMNS)
                             if RUN_MINIMA:
-                                other_sums = load_columns(at_sums + scale_blocks * (4 * COLUMNS))
+                                other_sums = load_floats(at_sums + scale_blocks * (4 * COLUMNS), COLUMNS)
                         scale = registers(LANE_ROWS, 0.0)
                         minimum = registers(LANE_ROWS, 0.0)
                         q = registers(LANE_ROWS, 0)
@@ -263,21 +270,21 @@ def multiply(
                             mine = diagonal + ((scale_block * 2 + half) * RUN_NBYTES & inside)
                         for pair in unroll((COLUMNS + 1) // 2):
                             if SCALES_APART:
-                                scales_x = load_pair(x_scales + scale_block * (4 * COLUMNS) + 8 * pair)
+                                scales_x = load_floats(x_scales + scale_block * (4 * COLUMNS) + 8 * pair, 2)
                             if SUMS and SUMS_APART:
-                                sums_x = load_pair(at_sums + 8 * pair)
+                                sums_x = load_floats(at_sums + 8 * pair, 2)
                                 if RUN_MINIMA:
-                                    other_sums = load_pair(at_sums + scale_blocks * (4 * COLUMNS) + 8 * pair)
+                                    other_sums = load_floats(at_sums + scale_blocks * (4 * COLUMNS) + 8 * pair, 2)
                             x_words = load_values(mine + 32 * pair)
                             if AT_ONCE == 2:
                                 x_other = load_values(mine + RUN_NBYTES + 32 * pair)
                             for above in unroll(range(0, LANE_ROWS, 2)):
-                                dots = dot_pair(q[above], q[above + 1], x_words)
+                                dots = mma_s8(q[above], q[above + 1], x_words)
                                 if AT_ONCE == 2:
-                                    dots = dot_pair_more(other[above], other[above + 1], x_other, dots)
+                                    dots = mma_s8_more(other[above], other[above + 1], x_other, dots)
                                 for below in unroll(2):
                                     for e in unroll(min(2, COLUMNS)):
-                                        dot = fused(
+                                        dot = fma(
                                             scale[above + below], dots[2 * below + e], scale[above + below] * BIAS
                                         )
                                         if HAS_MINIMUM:
@@ -287,7 +294,7 @@ def multiply(
                                                 other_minimum[above + below]
                                                 * other_sums[(0 if SUMS_APART else 2 * pair) + e]
                                             )
-                                        total[(above + below) * COLUMNS + 2 * pair + e] = fused(
+                                        total[(above + below) * COLUMNS + 2 * pair + e] = fma(
                                             scales_x[e if SCALES_APART else 2 * pair + e],
                                             dot,
                                             total[(above + below) * COLUMNS + 2 * pair + e],
@@ -303,7 +310,7 @@ def multiply(
                             at = values + (scale_block * 2 + half) * RUN_NBYTES + 32 * c
                             x_floats = half_floats(load_values(at), load_values(at + 16))
                             if SCALES_APART:
-                                scales_x = load_one(x_scales + (scale_block * COLUMNS + c) * 4)
+                                scales_x = load_floats(x_scales + (scale_block * COLUMNS + c) * 4, 1)
                             for r in unroll(LANE_ROWS):
                                 total[r * COLUMNS + c] += scales_x[0 if SCALES_APART else c] * dot_floats(
                                     floats[r], x_floats
@@ -317,7 +324,7 @@ def multiply(
                 parity ^= 1
 
         buffer = tile & 1
-        wait_for(barriers + 144 + 8 * buffer, ((tile >> 1) & 1) ^ 1)
+        mbarrier_wait(barriers + 144 + 8 * buffer, ((tile >> 1) & 1) ^ 1, BULK)
         slot = partials + (buffer * K_WARPS + step) * (ROWS * COLUMNS * 4)
         for above in unroll(range(0, LANE_ROWS if SHORT else 0, 2)):
             for e in unroll(4):
@@ -330,19 +337,19 @@ def multiply(
             # Of the quad's lanes, odd ones keep row g + 8, the others row g; the upper two keep the later columns.
             kept = registers(COLUMNS, 0.0)
             for c in unroll(COLUMNS):
-                kept[c] = share(total[above * COLUMNS + c], total[(above + 1) * COLUMNS + c], 1, quad & 1)
+                kept[c] = shuffle_xor_add(total[above * COLUMNS + c], total[(above + 1) * COLUMNS + c], 1, quad & 1)
                 total[above * COLUMNS + c] = 0.0
                 total[(above + 1) * COLUMNS + c] = 0.0
             line = tile_row + 8 * above + 8 * (quad & 1)
             if COLUMNS == 1:
-                result = share(kept[0], kept[0], 2, 0)
+                result = shuffle_xor_add(kept[0], kept[0], 2, 0)
                 if quad < 2:
                     store_shared_float(slot + line * 4, result)
             else:
                 at = slot + (line * COLUMNS + (quad >> 1) * (COLUMNS // 2)) * 4
                 for c in unroll(COLUMNS // 2):
-                    store_shared_float(at + 4 * c, share(kept[c], kept[c + COLUMNS // 2], 2, quad >> 1))
-        arrive(barriers + 128 + 8 * buffer)
+                    store_shared_float(at + 4 * c, shuffle_xor_add(kept[c], kept[c + COLUMNS // 2], 2, quad >> 1))
+        mbarrier_arrive(barriers + 128 + 8 * buffer)
         tile += 1
         row += row_step
 
@@ -352,7 +359,7 @@ def add_up(partials, barriers, row, row_step, m, n, y, y_pitch, lane):
     tile = 0
     while row < m:
         buffer = tile & 1
-        wait_for(barriers + 128 + 8 * buffer, (tile >> 1) & 1)
+        mbarrier_wait(barriers + 128 + 8 * buffer, (tile >> 1) & 1, BULK)
         item = lane
         while item < ROWS * COLUMNS:
             total = 0.0
@@ -361,9 +368,9 @@ def add_up(partials, barriers, row, row_step, m, n, y, y_pitch, lane):
             r = row + item // COLUMNS
             c = item & (COLUMNS - 1)
             if r < m and c < n:
-                store_float(y + (c * y_pitch + r) * 4, total)
+                store_global_float(y + (c * y_pitch + r) * 4, total)
             item += 32
-        arrive(barriers + 144 + 8 * buffer)
+        mbarrier_arrive(barriers + 144 + 8 * buffer)
         tile += 1
         row += row_step
 
@@ -376,9 +383,9 @@ def copy_activations(target, source, nbytes, thread):
         words = registers(8, zero_words())
         for i in unroll(8):
             if at + i * (16 * 32 * WARPS) < nbytes:
-                words[i] = load_past16(source + at + i * (16 * 32 * WARPS))
+                words[i] = load_global16_l2(source + at + i * (16 * 32 * WARPS))
         if first:
-            loads_are_under_way()
+            named_barrier_arrive(LOADS, 32 * (WARPS + PRODUCERS))
             first = False
         for i in unroll(8):
             if at + i * (16 * 32 * WARPS) < nbytes:

@@ -243,9 +243,6 @@ class Tiling:
             "UNITS": self.units,
             "WARPS": self.warps,
             "ZERO_NBYTES": ZERO_NBYTES,
-            "copy_edge": f"copy_edge{min(4, self.alignment)}",
-            "fence_barriers": ("fence", bulk),
-            "wait_for": ("waiter", bulk),
         }
 
 
