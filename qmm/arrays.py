@@ -18,11 +18,9 @@ import numpy.typing as npt
 
 from qmm.cuda import call
 from qmm.errors import ArrayError, DeviceError
-from qmm.kernels.ops.op import ITEM_NBYTES, Operand, Slab
+from qmm.kernels.ops.op import DTYPES, ITEM_NBYTES, Operand, Slab
 
 __all__ = ["DTYPES", "KINDS", "ArrayKind", "View", "kind_of", "stream_handle"]
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,6 @@ class NumPyArrays(ArrayKind):
     def from_host(self, values: npt.NDArray[np.float32], target: np.ndarray[Any, Any]) -> None:
         with np.errstate(over="ignore"):  # float16 overflows to infinity, as on the GPU
             target[...] = values.reshape(target.shape).astype(target.dtype, copy=False)
-
 
     def in_place(self, array: np.ndarray[Any, Any], shape: tuple[int, int]) -> npt.NDArray[np.float32] | None:
         flags = array.flags

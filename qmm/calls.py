@@ -55,7 +55,8 @@ class Calls:
         """The call for these arrays, and the addresses of both.
 
         Returns:
-            The call, None if ``x`` is in host memory; the addresses of ``x`` and ``out``, the latter 0 if there is none.
+            The call, None if ``x`` is in host memory; the addresses of ``x`` and ``out``, the latter 0 if there is
+            none.
 
         Raises:
             ArrayError: as :meth:`qmm.Engine.matmul`.
@@ -74,9 +75,7 @@ class Calls:
             call = self._calls.get(key) or self._new(key, tensor, mode, kind, x, out, no_alias=False)
         return call, x_address, y_address
 
-    def multiply_host(
-        self, tensor: Tensor, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], int8: bool
-    ) -> None:
+    def multiply_host(self, tensor: Tensor, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], int8: bool) -> None:
         """``y[n, m] = x[n, k] @ W^T``, both row-major in host memory, at least one result; waits for it.
 
         Raises:

@@ -275,9 +275,7 @@ class Device(Resource):
         """
         self.put("a product", self._queue, prepared, weights, x, y, stream, workspace, skip)
 
-    def _queue(
-        self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, skip: int
-    ) -> None:
+    def _queue(self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, skip: int) -> None:
         if prepared.work.workspace_nbytes and not workspace:
             workspace = self._workspace(stream, prepared.work.workspace_nbytes)
         bases = (weights, x, y, workspace, self._zeros)  # in the order of BASES

@@ -33,19 +33,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine"]
 
+
 class Engine(Resource):
     """Multiplies by the tensors of a model, on one device, from one placement. A context manager.
 
     Threads may share it. One that closes it waits for the calls of the others. A copy of it is itself. One that is
-    dropped before it was closed emits a ResourceWarning, and closes itself. In a forked child, an engine on the CPU works
-    on; one on a GPU is refused, and closing it there frees nothing.
+    dropped before it was closed emits a ResourceWarning, and closes itself. In a forked child, an engine on the CPU
+    works on; one on a GPU is refused, and closing it there frees nothing.
 
     KeyboardInterrupt, or what else a signal handler raises, may end any call. The threads of a product on the CPU are
     joined first; the engine can be used again, and be closed: by the thread that was interrupted, and if closing was,
     then again. What an interrupt may leave behind until the process ends: a piece of GPU memory, a stream, or a
     registration of the file, whose pages then stay mapped and locked; and results written in part. While Numba is
-    imported or compiles (seconds, the first time with a format), an interrupt may be raised as another error, after which
-    a new process may be needed, or be printed and dropped.
+    imported or compiles (seconds, the first time with a format), an interrupt may be raised as another error, after
+    which a new process may be needed, or be printed and dropped.
 
     Args:
         model: an open model. The engine holds its mappings on its own. Or the path of one, which the engine then opens,
@@ -218,9 +219,7 @@ class Engine(Resource):
                 self._multiply(tensor, values, results, int8)
         return out
 
-    def _multiply(
-        self, tensor: Tensor, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], int8: bool
-    ) -> None:
+    def _multiply(self, tensor: Tensor, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], int8: bool) -> None:
         """``y[n, m] = x[n, k] @ W^T``, both row-major in host memory."""
         if not y.size:
             self._weights[tensor].check()
@@ -264,9 +263,7 @@ class Engine(Resource):
         for number, (named, x, y) in enumerate(listed):
             tensor = self._tensor(named)
             kind = kind_of(x)
-            call, x_address, y_address = (
-                self._calls.find(tensor, mode, kind, x, y) if kind.on_gpu else (None, 0, 0)
-            )
+            call, x_address, y_address = self._calls.find(tensor, mode, kind, x, y) if kind.on_gpu else (None, 0, 0)
             if call is None:
                 raise ArrayError(
                     f"{self.model.path}: product {number} of the plan, with tensor {tensor.name!r}: x is in host "
@@ -330,9 +327,7 @@ class Engine(Resource):
                 from qmm.direct import dequantize_host
 
                 mapped = residency.layout().mapped
-                out = dequantize_host(
-                    self.gpu, block_format, address, rows, tensor.k, self.gpu.stream, mapped
-                )
+                out = dequantize_host(self.gpu, block_format, address, rows, tensor.k, self.gpu.stream, mapped)
         return out.reshape(tensor.shape) if whole else out
 
     def address(self, tensor: str | Tensor) -> int:

@@ -13,6 +13,7 @@ __all__ = [
     "ClosedError",
     "CopyError",
     "DeviceError",
+    "EmulatorError",
     "FileAccessError",
     "FileMissingError",
     "GGUFError",
@@ -67,6 +68,10 @@ class RegistrationError(QmmError):
 
 class DeviceError(QmmError):
     """The device asked for is absent or cannot do what was asked."""
+
+
+class EmulatorError(QmmError):
+    """A kernel that the emulator runs did what it must not do; the message names the lane, the access and the place."""
 
 
 class TensorNotFoundError(QmmError, KeyError):

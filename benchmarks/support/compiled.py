@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_all"]
 
+
 def compile_all(cases: Iterable[tuple[Weight, int]]) -> None:
     """Fills the kernel cache with what these weights need for these numbers of columns."""
     # Spawned: a process with a CUDA context cannot be forked.

@@ -6,7 +6,7 @@ from a namespace (:mod:`qmm.kernels.lang.constants`), loops over ``unroll(...)``
 must have no loop over an accumulator and no list, or the accumulators live in memory instead of registers.
 :func:`specialize` closes that gap on the syntax tree:
 
-* ``c.NAME`` becomes a literal (a number) or a global (a function, such as a format's ``load``);
+* ``c.NAME`` becomes a literal (a number, text) or a global (a function, such as a format's ``load``);
 * ``for i in unroll(...)`` is written out once for each value;
 * ``a = registers(count, value)`` becomes ``a_0 = value``, ``a_1 = value``, …, and ``a[i]`` the variable of that number;
 * a helper that is given registers is written out in place of its call, so that it works on the caller's variables;
@@ -35,7 +35,7 @@ from qmm.kernels.lang.constants import Constants
 
 __all__ = ["Target", "registers", "specialize", "unroll"]
 
-Number = (bool, int, float)
+Literal = (bool, int, float, str)
 _serial = itertools.count()
 
 
@@ -202,7 +202,7 @@ class _Flatten(ast.NodeTransformer):
         self.banks: dict[str, str] = {}
         self.active: tuple[Callable[..., Any], ...] = (source.function,)
         for name, value in source.visible.items():
-            if name not in names and isinstance(value, Number):
+            if name not in names and isinstance(value, Literal):
                 self.literals[name] = value
 
     # Statements -------------------------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ class _Flatten(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         if isinstance(self.known(node.value), Constants):
             value = self.scope.constants.value(node.attr)
-            if isinstance(value, Number):
+            if isinstance(value, Literal):
                 return ast.Constant(value)
             return ast.Name(self.scope.name_of(node.attr, value), node.ctx)
         return self.generic_visit(node)  # type: ignore[return-value]

@@ -6,22 +6,23 @@ stores the runs of its unit.
 
 from __future__ import annotations
 
-from qmm.kernels.lang.primitives import run_weights
-from qmm.kernels.lang.ptx import (
-    arrive,
-    block_count,
-    block_index,
-    lane_index,
-    shared_memory,
-    store_part,
-    store_run,
-    synchronize_block,
-    thread_index,
-)
-from qmm.kernels.lang.specialize import unroll
-from qmm.kernels.ops.pipeline import following, prepare, produce
+import functools
 
-__all__ = ["dequantize"]
+from qmm.kernels.formats import Format
+from qmm.kernels.lang.primitives import run_weights
+from qmm.kernels.lang.ptx.barrier import fence_mbarrier_init, mbarrier_arrive, mbarrier_wait, sync_cta
+from qmm.kernels.lang.ptx.global_memory import store_global_run, store_global_run_part
+from qmm.kernels.lang.ptx.grid import cta_count, cta_index, lane_index, shared_memory, thread_index
+from qmm.kernels.lang.specialize import unroll
+from qmm.kernels.ops.matvec.choose import dequantization_tiling
+from qmm.kernels.ops.op import Architecture, At, LaunchSpec, WeightLayout, Work, alignment_of
+from qmm.kernels.ops.pipeline import following, prepare, produce
+from qmm.kernels.ops.tiling import EMPTY, PipelineConstants, Tiling
+from qmm.kernels.runtime.kernel import Kernel
+
+__all__ = ["dequantize", "dequantize_kernel", "plan"]
+
+c = PipelineConstants.placeholder()
 
 
 def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
@@ -30,44 +31,70 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
     thread = thread_index()
     warp = thread >> 5
     barriers = shared_memory()
-    ring = barriers + BARRIERS_NBYTES
-    row = block_index() * ROWS
-    row_step = block_count() * ROWS
+    ring = barriers + c.BARRIERS_NBYTES
+    row = cta_index() * c.ROWS
+    row_step = cta_count() * c.ROWS
     prepare(barriers, thread)
-    fence_barriers()
-    synchronize_block()
-    if warp >= WARPS:
-        if warp < WARPS + PRODUCERS:
-            produce(ring, barriers, weights, row_nbytes, m, chunks, row, 0, row_step, 0, 1 << 62, warp - WARPS, lane)
+    fence_mbarrier_init(c.BULK)
+    sync_cta()
+    if warp >= c.WARPS:
+        if warp < c.WARPS + c.PRODUCERS:
+            produce(ring, barriers, weights, row_nbytes, m, chunks, row, 0, row_step, 0, 1 << 62, warp - c.WARPS, lane)
     else:
         full = barriers
         stage = ring
         parity = 0
         chunk = 0
         while row < m:
-            wait_for(full, parity)
-            for u in unroll(UNITS):
-                part = (warp + K_WARPS * u) & (LANES - 1)
-                place = ((warp + K_WARPS * u) // LANES) * 4 + (lane & 3)
-                block = chunk * CHUNK_BLOCKS + place
-                for r in unroll(LANE_ROWS):
+            mbarrier_wait(full, parity, c.BULK)
+            for u in unroll(c.UNITS):
+                part = (warp + c.K_WARPS * u) & (c.LANES - 1)
+                place = ((warp + c.K_WARPS * u) // c.LANES) * 4 + (lane & 3)
+                block = chunk * c.CHUNK_BLOCKS + place
+                for r in unroll(c.LANE_ROWS):
                     line = (lane >> 2) + 8 * r
                     if block < blocks and row + line < m:
-                        phase = (weights + (row + line) * row_nbytes + chunk * CHUNK_NBYTES) & (LINE - 1)
-                        runs = unpack(part, *load(stage + line * PITCH + phase + place * BLOCK_NBYTES, part))
-                        target = out + ((row + line) * k + block * (16 * BLOCK_RUNS)) * 4
-                        for i in unroll(RUNS):
+                        phase = (weights + (row + line) * row_nbytes + chunk * c.CHUNK_NBYTES) & (c.LINE - 1)
+                        runs = c.unpack(part, *c.load(stage + line * c.PITCH + phase + place * c.BLOCK_NBYTES, part))
+                        target = out + ((row + line) * k + block * (16 * c.BLOCK_RUNS)) * 4
+                        for i in unroll(c.RUNS):
                             q, scale, minimum = runs[i]
                             values = run_weights(q, scale, minimum)
-                            if PLAIN:
-                                store_part(target, values, min(16, k - block * 16))
+                            if c.PLAIN:
+                                store_global_run_part(target, values, min(16, k - block * 16))
                             else:
-                                store_run(target + position(part, i) * 64, values)
-            arrive(full + 64)
+                                store_global_run(target + c.position(part, i) * 64, values)
+            mbarrier_arrive(full + EMPTY)
             row, chunk = following(row, chunk, chunks, row_step)
-            stage += STAGE_NBYTES
+            stage += c.STAGE_NBYTES
             full += 8
-            if full == barriers + 8 * STAGES:
+            if full == barriers + 8 * c.STAGES:
                 full = barriers
                 stage = ring
                 parity ^= 1
+
+
+@functools.cache
+def dequantize_kernel(block_format: Format, tiling: Tiling, bulk: bool) -> Kernel:
+    """Dequantization to float32."""
+    constants = PipelineConstants(**tiling.constants(block_format, bulk, product=False))
+    name = f"dequantize_{block_format.name}_{tiling.alignment}"
+    return Kernel(name, dequantize, constants, tiling.threads, tiling.alignment, shared=True)
+
+
+def plan(block_format: Format, m: int, k: int, weights: WeightLayout, architecture: Architecture) -> Work:
+    """The work of dequantizing a tensor to ``(m, k)`` float32, row-major at a multiple of 16 bytes, none of them 0."""
+    row_nbytes = block_format.row_nbytes(k)
+    tiling = dequantization_tiling(block_format, alignment_of(weights.alignment | row_nbytes), architecture)
+    arguments = {
+        "weights": At("weights"),
+        "row_nbytes": row_nbytes,
+        "m": m,
+        "blocks": block_format.blocks(k),
+        "chunks": tiling.chunks(block_format, k),
+        "k": k,
+        "out": At("y"),
+    }
+    ctas = min(architecture.sms, -(-m // tiling.rows))
+    kernel = dequantize_kernel(block_format, tiling, architecture.bulk)
+    return Work((LaunchSpec(kernel, ctas, arguments, tiling.shared_nbytes(0)),))

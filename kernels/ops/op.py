@@ -2,9 +2,9 @@
 
 An op is a pure planner. From shapes, a format and an :class:`Architecture` it makes :class:`Work`: which kernels, with
 which arguments, and how much workspace. It allocates nothing and asks CUDA nothing, so all of it is tested without a
-GPU; :class:`qmm.device.Device` executes. Arguments are named, as in the kernel's own signature. Those that are addresses
-of a particular call are :class:`At` some base, which is bound when the work is queued: so the same work serves any
-arrays of the same layout, and weights that have moved.
+GPU; :class:`qmm.device.Device` executes. Arguments are named, as in the kernel's own signature. Those that are
+addresses of a particular call are :class:`At` some base, which is bound when the work is queued: so the same work
+serves any arrays of the same layout, and weights that have moved.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 from qmm.kernels.runtime.kernel import Kernel
 
-
 __all__ = [
     "BASES",
+    "DTYPES",
+    "ITEM_NBYTES",
     "Architecture",
     "At",
     "LaunchSpec",
@@ -33,6 +34,10 @@ BASES = ("weights", "x", "y", "workspace", "zeros")
 """What an address may be counted from: a tensor's first byte, the first element of the activations and of the results,
 temporary memory of the call, and device memory that is zero."""
 WORKSPACE_ALIGNMENT = 256
+CTAS_PER_SM = 4
+"""CTAs of 16 warps that fill the 64 warps of an SM."""
+DTYPES = ("float32", "float16", "bfloat16")
+"""Of activations and results."""
 ITEM_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -51,6 +56,10 @@ class Architecture:
     shared_nbytes: int
     bulk: bool
     l2_nbytes: int = 0
+
+    def ctas_for(self, wanted: int) -> int:
+        """CTAs to launch of a kernel of 16 warps: those wanted, at most as many as the GPU holds at once."""
+        return max(1, min(wanted, self.sms * CTAS_PER_SM))
 
 
 class At(NamedTuple):

@@ -1,6 +1,6 @@
 """The ring of stages through which a weight's bytes pass on the GPU, and the warps that fill it.
 
-A stage holds one chunk of each row of a tile. Some warps of a block, the producers, do nothing but start copies, as far
+A stage holds one chunk of each row of a tile. Some warps of a CTA, the producers, do nothing but start copies, as far
 ahead as there are stages; the others wait for a stage to be full, read it, and give it back. Both directions are
 barriers in shared memory (``mbarrier``), so warps need not keep step with each other.
 
@@ -12,51 +12,52 @@ outside the tensor is touched.
 
 from __future__ import annotations
 
-from qmm.kernels.lang.ptx import (
-    arrive,
-    arrive_after_copies,
-    block_count,
-    block_index,
-    bulk_copy,
-    copy16,
-    expect,
-    initialize_barrier,
-    prefetch,
+from qmm.kernels.lang.ptx.barrier import (
+    mbarrier_arrive,
+    mbarrier_arrive_after_copies,
+    mbarrier_expect_tx,
+    mbarrier_init,
+    mbarrier_wait,
 )
+from qmm.kernels.lang.ptx.copy import bulk_copy, copy16, copy_edge, prefetch_l2
+from qmm.kernels.lang.ptx.grid import cta_count, cta_index
 from qmm.kernels.lang.specialize import unroll
+from qmm.kernels.ops.tiling import EMPTY, PipelineConstants
 
 __all__ = ["following", "prefetch_rows", "prepare", "produce"]
 
+c = PipelineConstants.placeholder()
+
 
 def prepare(barriers, thread):
-    """Initializes the barriers: at ``barriers`` one a stage for "full", 64 bytes on one a stage for "empty".
+    """Initializes the barriers: for each stage "full" and "empty".
 
-    Each lane arrives for itself. One that did so for its warp, after a ``synchronize_warp``, was as right and no faster
+    Each lane arrives for itself. One that did so for its warp, after a ``sync_warp``, was as right and no faster
     (H100, 40 products: the others' times in parts of its 0.996 on geometric mean, F16, 4096x14336, n = 8, 1.09), but
     compute-sanitizer's racecheck took it for a race.
     """
-    if thread < STAGES:
-        initialize_barrier(barriers + 8 * thread, 32 * PRODUCERS)
-        initialize_barrier(barriers + 64 + 8 * thread, 32 * WARPS)
+    if thread < c.STAGES:
+        mbarrier_init(barriers + 8 * thread, 32 * c.PRODUCERS)
+        mbarrier_init(barriers + EMPTY + 8 * thread, 32 * c.WARPS)
 
 
 def produce(ring, barriers, weights, row_nbytes, m, chunks, row, chunk, row_step, item, count, producer, lane):
-    """Copies up to ``count`` chunks of the block's rows, beginning with its ``item``-th; what comes after them. Each
+    """Copies up to ``count`` chunks of the CTA's rows, beginning with its ``item``-th; what comes after them. Each
     producer copies its share of every chunk."""
     end = weights + m * row_nbytes
-    stage = item % STAGES
-    parity = (item // STAGES & 1) ^ 1
+    stage = item % c.STAGES
+    parity = (item // c.STAGES & 1) ^ 1
     while row < m and count > 0:
         full = barriers + 8 * stage
-        wait_for(full + 64, parity)
-        if BULK:
-            fetch_bulk(ring + stage * STAGE_NBYTES, full, weights, end, row_nbytes, row, m, chunk, producer, lane)
+        mbarrier_wait(full + EMPTY, parity, c.BULK)
+        if c.BULK:
+            fetch_bulk(ring + stage * c.STAGE_NBYTES, full, weights, end, row_nbytes, row, m, chunk, producer, lane)
         else:
-            fetch(ring + stage * STAGE_NBYTES, full, weights, end, row_nbytes, row, m, chunk, producer, lane)
+            fetch(ring + stage * c.STAGE_NBYTES, full, weights, end, row_nbytes, row, m, chunk, producer, lane)
         row, chunk = following(row, chunk, chunks, row_step)
         count -= 1
         stage += 1
-        if stage == STAGES:
+        if stage == c.STAGES:
             stage = 0
             parity ^= 1
     return row, chunk
@@ -64,19 +65,19 @@ def produce(ring, barriers, weights, row_nbytes, m, chunks, row, chunk, row_step
 
 def prefetch_rows(weights, row_nbytes, rows, nbytes, lane):
     """Has the first ``nbytes`` of each of some rows brought into L2, but for what shares 16 bytes with other rows. A
-    warp of each block takes its share of them."""
-    row = lane * block_count() + block_index()
+    warp of each CTA takes its share of them."""
+    row = lane * cta_count() + cta_index()
     while row < rows:
         start = weights + row * row_nbytes
         first = (start + 15) & -16
         last = (start + nbytes) & -16
         if last > first:
-            prefetch(first, last - first)
-        row += block_count() * 32
+            prefetch_l2(first, last - first)
+        row += cta_count() * 32
 
 
 def following(row, chunk, chunks, row_step):
-    """The chunk that a block takes after this one: the rows' next, or the first of its next rows."""
+    """The chunk that a CTA takes after this one: the rows' next, or the first of its next rows."""
     chunk += 1
     if chunk == chunks:
         return row + row_step, 0
@@ -88,18 +89,18 @@ def fetch_bulk(stage, full, weights, end, row_nbytes, row, m, chunk, producer, l
 
     A bulk copy takes its warp about 50 cycles, and lanes take turns; hence several producers.
 
-    Bytes keep their place modulo LINE: see :mod:`qmm.kernels.ops.matvec.plan`.
+    Bytes keep their place modulo LINE: see :mod:`qmm.kernels.ops.tiling`.
     """
-    for i in unroll((ROWS + 32 * PRODUCERS - 1) // (32 * PRODUCERS)):
-        line = (lane + 32 * i) * PRODUCERS + producer
-        if line < ROWS and row + line < m:
+    for i in unroll((c.ROWS + 32 * c.PRODUCERS - 1) // (32 * c.PRODUCERS)):
+        line = (lane + 32 * i) * c.PRODUCERS + producer
+        if line < c.ROWS and row + line < m:
             begin = weights + (row + line) * row_nbytes
-            start = begin + chunk * CHUNK_NBYTES
-            stop = min(start + CHUNK_NBYTES, begin + row_nbytes)
-            target = stage + line * PITCH - (start & -LINE)
+            start = begin + chunk * c.CHUNK_NBYTES
+            stop = min(start + c.CHUNK_NBYTES, begin + row_nbytes)
+            target = stage + line * c.PITCH - (start & -c.LINE)
             first = start & -16
             last = (stop + 15) & -16
-            if ALIGNMENT < 16:
+            if c.ALIGNMENT < 16:
                 if first < weights:
                     copy_edges(target + first, first, weights, end)
                     first += 16
@@ -107,26 +108,26 @@ def fetch_bulk(stage, full, weights, end, row_nbytes, row, m, chunk, producer, l
                     last -= 16
                     copy_edges(target + last, last, weights, end)
             if last > first:
-                expect(full, last - first)
+                mbarrier_expect_tx(full, last - first)
                 bulk_copy(target + first, first, last - first, full)
-    arrive(full)
+    mbarrier_arrive(full)
 
 
 def fetch(stage, full, weights, end, row_nbytes, row, m, chunk, producer, lane):
     """The same by 16 bytes a lane, row after row."""
-    for line in range(producer, min(ROWS, m - row), PRODUCERS):
+    for line in range(producer, min(c.ROWS, m - row), c.PRODUCERS):
         begin = weights + (row + line) * row_nbytes
-        start = begin + chunk * CHUNK_NBYTES
-        stop = min(start + CHUNK_NBYTES, begin + row_nbytes)
-        target = stage + line * PITCH - (start & -LINE)
+        start = begin + chunk * c.CHUNK_NBYTES
+        stop = min(start + c.CHUNK_NBYTES, begin + row_nbytes)
+        target = stage + line * c.PITCH - (start & -c.LINE)
         piece = (start & -16) + 16 * lane
         while piece < stop:
-            if ALIGNMENT >= 16 or (piece >= weights and piece + 16 <= end):
+            if c.ALIGNMENT >= 16 or (piece >= weights and piece + 16 <= end):
                 copy16(target + piece, piece)
             else:
                 copy_edges(target + piece, piece, weights, end)
             piece += 512
-    arrive_after_copies(full)
+    mbarrier_arrive_after_copies(full)
 
 
 def copy_edges(target, source, weights, end):
@@ -134,5 +135,5 @@ def copy_edges(target, source, weights, end):
     i = 0
     while i < 16:
         if source + i >= weights and source + i < end:
-            copy_edge(target + i, source + i)
-        i += EDGE
+            copy_edge(target + i, source + i, c.EDGE)
+        i += c.EDGE

@@ -6,51 +6,93 @@ fast a GPU can read at all, from its own memory or through a link: no product ca
 
 from __future__ import annotations
 
-from qmm.kernels.lang.primitives import word
-from qmm.kernels.lang.ptx import (
-    block_count,
-    block_index,
-    load_byte,
-    load_past_l1,
-    store_byte,
-    store_word,
-    thread_index,
-    zero_words,
-)
-from qmm.kernels.lang.specialize import registers, unroll
+import functools
+from dataclasses import dataclass
 
-__all__ = ["checksum", "read"]
+from qmm.kernels.lang.constants import Constants
+from qmm.kernels.lang.primitives import word
+from qmm.kernels.lang.ptx.arithmetic import zero_words
+from qmm.kernels.lang.ptx.global_memory import (
+    load_global16_no_allocate,
+    load_global_byte,
+    store_global_byte,
+    store_global_word,
+)
+from qmm.kernels.lang.ptx.grid import cta_count, cta_index, thread_index
+from qmm.kernels.lang.specialize import registers, unroll
+from qmm.kernels.ops.layout import WARPS
+from qmm.kernels.ops.op import Architecture, At, LaunchSpec, Work
+from qmm.kernels.runtime.kernel import Kernel
+
+__all__ = ["checksum", "checksum_kernel", "plan", "plan_checksum", "read", "read_kernel"]
+
+
+@dataclass(frozen=True)
+class ReadConstants(Constants):
+    """What these kernels are specialized with."""
+
+    WARPS: int
+    """Warps of a CTA."""
+    IN_FLIGHT: int
+    """Loads of a thread under way at once."""
+
+
+c = ReadConstants.placeholder()
 
 
 def read(source, nbytes, target):
     """Copies ``nbytes`` bytes to device memory, a byte a thread, reading none beyond."""
-    item = block_index() * (WARPS * 32) + thread_index()
+    item = cta_index() * (c.WARPS * 32) + thread_index()
     while item < nbytes:
-        store_byte(target + item, load_byte(source + item))
-        item += block_count() * (WARPS * 32)
+        store_global_byte(target + item, load_global_byte(source + item))
+        item += cta_count() * (c.WARPS * 32)
 
 
 def checksum(source, nbytes, target):
     """Reads 16-byte pieces at ``source``, a multiple of 16, and stores an exclusive or of 4 bytes for each thread.
 
-    A block reads a tile, ``16 * 32 * WARPS * IN_FLIGHT`` bytes that lie together, with IN_FLIGHT loads a thread under
+    A CTA reads a tile, ``16 * 32 * WARPS * IN_FLIGHT`` bytes that lie together, with IN_FLIGHT loads a thread under
     way at once; the grid walks over the tiles. The last bytes that are no whole piece are left out; none beyond is
     read. All that is stored, taken together by exclusive or, is that of the 32-bit words of the pieces: so a test can
     tell that each was read.
     """
     pieces = nbytes >> 4
     thread = thread_index()
-    item = block_index() * (WARPS * 32 * IN_FLIGHT) + thread
+    item = cta_index() * (c.WARPS * 32 * c.IN_FLIGHT) + thread
     total = registers(1, zero_words())
-    while item + WARPS * 32 * (IN_FLIGHT - 1) < pieces:
-        piece = registers(IN_FLIGHT, zero_words())
-        for i in unroll(IN_FLIGHT):
-            piece[i] = load_past_l1(source + (item + WARPS * 32 * i) * 16)
-        for i in unroll(IN_FLIGHT):
+    while item + c.WARPS * 32 * (c.IN_FLIGHT - 1) < pieces:
+        piece = registers(c.IN_FLIGHT, zero_words())
+        for i in unroll(c.IN_FLIGHT):
+            piece[i] = load_global16_no_allocate(source + (item + c.WARPS * 32 * i) * 16)
+        for i in unroll(c.IN_FLIGHT):
             total[0] = total[0] ^ piece[i]
-        item += block_count() * (WARPS * 32 * IN_FLIGHT)
-    for i in unroll(IN_FLIGHT):  # of the last tile, what there is
-        if item + WARPS * 32 * i < pieces:
-            total[0] = total[0] ^ load_past_l1(source + (item + WARPS * 32 * i) * 16)
-    place = target + (block_index() * (WARPS * 32) + thread) * 4
-    store_word(place, word(total[0], 0) ^ word(total[0], 1) ^ word(total[0], 2) ^ word(total[0], 3))
+        item += cta_count() * (c.WARPS * 32 * c.IN_FLIGHT)
+    for i in unroll(c.IN_FLIGHT):  # of the last tile, what there is
+        if item + c.WARPS * 32 * i < pieces:
+            total[0] = total[0] ^ load_global16_no_allocate(source + (item + c.WARPS * 32 * i) * 16)
+    place = target + (cta_index() * (c.WARPS * 32) + thread) * 4
+    store_global_word(place, word(total[0], 0) ^ word(total[0], 1) ^ word(total[0], 2) ^ word(total[0], 3))
+
+
+@functools.cache
+def read_kernel() -> Kernel:
+    """A copy of bytes to device memory by a kernel, from wherever they lie."""
+    return Kernel("read", read, ReadConstants(WARPS=WARPS, IN_FLIGHT=1), 32 * WARPS)
+
+
+@functools.cache
+def checksum_kernel(in_flight: int) -> Kernel:
+    """A reading of memory for its own sake, with ``in_flight`` loads of 16 bytes a thread under way at once."""
+    return Kernel(f"checksum_{in_flight}", checksum, ReadConstants(WARPS=WARPS, IN_FLIGHT=in_flight), 32 * WARPS)
+
+
+def plan(nbytes: int, architecture: Architecture) -> Work:
+    """The work of copying bytes at "weights" to "y"."""
+    arguments = {"source": At("weights"), "nbytes": nbytes, "target": At("y")}
+    return Work((LaunchSpec(read_kernel(), architecture.ctas_for(-(-nbytes // (32 * WARPS))), arguments),))
+
+
+def plan_checksum(nbytes: int, ctas: int, in_flight: int) -> Work:
+    """The work of reading bytes at "weights", a multiple of 16; 4 bytes for each thread are stored at "y"."""
+    arguments = {"source": At("weights"), "nbytes": nbytes, "target": At("y")}
+    return Work((LaunchSpec(checksum_kernel(in_flight), ctas, arguments),))

@@ -15,10 +15,15 @@ from qmm.kernels.ops.layout import WARPS, ZERO_NBYTES
 
 __all__ = [
     "BARRIERS_NBYTES",
+    "EMPTY",
+    "FULL",
     "LINE_NBYTES",
+    "OF_X",
     "PRODUCERS",
     "RING_NBYTES",
     "SECTOR_NBYTES",
+    "SUMS_EMPTY",
+    "SUMS_FULL",
     "PipelineConstants",
     "Tiling",
 ]
@@ -28,6 +33,10 @@ PRODUCERS: Final = 3
 n = 1 on an H200: 17.7 us with one, 14.7 with three."""
 BARRIERS_NBYTES: Final = 256
 """Shared memory for mbarriers, at its beginning."""
+FULL, EMPTY = 0, 64
+"""Where there are, from its beginning on, the mbarriers "full" and "empty" of each stage, 8 bytes each."""
+SUMS_FULL, SUMS_EMPTY, OF_X = 128, 144, 160
+"""The same of the two buffers of the warps' sums, and the mbarrier of the activations."""
 MOST_STAGES: Final = 8
 RING_NBYTES: Final = 160 << 10
 """The most shared memory of a ring. What is under way hides the latency of memory, and what is in the ring already when

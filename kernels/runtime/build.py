@@ -5,60 +5,44 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Callable
 from typing import Any
 
 from cuda.bindings import nvjitlink
 from numba import cuda
 from numba.cuda import types
 
-from qmm.kernels.lang import ptx
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets.cuda import CUDATarget
+from qmm.kernels.runtime.kernel import Kernel
 
-__all__ = ["assembly_of", "bounded", "compiled", "link", "signature", "specialized"]
+__all__ = ["assembly_of", "bounded", "compiled", "function_of", "link", "signature_of"]
 
 _ENTRY = re.compile(r"\.visible \.entry (\w+)")
 
 
-def specialized(template: str, constants: Mapping[str, Any], alignment: int) -> Callable[..., Any]:
-    """The function of a kernel, uncompiled.
-
-    Args:
-        template: where it is written, as ``"matvec.kernel.matvec"`` in qmm.kernels.ops.
-        constants: what it is specialized with. A string names an operation of :mod:`qmm.kernels.lang.ptx`; a tuple, the
-            operation that a function there makes of arguments, as ``("wait", 2)``.
-        alignment: of the block fields it reads.
-    """
-    module, _, function = template.rpartition(".")
-    bound = {name: _operation(value) for name, value in constants.items()}
-    return specialize(getattr(import_module(f"qmm.kernels.ops.{module}"), function), bound, CUDATarget(alignment))
+@functools.cache
+def function_of(kernel: Kernel) -> Callable[..., Any]:
+    """The specialized function of a kernel, uncompiled."""
+    return specialize(kernel.function, kernel.constants, CUDATarget(kernel.alignment))
 
 
-def _operation(value: Any) -> Any:
-    if isinstance(value, str):
-        return getattr(ptx, value)
-    if isinstance(value, tuple):
-        name, *arguments = value
-        return getattr(ptx, name)(*arguments)
-    return value
+def signature_of(kernel: Kernel) -> Any:
+    """The Numba signature of a kernel: every parameter is an int64."""
+    return types.void(*[types.int64 for _ in kernel.parameters])
 
 
-def signature(arguments: int) -> Any:
-    """The Numba signature of a kernel of so many int64 arguments."""
-    return types.void(*[types.int64] * arguments)
-
-
-def assembly_of(function: Callable[..., Any], arguments: int, threads: int, capability: tuple[int, int]) -> str:
-    """The kernel's PTX for a compute capability. On a machine without a GPU, numba.cuda must be told of one."""
-    text, _ = cuda.compile(function, signature(arguments), cc=capability, device=False, abi="numba", output="ptx")
-    return bounded(str(text), threads)
+def assembly_of(kernel: Kernel, capability: tuple[int, int]) -> str:
+    """A kernel's PTX for a compute capability. On a machine without a GPU, numba.cuda must be told of one."""
+    function, signature = function_of(kernel), signature_of(kernel)
+    text, _ = cuda.compile(function, signature, cc=capability, device=False, abi="numba", output="ptx")
+    return bounded(str(text), kernel.threads)
 
 
 def bounded(text: str, threads: int) -> str:
-    """A kernel's PTX that says how many threads a block has, and that one block on a multiprocessor is enough: without
+    """A kernel's PTX that says how many threads a CTA has, and that one CTA on an SM is enough: without
     the first it may take more registers than there are, without the second ptxas spills to make room for another.
     ``cuda.compile`` has no option for either."""
     head, found, body = text.partition("{")
@@ -66,13 +50,11 @@ def bounded(text: str, threads: int) -> str:
     return f"{head}.maxntid {threads}, 1, 1\n.minnctapersm 1\n{{{body}"
 
 
-def compiled(
-    function: Callable[..., Any], arguments: int, threads: int, capability: tuple[int, int]
-) -> tuple[str, bytes]:
-    """The name of the kernel's entry point, and machine code for a compute capability."""
-    text = assembly_of(function, arguments, threads, capability)
+def compiled(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, bytes]:
+    """The name of a kernel's entry point, and machine code for a compute capability."""
+    text = assembly_of(kernel, capability)
     entry = _ENTRY.search(text)
-    assert entry, f"{function.__name__}: no entry point in its PTX"
+    assert entry, f"{kernel.name}: no entry point in its PTX"
     return entry[1], link(text, capability)
 
 

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qmm.folders import cache_folder
+from qmm.kernels.lang.operation import Operation
 
 __all__ = ["CachedKernel", "Code", "Store", "digest_of_sources", "key_of", "store"]
 
@@ -301,6 +302,8 @@ def _described(value: Any, functions: dict[types.FunctionType, int]) -> Any:
         return {"array": [value.dtype.str, *value.shape], "sha256": hashlib.sha256(value.tobytes()).hexdigest()}
     if isinstance(value, types.FunctionType):
         return _described_function(value, functions)
+    if isinstance(value, Operation):
+        return _described_operation(value, functions)
     if isinstance(value, types.ModuleType) and value.__name__ in LIBRARIES:
         return {"module": value.__name__}
     if isinstance(value, type | types.BuiltinFunctionType) and value.__module__ in LIBRARIES:
@@ -323,3 +326,13 @@ def _described_function(function: types.FunctionType, functions: dict[types.Func
         raise _CannotBeDescribedError(f"{name} has no source") from reason
     used = inspect.getclosurevars(function)
     return {"function": name, "source": source, "uses": _described({**used.globals, **used.nonlocals}, functions)}
+
+
+def _described_operation(operation: Operation, functions: dict[types.FunctionType, int]) -> Any:
+    """One of this package by its name, any other by its types and lowerings."""
+    name = f"{operation.__module__}:{operation.name}"
+    ours = operation.__module__.startswith(f"{PACKAGE}.")
+    if ours and getattr(sys.modules.get(operation.__module__), operation.name, None) is operation:
+        return {"operation": name}
+    made = [operation.arguments, operation.result, operation.lowerings]
+    return {"operation": name, "made": _described(made, functions)}

@@ -1,15 +1,15 @@
 """A kernel reads a byte only if it belongs to its tensor, and each byte of a weight as often as it should.
 
-The kernels' own source, run lane by lane as in ``test_lanes.py``, over shapes that hypothesis draws
-(``lanes_cases.py``). Memory begins with the weight's first byte and ends with its last: nothing else is near, and a
-read of anything outside is a LaneError. ``run_product`` and ``run_dequantization`` assert that, compare what comes out
-with float64 and with gguf, and count how often each byte of the weight was read: once for each part of a row that
+The kernels' own source, run as in ``test_emulated_kernels.py``, over shapes that hypothesis draws
+(``emulated_cases.py``). Memory begins with the weight's first byte and ends with its last: nothing else is near, and a
+read of anything outside is an EmulatorError. ``run_product`` and ``run_dequantization`` assert that, compare what comes
+out with float64 and with gguf, and count how often each byte of the weight was read: once for each part of a row that
 shares its 16 bytes, so exactly once where all parts begin at multiples of 16.
 
 *Every schedule.* A product is run with one of the schedules that real GPUs take for real shapes
-(``lanes_schedules.py``), on a GPU of one to three multiprocessors and with rows just long enough. Of some 14,000 kinds
-the usual run takes SCHEDULES of each format of TELLING, chosen so that every value of every attribute is among them
-(the test asserts it) and as many pairs of values as can be. Each is run with EXAMPLES drawn shapes, the same in each
+(``emulated_schedules.py``), on a GPU of one to three SMs and with rows just long enough. Of some 14,000 kinds the usual
+run takes SCHEDULES of each format of TELLING, chosen so that every value of every attribute is among them (the test
+asserts it) and as many pairs of values as can be. Each is run with EXAMPLES drawn shapes, the same in each
 run. Then there are products of every format as the host plans them for small shapes, and dequantizations.
 
 ``QMM_LANES=<factor>`` takes so many times the schedules of every format, the further ones by lot, and draws anew in
@@ -28,9 +28,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import Phase, given, seed, settings
-from hypothesis import strategies as st
-from lanes_cases import (
+from emulated_cases import (
     REACHES,
     Case,
     Reach,
@@ -40,11 +38,13 @@ from lanes_cases import (
     usual_products,
     work_of,
 )
-from lanes_machine import LaneError
+from emulated_schedules import MACHINES, Kind, Planned, alignments_of, attributes, covering, schedules_of, values_of
+from hypothesis import Phase, given, seed, settings
+from hypothesis import strategies as st
 from lanes_masks import MASKS
-from lanes_schedules import MACHINES, Kind, Planned, alignments_of, attributes, covering, schedules_of, values_of
 
 from qmm.kernels.formats import FORMATS, Format
+from qmm.kernels.lang.targets.emulator import EmulatorError
 from qmm.kernels.ops.matvec.plan import COLUMN_TILES, Schedule
 
 FACTOR = int(os.environ.get("QMM_LANES", "1"))
@@ -202,7 +202,7 @@ FOUND = {
 }
 """What the absence of a mask shows as, in which formats."""
 ELSEWHERE = {"brought, before", "brought, after"}
-"""Masks of what a product brings into L2 for the next one: test_lanes.py."""
+"""Masks of what a product brings into L2 for the next one: test_emulated_kernels.py."""
 
 
 def masks() -> list[tuple[str, str]]:
@@ -216,7 +216,7 @@ def masks() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("mask", "name"), masks())
 def test_without_a_mask_the_same_fails(mask: str, name: str) -> None:
     require = require_dequantizations if mask.endswith("of weights") else require_both_products
-    with pytest.raises((LaneError, AssertionError), match=FOUND[mask][0]):
+    with pytest.raises((EmulatorError, AssertionError), match=FOUND[mask][0]):
         require(name, mask)
 
 

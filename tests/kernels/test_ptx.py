@@ -28,7 +28,9 @@ from ptx_compile import (
 )
 
 from qmm.kernels.formats import FORMATS
-from qmm.kernels.lang import ptx
+from qmm.kernels.lang.ptx.global_memory import load_global_float, store_global_float
+from qmm.kernels.lang.specialize import specialize
+from qmm.kernels.lang.targets.cuda import CUDATarget
 from qmm.kernels.ops.matvec.plan import Schedule
 from qmm.kernels.runtime import launch
 
@@ -187,6 +189,11 @@ def anonymous(text: str) -> str:
     return re.sub(r"\b_ZN\w+?(?=_param_|\b)", lambda name: names.setdefault(name[0], f"name{len(names)}"), text)
 
 
+def compiled_indexing() -> Compiled:
+    function = specialize(indexing, {}, CUDATarget(16))
+    return compile_kernel(function, types.void(types.int64, types.int64), "indexing", 32)
+
+
 def spilling(live: int) -> object:
     """A kernel that needs ``live`` registers at once: as many loads, a barrier, and as many stores."""
     lines = ["def spilling(values):", *[f"    v{i} = values[{i}]" for i in range(live)], "    cuda.syncthreads()"]
@@ -200,8 +207,8 @@ def indexing(address, index):
     """A kernel whose array is indexed by a variable, and so lies in memory."""
     array = cuda.local.array(256, types.float32)
     for i in range(256):
-        array[i] = ptx.load_float(address + i * index)
-    ptx.store_float(address, array[index])
+        array[i] = load_global_float(address + i * index)
+    store_global_float(address, array[index])
 
 
 def test_spills_are_found() -> None:
@@ -211,7 +218,7 @@ def test_spills_are_found() -> None:
 
 
 def test_a_stack_frame_and_local_memory_are_found() -> None:
-    compiled = compile_kernel(indexing, types.void(types.int64, types.int64), "indexing", 32)
+    compiled = compiled_indexing()
     for target in TARGETS:
         found = " ".join(problems(compiled, target))
         assert "stack frame" in found, target
@@ -219,6 +226,6 @@ def test_a_stack_frame_and_local_memory_are_found() -> None:
 
 
 def test_other_accesses_to_the_weights_are_found() -> None:
-    for text in compile_kernel(indexing, types.void(types.int64, types.int64), "indexing", 32).ptx.values():
+    for text in compiled_indexing().ptx.values():
         of_weights, _ = global_accesses(text)
         assert set(of_weights) == {"ld.global.f32", "st.global.f32"}

@@ -1,6 +1,6 @@
 """Compiles CUDA kernels without a GPU: Numba, NVVM and ptxas, for every target that qmm promises.
 
-Which kernels, :class:`qmm.kernels.ops.matvec.plan.Schedule` says for four machines; each is assembled for the targets
+Which kernels, :func:`qmm.kernels.ops.matvec.choose.choose` says for four GPUs; each is assembled for the targets
 whose machine would get it. The expensive steps are done once where their result is the same:
 
 * Numba's part (types and LLVM IR, 1 to 5 s a kernel) does not look at the target;
@@ -9,7 +9,7 @@ whose machine would get it. The expensive steps are done once where their result
 The usual run compiles the kernels of TELLING for every machine, and of other formats what a Hopper GPU takes for one
 column and for eight; ``QMM_KERNELS=all`` compiles all (five minutes more on two CPUs): when a kernel has changed.
 
-``test_ptx.py`` compares what comes out with :meth:`qmm.kernels.runtime.launch.CUDAKernel.ptx`, target by target. ptxas
+``test_ptx.py`` compares what comes out with :func:`qmm.kernels.runtime.launch.ptx`, target by target. ptxas
 (0.1 to 0.5 s), which allots the registers, runs for every target of a kernel.
 """
 
@@ -22,7 +22,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +35,15 @@ from numba.cuda import compiler, dispatcher
 
 from qmm.kernels.formats import FORMATS
 from qmm.kernels.ops.cpu.products import available_cpus
-from qmm.kernels.ops.matvec.plan import Machine, Schedule, Tiling
+from qmm.kernels.ops.dequantize import dequantize_kernel
+from qmm.kernels.ops.matvec.choose import choose, dequantization_tiling
+from qmm.kernels.ops.matvec.config import Case
+from qmm.kernels.ops.matvec.constants import matvec_kernel
+from qmm.kernels.ops.op import DTYPES, Architecture
+from qmm.kernels.ops.quantize.plan import cast_kernel, quantize_kernel
+from qmm.kernels.ops.read import checksum_kernel, read_kernel
 from qmm.kernels.runtime import build, launch
+from qmm.kernels.runtime.kernel import Kernel
 
 __all__ = [
     "FAMILIES",
@@ -69,13 +76,13 @@ TARGETS = {
     "sm_121": (12, 1),
 }
 """Compute capabilities by what ptxas calls them."""
-HOPPER = Machine(132, 232448, True)
-AMPERE = Machine(108, 166912, False)
+HOPPER = Architecture(132, 232448, True)
+AMPERE = Architecture(108, 166912, False)
 MACHINES = {
     HOPPER: ("sm_90", "sm_100"),  # H100; a B200 differs in the number of multiprocessors
-    Machine(170, 101376, True): ("sm_120", "sm_121"),  # RTX 5090
+    Architecture(170, 101376, True): ("sm_120", "sm_121"),  # RTX 5090
     AMPERE: ("sm_80",),  # A100
-    Machine(82, 101376, False): ("sm_86", "sm_89"),  # RTX 3090
+    Architecture(82, 101376, False): ("sm_86", "sm_89"),  # RTX 3090
 }
 """A GPU of each kind and the targets that it stands for."""
 EVERY = os.environ.get("QMM_KERNELS") == "all"
@@ -83,15 +90,21 @@ TELLING = ("Q2_K", "Q4_K")
 """Formats that are compiled for every machine in the usual run: ptxas is likeliest to spill with them."""
 
 
+MAKERS: dict[str, Callable[..., Kernel]] = {
+    maker.__name__: maker
+    for maker in (matvec_kernel, dequantize_kernel, quantize_kernel, cast_kernel, read_kernel, checksum_kernel)
+}
+
+
 class Spec(NamedTuple):
-    """A kernel by the function of :mod:`qmm.kernels.runtime.launch` that builds it; formats are arguments by name."""
+    """A kernel by the function of an op that describes it; formats are arguments by name."""
 
     maker: str
     arguments: tuple[Any, ...]
 
-    def kernel(self) -> launch.CUDAKernel:
+    def kernel(self) -> Kernel:
         named = [FORMATS.get(value, value) if isinstance(value, str) else value for value in self.arguments]
-        return getattr(launch, self.maker)(*named)
+        return MAKERS[self.maker](*named)
 
 
 Group = dict[Spec, tuple[str, ...]]
@@ -124,7 +137,7 @@ def whole_blocks(name: str, k: int) -> int:
 
 def of_product(
     name: str,
-    machine: Machine,
+    machine: Architecture,
     n: int,
     int8: bool,
     m: int = 14336,
@@ -134,16 +147,16 @@ def of_product(
     mapped: bool = False,
 ) -> Spec:
     """The kernel of a product on a machine."""
-    schedule = Schedule.of(FORMATS[name], m, whole_blocks(name, k), n, int8, alignment, fusible, mapped, machine)
-    return Spec("matvec_kernel", (name, schedule))
+    case = Case(FORMATS[name], m, whole_blocks(name, k), n, int8, alignment, fusible, mapped)
+    return Spec("matvec_kernel", (name, choose(case, machine)))
 
 
-def of_dequantization(name: str, machine: Machine, alignment: int = 16) -> Spec:
+def of_dequantization(name: str, machine: Architecture, alignment: int = 16) -> Spec:
     """The kernel that dequantizes on a machine."""
-    return Spec("dequantize_kernel", (name, Tiling.of_dequantization(FORMATS[name], alignment, machine), machine.bulk))
+    return Spec("dequantize_kernel", (name, dequantization_tiling(FORMATS[name], alignment, machine), machine.bulk))
 
 
-def products_of(name: str, machine: Machine) -> Iterator[Spec]:
+def products_of(name: str, machine: Architecture) -> Iterator[Spec]:
     """Products of a format, those whose kernels take longest to compile first."""
     best = not FORMATS[name].plain
     every = EVERY or name in TELLING
@@ -175,7 +188,7 @@ def kernels_of(name: str) -> Group:
     return group(specs)
 
 
-def unaligned(machine: Machine) -> Iterator[Spec]:
+def unaligned(machine: Architecture) -> Iterator[Spec]:
     """A tensor that starts at an odd address: for one format of each way to load (16 bytes at a time, 4, 1), whatever
     the alignment would have let it do. What differs between formats otherwise is in their own kernels."""
     for name in ("Q4_K", "F32", "Q6_K"):
@@ -184,14 +197,14 @@ def unaligned(machine: Machine) -> Iterator[Spec]:
         yield of_dequantization(name, machine, alignment=1)
 
 
-def quantizations(machine: Machine) -> Iterator[Spec]:
+def quantizations(machine: Architecture) -> Iterator[Spec]:
     """The makers of activations."""
-    for dtype in launch.LOADS:
+    for dtype in DTYPES:
         for int8 in (True, False):
             yield Spec("quantize_kernel", (dtype, int8, machine.bulk))
 
 
-def group(specs: Mapping[Machine, Iterable[Spec]]) -> Group:
+def group(specs: Mapping[Architecture, Iterable[Spec]]) -> Group:
     """Kernels and the targets of all machines that use them."""
     found: dict[Spec, tuple[str, ...]] = {}
     for machine, of_machine in specs.items():
@@ -202,7 +215,7 @@ def group(specs: Mapping[Machine, Iterable[Spec]]) -> Group:
 
 VARIED = ("F16", "Q4_0", "Q4_K", "Q6_K")
 """Formats that other shapes are compiled for too: they differ in how many lanes share a block, and in its size."""
-CASTS = {Spec("cast_kernel", (dtype,)): tuple(TARGETS) for dtype in launch.STORES}
+CASTS = {Spec("cast_kernel", (dtype,)): tuple(TARGETS) for dtype in DTYPES}
 PROBES = {Spec("checksum_kernel", (in_flight,)): tuple(TARGETS) for in_flight in (1, 8)}
 READ = {Spec("read_kernel", ()): tuple(TARGETS)}
 GROUPS = {
@@ -226,7 +239,7 @@ def compile_kernel(
     threads: int,
     targets: Iterable[str] = tuple(TARGETS),
 ) -> Compiled:
-    """Compiles a kernel whose blocks have so many threads."""
+    """Compiles a kernel whose CTAs have so many threads."""
     with without_gpu():
         # What cuda.compile does, before it asks for the PTX of one target.
         library, _ = compiler._compile_pyfunc_with_fixup(
@@ -245,13 +258,14 @@ def compile_kernel(
 
 def compile_spec(spec: Spec, targets: Iterable[str]) -> Compiled:
     kernel = spec.kernel()
-    return compile_kernel(kernel.function, kernel.signature, kernel.name, kernel.threads, targets)
+    function, signature = build.function_of(kernel), build.signature_of(kernel)
+    return compile_kernel(function, signature, kernel.name, kernel.threads, targets)
 
 
 def ptx_of_target(spec: Spec, target: str) -> str:
     """The PTX that qmm makes for one target alone."""
     with without_gpu(TARGETS[target]):
-        text = spec.kernel().ptx(TARGETS[target])
+        text = launch.ptx(spec.kernel(), TARGETS[target])
     assert re.search(r"(?m)^\.target (\S+)$", text)[1] == target
     return text
 

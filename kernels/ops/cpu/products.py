@@ -23,19 +23,14 @@ import numpy as np
 
 from qmm.children import PerProcess
 from qmm.kernels.formats import Format
-from qmm.kernels.lang.primitives import masked, run_weights
-from qmm.kernels.lang.specialize import registers, specialize, unroll
-from qmm.kernels.lang.targets.cpu import (
-    CPU,
-    CPU_PRODUCTS,
-    CPUKernel,
+from qmm.kernels.lang.primitives import load1, masked, run_weights
+from qmm.kernels.lang.simd import (
     dot_run,
     fetch_add,
-    load1,
     load_float,
     load_floats,
     multiply_add,
-    store1,
+    store_byte,
     store_float,
     store_floats,
     sum_floats,
@@ -43,6 +38,8 @@ from qmm.kernels.lang.targets.cpu import (
     zero_floats,
     zero_partial,
 )
+from qmm.kernels.lang.specialize import registers, specialize, unroll
+from qmm.kernels.lang.targets.cpu import CPU, CPU_PRODUCTS, CPUKernel
 from qmm.kernels.ops.cpu.threads import Helpers
 
 __all__ = [
@@ -189,7 +186,7 @@ def whole_block(address, left, scratch):
 
 def copy_bytes(source, count, target):
     for i in range(count):
-        store1(target, i, load1(source, i))
+        store_byte(target, i, load1(source, i))
 
 
 def quantize_rows(x, k, n, q, scales, sums, units):

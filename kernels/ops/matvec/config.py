@@ -1,7 +1,8 @@
 """The choices that a product's schedule leaves open, as data: what may be chosen, and what follows from it.
 
-A :class:`Case` is a product, a :class:`Config` a choice for it. :func:`legal` says whether the two go together on a GPU;
-nothing in the kernels relies on more. Which config a case gets is decided in :mod:`qmm.kernels.ops.matvec.choose`.
+A :class:`Case` is a product, a :class:`Config` a choice for it. :func:`legal` says whether the two go together on a
+GPU; nothing in the kernels relies on more. Which config a case gets is decided in
+:mod:`qmm.kernels.ops.matvec.choose`.
 """
 
 from __future__ import annotations
@@ -26,14 +27,10 @@ class Case:
     """A product with up to eight columns, as far as schedules depend on it.
 
     Attributes:
-        block_format: of the weight.
-        m: rows.
-        k: weights a row.
-        n: columns, 1 to 8.
-        int8: whether activations are quantized to int8, else to float16.
-        alignment: what the address of every row divides by, a power of two up to 16.
-        fusible: whether a CTA could quantize the activations: float32, rows of whole multiples of 16 bytes, and at such.
-        mapped: whether the weight is read through the link to the host.
+        block_format: of the weight. m: rows. k: weights a row. n: columns, 1 to 8. int8: whether activations are
+        quantized to int8, else to float16. alignment: what the address of every row divides by, a power of two up to
+        16. fusible: whether a CTA could quantize the activations: float32, rows of whole multiples of 16 bytes, and at
+        such. mapped: whether the weight is read through the link to the host.
     """
 
     block_format: Format

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qmm.kernels.formats import Format
-from qmm.kernels.ops import quantize
 from qmm.kernels.ops.layout import COLUMN_TILES, Activations
 from qmm.kernels.ops.matvec.choose import choose
 from qmm.kernels.ops.matvec.config import Case, Schedule
 from qmm.kernels.ops.matvec.constants import matvec_kernel
 from qmm.kernels.ops.op import Architecture, At, LaunchSpec, Operand, WeightLayout, Work, alignment_of, rounded
+from qmm.kernels.ops.quantize.plan import quantize_specs, store_specs
 
 __all__ = ["NOTHING", "Product", "Region", "plan"]
 
@@ -88,12 +88,10 @@ def plan(
         no_alias: whether x and y lie outside of each other's reach (:meth:`Product.overlaps`).
     """
     if k == 0:
-        return Product(tuple(quantize.store_specs(y, At("zeros"), 0, architecture)), x=x, y=y)
+        return Product(tuple(store_specs(y, At("zeros"), 0, architecture)), x=x, y=y)
     row_nbytes = block_format.row_nbytes(k)
     alignment = alignment_of(weights.alignment | row_nbytes)  # what every row starts at
-    case = Case(
-        block_format, m, k, min(x.rows, COLUMN_TILES[-1]), int8, alignment, _fusible(x), weights.mapped
-    )
+    case = Case(block_format, m, k, min(x.rows, COLUMN_TILES[-1]), int8, alignment, _fusible(x), weights.mapped)
     schedule = choose(case, architecture)
     return scheduled(block_format, m, k, weights, x, y, schedule, architecture, no_alias)
 
@@ -118,7 +116,7 @@ def scheduled(
     direct = no_alias and y.dense
     launches: list[LaunchSpec] = []
     if not schedule.fused:
-        launches += quantize.specs(x, activations, At("workspace"), area_nbytes, architecture)
+        launches += quantize_specs(x, activations, At("workspace"), area_nbytes, architecture)
     ctas = min(architecture.sms, -(-m // tiling.rows))
     quantize_launches = len(launches)
     kernel = matvec_kernel(block_format, schedule)
@@ -150,7 +148,7 @@ def scheduled(
         launches.append(LaunchSpec(kernel, ctas, arguments, schedule.shared_nbytes, early))
     prefetches = len(launches) - 1
     if not direct:
-        launches += quantize.store_specs(y, At("workspace", areas_nbytes), 4, architecture)
+        launches += store_specs(y, At("workspace", areas_nbytes), 4, architecture)
     alias_range = (0, 0)
     if schedule.fused and direct:  # results may be stored before all of x was read
         (x_low, x_high), (y_low, y_high) = x.reach, y.reach

@@ -1,9 +1,9 @@
-"""Every operation that has a twin, with inputs for it: for a GPU and for the lanes of :mod:`lanes_machine`.
+"""Every operation of GPUs with inputs for it: for a GPU and for the emulator.
 
-From the same bytes the GPU and the twins must make the same bytes; where a twin is said to differ in the last bit, a
+From the same bytes both must make the same bytes; where an operation's meaning is said to differ in the last bit, a
 bound is derived beside the comparison. :data:`CASES` is the table of kernels, with inputs that each operation is made
-for: random ones, and the edges of what its docstring allows. ``tests/kernels/test_twin_kernels.py`` checks the table
-without a GPU, ``tests/gpu/test_twins.py`` compares with one.
+for: random ones, and the edges of what its docstring allows. ``tests/kernels/test_operations.py`` checks the table
+without a GPU, ``tests/gpu/test_operations.py`` compares with one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from lanes_machine import Block, Memory, Settings
-from lanes_twins import LaneTarget
-from twin_kernels import (
+from operation_kernels import (
     ITEMS,
     THREADS,
     as_bfloats,
@@ -28,15 +26,15 @@ from twin_kernels import (
     dots_of_bytes,
     dots_of_floats,
     dots_of_short_floats,
+    exchanged,
     fields,
-    fused_once,
+    fma_once,
     largest,
     met,
     of_floats,
     of_runs,
     of_words,
     places,
-    shared_out,
     sums,
     through_global,
     through_shared,
@@ -44,8 +42,9 @@ from twin_kernels import (
 )
 
 from qmm.kernels.lang.specialize import specialize
+from qmm.kernels.lang.targets import emulator
 from qmm.kernels.lang.targets.cuda import CUDATarget
-from qmm.kernels.runtime import build
+from qmm.kernels.lang.targets.emulator import EMULATOR, Memory
 from qmm.kernels.runtime.launch import CUDAKernel
 
 __all__ = ["CASES", "Case"]
@@ -56,7 +55,7 @@ __all__ = ["CASES", "Case"]
 # ---------------------------------------------------------------------------------------------------------------------
 
 Comparison = Callable[["Case", np.ndarray, np.ndarray], None]
-"""Requires that what a GPU made agrees with what the twins made, both as bytes."""
+"""Requires that what a GPU made agrees with what the emulator made, both as bytes."""
 
 
 def bits(case: Case, got: np.ndarray, expected: np.ndarray) -> None:
@@ -78,9 +77,9 @@ floats, halves = numbers(np.float32), numbers(np.float16)
 
 
 def once_rounded(case: Case, got: np.ndarray, expected: np.ndarray) -> None:
-    """The same float32; where the twin's sum of float64 ended on a tie, the number on its other side will do too. The
-    twin's product is exact, its sum is rounded to 53 bits, and that to 24: two roundings give another result than one
-    only if what lay beside a tie was first rounded to it."""
+    """The same float32; where the emulator's sum of float64 ended on a tie, the number on its other side will do too.
+    The product is exact there, the sum is rounded to 53 bits, and that to 24: two roundings give another result than
+    one only if what lay beside a tie was first rounded to it."""
     got, expected = got.view(np.float32), expected.view(np.float32)
     a, b, c = case.source.astype(np.float64).T
     with np.errstate(invalid="ignore"):
@@ -95,7 +94,7 @@ def sums_of_terms(error: float) -> Comparison:
     by 2**-145, which is what 16 products and 16 sums lose below the smallest normal number, 2**-150 each."""
 
     def compare(case: Case, got: np.ndarray, expected: np.ndarray) -> None:
-        magnitude = replace(case, source=np.abs(case.source)).on_lanes().view(np.float32).astype(np.float64)
+        magnitude = replace(case, source=np.abs(case.source)).emulated().view(np.float32).astype(np.float64)
         got, expected = (made.view(np.float32).astype(np.float64) for made in (got, expected))
         finite = np.isfinite(expected)
         np.testing.assert_array_equal(got[~finite], expected[~finite])
@@ -109,11 +108,11 @@ def sums_of_terms(error: float) -> Comparison:
 
 OF_FLOATS = 26 * 2.0**-24
 """The GPU makes eight fused products in each of two chains, and adds these: a term is rounded nine times at most. The
-twin's order is NumPy's: 16 times at most, the product included. Each takes 2**-24 at most; and one is for the rest."""
+emulator's order is NumPy's: 16 times at most, the product included. Each takes 2**-24 at most; one is for the rest."""
 OF_SHORT = 97 * 2.0**-23
 """Each of eight instructions adds eight products, exact, to a total. Of a tensor core's sums no more is promised than
 single precision, in any order: it may cut off all that lies 24 bits below the largest term, four products at a time.
-So two times five terms and their sum lose 2**-23 each, 96 in all. The twin is rounded once."""
+So two times five terms and their sum lose 2**-23 each, 96 in all. The emulator's sum is rounded once."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,23 +157,27 @@ class Case:
             "constants": self.constants,
             "alignment": self.alignment,
         }
-        constants = {name: build._operation(value) for name, value in self.constants.items()}
         target = CUDATarget(self.alignment)
         shared = self.shared_nbytes > 0
-        return CUDAKernel(name, lambda: specialize(self.kernel, constants, target), 2, key, THREADS, shared)
+        return CUDAKernel(name, lambda: specialize(self.kernel, self.constants, target), 2, key, THREADS, shared)
 
-    def on_lanes(self) -> np.ndarray:
-        """What the twins make of it: the bytes at its target."""
-        constants = {name: LaneTarget.operation(value) for name, value in self.constants.items()}
-        function = specialize(self.kernel, constants, LaneTarget(self.alignment))
+    def emulated(self) -> np.ndarray:
+        """What the emulator makes of it: the bytes at its target."""
+        function = specialize(self.kernel, self.constants, EMULATOR)
         memory = Memory()
-        source = memory.add("source", 1 << 40, self.source.tobytes(), constant=True)
-        target = memory.add("target", 1 << 41, self.before().tobytes())
+        source = memory.add("source", self.source.tobytes(), constant=True)
+        target = memory.add("target", self.before().tobytes())
         for _ in range(self.launches):
-            for index in range(self.blocks):
-                settled = self.launches == 1
-                block = Block(memory, index, self.blocks, THREADS, self.shared_nbytes, settled, Settings())
-                block.run(function, [source.start, target.start])
+            emulator.launch(
+                function,
+                [source.start, target.start],
+                memory=memory,
+                grid=self.blocks,
+                threads=THREADS,
+                shared_nbytes=self.shared_nbytes,
+                alignment=self.alignment,
+                after_predecessors=self.launches == 1,
+            )
         return np.frombuffer(target.data, np.uint8)
 
     def before(self) -> np.ndarray:
@@ -273,8 +276,8 @@ def to_runs() -> np.ndarray:
     return made
 
 
-def to_fused() -> np.ndarray:
-    """Any numbers; sums that cancel; sums a little beside a tie, which the twin's float64 takes for the tie; zeros."""
+def to_fma() -> np.ndarray:
+    """Any numbers; sums that cancel; sums a little beside a tie, which float64 takes for the tie; zeros."""
     made = any_floats(ITEMS, 3)
     made[100:200, :2] = RNG.standard_normal((100, 2), np.float32)
     made[100:200, 2] = -made[100:200, 0] * made[100:200, 1]
@@ -299,7 +302,7 @@ def to_dots() -> np.ndarray:
 
 
 def to_dots_of_bytes() -> np.ndarray:
-    """Six times sixteen bytes; every other warp has what :func:`dot_pair` is meant for, a diagonal of x."""
+    """Six times sixteen bytes; every other warp has what :func:`mma_s8` is meant for, a diagonal of x."""
     made = random_bytes(ITEMS, 96)
     made[32:64] = 0x80
     lane = np.arange(ITEMS) & 31
@@ -335,23 +338,10 @@ def shortened(made: np.ndarray) -> np.ndarray:
     return made
 
 
-WINDOWS = {"load_one": 1, "load_two": 2, "load_four": 4, "load_eight": 8}
-CACHED = {name: ("cached_floats", count) for name, count in WINDOWS.items()}
-SHARED = {name: ("shared_floats", count) for name, count in WINDOWS.items()}
-BY_16 = {"fence_barriers": ("fence", False), "wait_for": ("waiter", False)}
-IN_BULK = {"fence_barriers": ("fence", True), "wait_for": ("waiter", True)}
-BY_NUMBER = {
-    "say_written": ("barrier_arrive", 1, THREADS),
-    "wait_for_writers": ("barrier_wait", 1, THREADS),
-    "meet_writers": ("barrier_wait", 2, 96),
-}
-
 CASES = {
     "places": Case(places, np.zeros(16, np.uint8), 3 * 32 * THREADS, blocks=3, shared_nbytes=16),
-    "through global memory": Case(through_global, any_floats(ITEMS, 8), 144 * ITEMS, constants=CACHED),
-    "through shared memory": Case(
-        through_shared, any_floats(ITEMS, 8), 96 * ITEMS, constants=SHARED, shared_nbytes=32 * THREADS
-    ),
+    "through global memory": Case(through_global, any_floats(ITEMS, 8), 144 * ITEMS),
+    "through shared memory": Case(through_shared, any_floats(ITEMS, 8), 96 * ITEMS, shared_nbytes=32 * THREADS),
     **{
         f"fields at multiples of {alignment}": Case(
             fields,
@@ -364,17 +354,17 @@ CASES = {
         for alignment in (1, 2, 4, 8, 16)
     },
     "copied": Case(
-        copied, random_bytes(3 * THREADS, 32), 96 * THREADS, constants=BY_16, shared_nbytes=16 + 32 * THREADS
+        copied, random_bytes(3 * THREADS, 32), 96 * THREADS, constants={"BULK": False}, shared_nbytes=16 + 32 * THREADS
     ),
     "copied in bulk": Case(
         copied_in_bulk,
         random_bytes(2 * THREADS, 64),
         128 * THREADS,
-        constants=IN_BULK,
+        constants={"BULK": True},
         shared_nbytes=128 + 128 * THREADS,
         hopper=True,
     ),
-    "met": Case(met, random_bytes(96, 16), 2 * 16 * 96, constants=BY_NUMBER, shared_nbytes=16 * 96),
+    "met": Case(met, random_bytes(96, 16), 2 * 16 * 96, shared_nbytes=16 * 96),
     "counted": Case(counted, np.zeros(256, np.uint8), np.zeros(16 * THREADS, np.uint8), launches=20, hopper=True),
     "words": Case(of_words, random_bytes(ITEMS, 32), 288 * ITEMS),
     "widened": Case(widened, np.arange(65536, dtype=np.uint16), 1120 * ITEMS, floats),
@@ -383,11 +373,11 @@ CASES = {
     "as bytes": Case(as_bytes, to_bytes(), 8 * ITEMS),
     "floats": Case(of_floats, to_floats(), 8 * ITEMS, floats),
     "runs": Case(of_runs, to_runs(), 320 * ITEMS, floats),
-    "fused": Case(fused_once, to_fused(), 4 * ITEMS, once_rounded),
+    "fma": Case(fma_once, to_fma(), 4 * ITEMS, once_rounded),
     "dots of floats": Case(dots_of_floats, to_dots(), 4 * ITEMS, sums_of_terms(OF_FLOATS)),
     "sums": Case(sums, random_bytes(ITEMS, 16), 16 * ITEMS),
     "largest": Case(largest, any_floats(ITEMS, 8), 16 * ITEMS),
-    "shared out": Case(shared_out, any_floats(ITEMS, 2), 40 * ITEMS, floats),
+    "exchanged": Case(exchanged, any_floats(ITEMS, 2), 40 * ITEMS, floats),
     "dots of bytes": Case(dots_of_bytes, to_dots_of_bytes(), 32 * ITEMS),
     "dots of short floats": Case(dots_of_short_floats, to_short_dots(), 16 * ITEMS, sums_of_terms(OF_SHORT)),
     "dots of subnormals": Case(

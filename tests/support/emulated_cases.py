@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from emulated_device import USUAL, run_dequantization, run_product
+from emulated_schedules import MACHINES, Planned, alignments_of
 from hypothesis import strategies as st
-from lanes import USUAL, run_dequantization, run_product
-from lanes_machine import Settings
-from lanes_schedules import MACHINES, Planned, alignments_of
 
 from qmm.kernels.formats import FORMATS, Format
+from qmm.kernels.lang.targets.emulator import Settings
 from qmm.kernels.ops.matvec.plan import Machine, Schedule, Tiling, scale_blocks_of
 from qmm.kernels.runtime.launch import alignment_of
 

@@ -1,6 +1,6 @@
-"""Each twin of ``lanes_twins.py`` beside the operation itself: the same kernel, on the same bytes, on both machines.
+"""What each operation means in Python beside what a GPU makes of it: the same kernel, on the same bytes, on both.
 
-That every operation is among the cases, ``tests/kernels/test_twin_kernels.py`` shows.
+That every operation is among the cases, ``tests/kernels/test_operations.py`` shows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
-from twin_cases import CASES, Case
+from operation_cases import CASES, Case
 
 from qmm.device import GPU
 from qmm.kernels.runtime.launch import Launch
@@ -44,8 +44,8 @@ def on_gpu(gpu: GPU, case: Case) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_twins_make_what_the_gpu_makes(name: str, gpu: GPU) -> None:
+def test_the_gpu_makes_what_the_emulator_makes(name: str, gpu: GPU) -> None:
     case = CASES[name]
     if case.hopper and not gpu.machine.bulk:
         pytest.skip("below compute capability 9.0 there are no bulk copies, and no kernel starts before the last ends")
-    case.compare(case, on_gpu(gpu, case), case.on_lanes())
+    case.compare(case, on_gpu(gpu, case), case.emulated())

@@ -1,7 +1,7 @@
 """The CUDA kernels' own source, run lane by lane on the CPU, in memory that refuses what lies outside a tensor.
 
-What runs is what Numba gets to compile, with the twins of ``lanes_twins.py`` for the operations in PTX; what the
-machine refuses, ``lanes_machine.py`` says.
+What runs is what Numba gets to compile, with the meanings of operations in place of PTX; what the emulator refuses,
+:mod:`qmm.kernels.lang.targets.emulator` says.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from emulated_device import EmulatedGPU, dequantized, expected_reads, run_dequantization, run_product
 from gguf_files import random_blocks, small_blocks
-from lanes import LaneGPU, dequantized, expected_reads, run_dequantization, run_product
-from lanes_machine import LaneError, Settings
 
 from qmm.arrays import View
 from qmm.device import NOTHING
 from qmm.kernels.formats import FORMATS
+from qmm.kernels.lang.targets.emulator import EmulatorError, Settings
 from qmm.kernels.ops.matvec.plan import WARPS, Machine, Tiling
 from qmm.kernels.runtime import launch
 
@@ -67,7 +67,7 @@ def test_what_comes_next_is_brought_in_and_nothing_else(mapped: bool, most: int,
 def require_what_comes_next(mapped: bool, most: int, rng: np.random.Generator, mask: str | None = None) -> None:
     sizes = [("Q8_0", 37, 96, 1), ("Q4_K", 20, 512, 8), ("Q6_K", 3, 256, 12), ("Q5_0", 51, 32, 2)]
     settings = Settings(faults=frozenset() if mask is None else frozenset({mask}))
-    with LaneGPU(HOPPER, settings, mapped) as gpu:
+    with EmulatedGPU(HOPPER, settings, mapped) as gpu:
         gpu._next_nbytes = most
         weights, products, expected = [], [], []
         for i, (name, m, k, n) in enumerate(sizes):
@@ -84,7 +84,7 @@ def require_what_comes_next(mapped: bool, most: int, rng: np.random.Generator, m
         for (_, _, y), values in zip(products, expected, strict=True):
             got = np.frombuffer(gpu.memory.find(y.address, 4).data, np.float32)
             np.testing.assert_array_equal(got, values.ravel())
-    assert not any(weights[0].brought)
+    assert not any(weights[0].prefetched)
     for weight, (name, m, k, _), (product, _, _) in zip(weights[1:], sizes[1:], products[1:], strict=True):
         row_nbytes = FORMATS[name].row_nbytes(k)
         start, pitch, count, nbytes = product.opening
@@ -100,10 +100,10 @@ def require_what_comes_next(mapped: bool, most: int, rng: np.random.Generator, m
             first, last = -(-(start + i * pitch) // 16), (start + i * pitch + nbytes) // 16
             brought[16 * first - weight.start : 16 * last - weight.start] = b"\1" * (16 * (last - first))
         assert any(brought) or mapped
-        assert weight.brought == brought
+        assert weight.prefetched == brought
 
 
-def weights_of(gpu: LaneGPU, name: str, m: int, k: int, rng: np.random.Generator) -> int:
+def weights_of(gpu: EmulatedGPU, name: str, m: int, k: int, rng: np.random.Generator) -> int:
     data = random_blocks(name, (m, k), rng)
     return gpu.add("weights", data, constant=True, shift=2).start
 
@@ -113,7 +113,7 @@ def test_views_of_any_strides(rng: np.random.Generator) -> None:
     memory = rng.standard_normal((3, 4, 2 * k)).astype(np.float32)
     x = memory[:, ::2, ::2]
     spaced = np.zeros((3, 2, 2 * m), np.float32)[..., ::2]
-    with LaneGPU(HOPPER) as gpu:
+    with EmulatedGPU(HOPPER) as gpu:
         weights = weights_of(gpu, "Q5_0", m, k, rng)
         source = gpu.add("x", memory.tobytes())
         target = gpu.add("y", bytes(2 * 4 * 6 * m))
@@ -130,7 +130,7 @@ def test_views_of_any_strides(rng: np.random.Generator) -> None:
 def test_rows_of_any_length_that_begin_at_multiples_of_16(k: int, rng: np.random.Generator) -> None:
     m, spaced = 7, np.full((2, 44), np.nan, np.float32)
     x = spaced[:, :k] = rng.standard_normal((2, k)).astype(np.float32)
-    with LaneGPU(HOPPER) as gpu:
+    with EmulatedGPU(HOPPER) as gpu:
         weights = weights_of(gpu, "F16", m, k, rng)
         source = gpu.add("x", spaced.tobytes()[: 4 * (44 + k)])
         target = gpu.add("y", bytes(4 * 2 * m))
@@ -147,7 +147,7 @@ def test_results_may_take_the_place_of_the_activations(name: str, rng: np.random
     size = 96
     int8 = not FORMATS[name].plain
     x = rng.standard_normal((1, size)).astype(np.float32)
-    with LaneGPU(HOPPER) as gpu:
+    with EmulatedGPU(HOPPER) as gpu:
         weights = weights_of(gpu, name, size, size, rng)
         expected = gpu.matmul_host(FORMATS[name], weights, size, size, x, int8, 0)
         both = gpu.add("x, then y", x.tobytes())
@@ -175,7 +175,7 @@ def test_activations_may_be_of_any_size(name: str, int8: bool, x_shift: int, rng
         x = np.concatenate([x, rng.uniform(-1, 1, (2, k)).astype(np.float32) * SUBNORMAL])
     data = small_blocks(name, (m, k), rng)
     matrix = dequantized(FORMATS[name], data, m, k).astype(np.float64)
-    with LaneGPU(HOPPER) as gpu:
+    with EmulatedGPU(HOPPER) as gpu:
         weights = gpu.add("weights", data, constant=True, shift=2)
         source, target = gpu.add("x", x.tobytes(), shift=x_shift), gpu.add("y", 4 * len(x) * m)
         x_view = View(x.shape, (4 * k, 4), "float32", source.start, 0)
@@ -193,7 +193,7 @@ def test_what_is_not_finite_is_not_lost(int8: bool, rng: np.random.Generator) ->
     x = rng.standard_normal((4, 512)).astype(np.float32)
     x[1, 300] = np.nan
     x[2, 7] = np.inf
-    with LaneGPU(HOPPER) as gpu:
+    with EmulatedGPU(HOPPER) as gpu:
         weights = weights_of(gpu, "Q4_K", 5, 512, rng)
         y = gpu.matmul_host(FORMATS["Q4_K"], weights, 5, 512, x, int8, 0)
         clean = gpu.matmul_host(FORMATS["Q4_K"], weights, 5, 512, x[[0, 3]], int8, 0)
@@ -203,7 +203,7 @@ def test_what_is_not_finite_is_not_lost(int8: bool, rng: np.random.Generator) ->
 
 def test_bytes_are_read_where_they_lie(rng: np.random.Generator) -> None:
     data = rng.bytes(2000)
-    with LaneGPU(HOPPER) as gpu:
+    with EmulatedGPU(HOPPER) as gpu:
         source = gpu.add("file", data, constant=True, shift=3)
         assert gpu.read_bytes(source.start, len(data), 0) == data
     assert set(source.reads) == {1}
@@ -212,7 +212,7 @@ def test_bytes_are_read_where_they_lie(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("nbytes", [0, 15, 16, 100_000])
 def test_the_checksum_takes_in_each_piece(nbytes: int, rng: np.random.Generator) -> None:
     data = np.frombuffer(rng.bytes(nbytes), np.uint8)
-    with LaneGPU(HOPPER) as gpu:
+    with EmulatedGPU(HOPPER) as gpu:
         source = gpu.add("file", data.tobytes(), constant=True)
         target = gpu.add("sums", 3 * 32 * WARPS * 4)
         launch.checksum_kernel(8).launch(0, 3, 0, source.start, nbytes, target.start)
@@ -232,32 +232,32 @@ def test_the_checksum_takes_in_each_piece(nbytes: int, rng: np.random.Generator)
 def test_a_product_that_waits_for_no_barrier_is_found(machine: Machine) -> None:
     machine = replace(machine, multiprocessors=1)
     settings = Settings(faults=frozenset({"waits"}))
-    with pytest.raises(LaneError, match=r"target of a copy under way|nobody has written"):
+    with pytest.raises(EmulatorError, match=r"target of a copy under way|nobody has written"):
         run_product("Q8_0", 70, 2144, 1, machine=machine, shift=2, settings=settings)
 
 
 def test_activations_read_too_early_are_found() -> None:
     settings = Settings(faults=frozenset({"predecessors"}))
     for x_shift in (0, 4):  # by the product, and by the kernel that quantizes
-        with pytest.raises(LaneError, match="before it waits for the kernels that may write it"):
+        with pytest.raises(EmulatorError, match="before it waits for the kernels that may write it"):
             run_product("Q8_0", 5, 64, 1, x_shift=x_shift, settings=settings)
 
 
 def test_a_dequantization_that_does_not_wait_is_found() -> None:
-    with pytest.raises(LaneError, match="copy under way"):
+    with pytest.raises(EmulatorError, match="copy under way"):
         run_dequantization("Q6_K", 5, 512, shift=2, settings=Settings(faults=frozenset({"waits"})))
 
 
 @pytest.mark.parametrize("mask", ["brought, before", "brought, after"])
 def test_bytes_of_others_that_are_brought_in_are_found(mask: str, rng: np.random.Generator) -> None:
-    with pytest.raises(LaneError, match=r"bytes at 0x1000000000b.* are not within any of"):
+    with pytest.raises(EmulatorError, match=r"bytes at 0x1000000000b.* are not within any of"):
         require_what_comes_next(False, 1 << 20, rng, mask)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_rows_without_weights_give_zeros_wherever_results_go(dtype: str) -> None:
     spaced = np.zeros((2, 3, 10), dtype)[..., ::2]
-    with LaneGPU(HOPPER) as gpu:
+    with EmulatedGPU(HOPPER) as gpu:
         target = gpu.add("y", b"\xff" * 60 * spaced.itemsize)
         x_view = View((2, 3, 0), (0, 0, 4), "float32", 0, 0)
         y_view = View(spaced.shape, spaced.strides, dtype, target.start, 0)

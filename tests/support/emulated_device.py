@@ -1,9 +1,10 @@
-"""The CUDA kernels' own source, run lane by lane on the CPU: no GPU, no compiler.
+"""The CUDA kernels' own source, run by the emulator: no GPU, no compiler.
 
 :class:`qmm.device.GPU` prepares the launches as it does for a device; only its memory and its launches are those of
-:mod:`lanes_machine`. So a changed kernel, schedule or layout of arguments can be checked in a second or so::
+:mod:`qmm.kernels.lang.targets.emulator`. So a changed kernel, schedule or layout of arguments can be checked in a
+second or so::
 
-    PYTHONPATH=.:tests python -c 'from lanes import run_product; print(run_product("Q4_K", 20, 512, 3))'
+    PYTHONPATH=tests/support python -c 'from emulated_device import run_product; print(run_product("Q4_K", 20, 512, 3))'
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from unittest import mock
 import gguf
 import numpy as np
 from gguf_files import random_blocks
-from lanes_machine import Block, LaneError, Memory, Region, Settings
 from lanes_masks import MASKS, without
-from lanes_twins import LaneTarget
 
 from qmm.arrays import View
 from qmm.device import GPU
 from qmm.kernels.formats import FORMATS, Format
 from qmm.kernels.lang.specialize import specialize
+from qmm.kernels.lang.targets import emulator
+from qmm.kernels.lang.targets.emulator import EMULATOR, Memory, Region, Settings
 from qmm.kernels.ops.matvec.plan import ZERO_NBYTES, Machine, Schedule, Tiling
 from qmm.kernels.runtime import launch
 from qmm.kernels.runtime.launch import CUDAKernel
 
-__all__ = ["HOPPER", "LaneError", "LaneGPU", "Outcome", "Settings", "flat", "run_dequantization", "run_product"]
+__all__ = ["HOPPER", "EmulatedGPU", "Outcome", "Settings", "flat", "run_dequantization", "run_product"]
 
 HOPPER = Machine(2, 232448, True)
 """A small GPU of compute capability 9.0."""
@@ -44,17 +45,16 @@ TOLERANCE = {True: 5e-4, False: 1e-6}
 OF_SUMS = 1e-12
 """NMSE of one product with the activations as they are once quantized: what float32 sums may lose, and far less than
 one wrong weight makes."""
-WEIGHTS, OTHERS = 3 << 52, 1 << 52
-"""Where weights lie, and where everything else: addresses that no process has."""
+WEIGHTS = 3 << 52
+"""Where weights lie: far from everything else."""
 
 
 @functools.lru_cache(maxsize=256)
 def flat(kernel: CUDAKernel, faults: frozenset[str] = frozenset()) -> Callable[..., None]:
-    """The kernel's flat source, made of the twins; without the masks that are among the faults."""
+    """The kernel's flat source, made of the operations' meanings; without the masks that are among the faults."""
     module, _, function = kernel.key["template"].rpartition(".")
     source = without(faults & MASKS.keys(), getattr(import_module(f"qmm.kernels.ops.{module}"), function))
-    constants = {name: LaneTarget.operation(value) for name, value in kernel.key["constants"].items()}
-    return specialize(source, constants, LaneTarget(kernel.key["alignment"]))
+    return specialize(source, kernel.key["constants"], EMULATOR)
 
 
 class Launch:
@@ -62,7 +62,7 @@ class Launch:
 
     def __init__(
         self,
-        gpu: LaneGPU,
+        gpu: EmulatedGPU,
         kernel: CUDAKernel,
         device: int,
         blocks: int,
@@ -83,15 +83,20 @@ class Launch:
     def queue(self, stream: int) -> None:
         """Run it."""
         settings = self.gpu.settings
-        function = flat(self.kernel, settings.faults)
-        for index in range(self.blocks):
-            block = Block(
-                self.gpu.memory, index, self.blocks, self.kernel.threads, self.shared_nbytes, not self.early, settings
-            )
-            block.run(function, self.arguments)
+        emulator.launch(
+            flat(self.kernel, settings.faults),
+            self.arguments,
+            memory=self.gpu.memory,
+            grid=self.blocks,
+            threads=self.kernel.threads,
+            shared_nbytes=self.shared_nbytes,
+            alignment=self.kernel.key["alignment"],
+            settings=settings,
+            after_predecessors=not self.early,
+        )
 
 
-class LaneGPU(GPU):
+class EmulatedGPU(GPU):
     """A GPU whose memory is :attr:`memory`, and which runs what is queued at once. Use it in a ``with`` block.
 
     Addresses of what it allocates are multiples of 256, as cudaMalloc's, with nothing in between.
@@ -101,7 +106,6 @@ class LaneGPU(GPU):
         self.memory = Memory()
         self.settings = settings
         self.mapped = mapped
-        self._next = OTHERS
         self.device = 0
         self.machine = machine
         self.multiprocessors = machine.multiprocessors
@@ -119,7 +123,7 @@ class LaneGPU(GPU):
         self._zeros = self.add("zeros", bytes(ZERO_NBYTES), constant=True).start
         self._patch = mock.patch.object(launch, "Launch", functools.partial(Launch, self))
 
-    def __enter__(self) -> LaneGPU:
+    def __enter__(self) -> EmulatedGPU:
         self._patch.start()
         return self
 
@@ -128,9 +132,7 @@ class LaneGPU(GPU):
 
     def add(self, name: str, content: bytes | int, constant: bool = False, shift: int = 0) -> Region:
         """Make a region of these bytes, or of so many unwritten ones, ``shift`` bytes past a multiple of 256."""
-        region = self.memory.add(name, self._next + shift, content, constant)
-        self._next = (region.end + 2 * 4096) & -4096
-        return region
+        return self.memory.add(name, content, constant=constant, shift=shift)
 
     def errors(self, doing: str) -> AbstractContextManager[None]:
         return nullcontext()
@@ -151,8 +153,7 @@ class LaneGPU(GPU):
         if self._ours(target):
             region = self.memory.find(target, nbytes)
             at = target - region.start
-            region.data[at : at + nbytes] = content
-            region.state[at : at + nbytes] = b"\1" * nbytes
+            region.put(at, content)
         else:
             ctypes.memmove(target, content, nbytes)
 
@@ -210,8 +211,7 @@ def dequantized(block_format: Format, data: bytes, m: int, k: int) -> np.ndarray
 def require_alone(memory: Memory, weights: Region, nbytes: int) -> None:
     """Memory begins with the first byte of the weights and ends with the last: nothing else is near."""
     assert weights.end - weights.start == nbytes
-    far = OTHERS // 2
-    assert all(other is weights or other.end < weights.start - far for other in memory.regions)
+    assert all(other is weights or other.end < weights.start - WEIGHTS // 2 for other in memory.regions)
 
 
 def expected_reads(block_format: Format, tiling: Tiling, address: int, m: int, k: int) -> np.ndarray:
@@ -262,7 +262,7 @@ def run_product(
         seed: of weights and activations.
 
     Raises:
-        LaneError: a kernel did what it must not do.
+        EmulatorError: a kernel did what it must not do.
         AssertionError: the results are wrong, or a byte of the weights was read less or more often than it should.
     """
     block_format = FORMATS[name]
@@ -280,8 +280,8 @@ def run_product(
         return schedules[-1]
 
     started = time.perf_counter()
-    with LaneGPU(machine, settings, mapped) as gpu, mock.patch.object(Schedule, "of", schedule_of):
-        weights = gpu.memory.add("weights", WEIGHTS + shift, data, constant=True)
+    with EmulatedGPU(machine, settings, mapped) as gpu, mock.patch.object(Schedule, "of", schedule_of):
+        weights = gpu.memory.add("weights", data, constant=True, address=WEIGHTS, shift=shift)
         source = gpu.add("x", _bytes_of(x, dtype), shift=x_shift)
         target = gpu.add("y", n * m * item)
         x_view = View((n, k), (item * k, item), dtype, source.start, 0)
@@ -318,8 +318,8 @@ def run_dequantization(
     block_format = FORMATS[name]
     data = random_weights(block_format, m, k, np.random.default_rng(seed), extreme=True)
     started = time.perf_counter()
-    with LaneGPU(machine, settings) as gpu:
-        weights = gpu.memory.add("weights", WEIGHTS + shift, data, constant=True)
+    with EmulatedGPU(machine, settings) as gpu:
+        weights = gpu.memory.add("weights", data, constant=True, address=WEIGHTS, shift=shift)
         target = gpu.add("weights as float32", 4 * m * k)
         gpu.dequantize(block_format, weights.start, m, k, target.start, 0)
         require_alone(gpu.memory, weights, len(data))

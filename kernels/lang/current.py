@@ -1,0 +1,35 @@
+"""Which lane of the emulator runs now: what the meanings of GPU operations work on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from greenlet import getcurrent
+
+from qmm.errors import EmulatorError
+
+__all__ = ["this_cta", "this_lane"]
+
+
+def this_lane() -> Any:
+    """The lane whose turn it is, a :class:`qmm.kernels.lang.targets.emulator.lanes.Lane`.
+
+    Raises:
+        EmulatorError: no kernel is being run.
+    """
+    lane = getcurrent()
+    if not hasattr(lane, "cta"):
+        raise EmulatorError(
+            "this operation works on the memory and the lanes of a GPU: call it in a kernel, and run that with "
+            "qmm.kernels.lang.targets.emulator.emulate()"
+        )
+    return lane
+
+
+def this_cta() -> Any:
+    """The CTA of the lane whose turn it is, a :class:`qmm.kernels.lang.targets.emulator.cta.CTA`.
+
+    Raises:
+        EmulatorError: no kernel is being run.
+    """
+    return this_lane().cta

@@ -1,0 +1,186 @@
+"""The emulator's barriers: mbarriers in shared memory, the asynchronous copies that they count, and named barriers.
+
+Copies land as late as possible: one at a time, when no lane can go on, and only if somebody waits for it; or, with
+``Settings.late`` off, at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from greenlet import getcurrent
+
+from qmm.errors import EmulatorError
+from qmm.kernels.lang.targets.emulator.memory import SHARED_START, Region, who
+
+if TYPE_CHECKING:
+    from qmm.kernels.lang.targets.emulator.cta import CTA
+    from qmm.kernels.lang.targets.emulator.lanes import Lane, Warp
+
+__all__ = ["Copy", "Delivery", "MBarrier", "MBarriers", "NamedBarrier"]
+
+
+@dataclass(eq=False)
+class Copy:
+    """An asynchronous copy: so many bytes from an offset in a region to one in shared memory."""
+
+    target: int
+    region: Region
+    source: int
+    nbytes: int
+
+
+@dataclass(eq=False)
+class Delivery:
+    """Copies that end together, and what they then tell a barrier: that so many bytes came, or that a lane arrives."""
+
+    copies: list[Copy]
+    barrier: MBarrier
+    nbytes: int
+    lane: Lane | None = None
+
+
+@dataclass(eq=False)
+class MBarrier:
+    """An mbarrier."""
+
+    address: int
+    expected: int
+    pending: int
+    nbytes: int = 0
+    phase: int = 0
+    waiting: list[Lane] = field(default_factory=list)
+    deliveries: list[Delivery] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        still = f"{self.pending} of {self.expected} arrivals and {self.nbytes} bytes to come"
+        return f"the barrier at shared {self.address - SHARED_START} in phase {self.phase} ({still})"
+
+
+@dataclass(eq=False)
+class NamedBarrier:
+    """A barrier of whole warps, by number (``barrier.cta``)."""
+
+    threads: int
+    here: list[Warp] = field(default_factory=list)
+    waiting: list[Warp] = field(default_factory=list)
+
+
+class MBarriers:
+    """The mbarriers of a CTA, by address, and the copies on their way to it."""
+
+    def __init__(self, cta: CTA) -> None:
+        self._cta = cta
+        self._barriers: dict[int, MBarrier] = {}
+
+    def initialize(self, address: int, count: int) -> None:
+        """Make a barrier of so many arrivals.
+
+        Raises:
+            EmulatorError: there is one, there is no place for one, or the number means nothing.
+        """
+        if address in self._barriers:
+            raise EmulatorError(f"{who()} initializes {self._barriers[address]} again")
+        if count < 1:
+            raise EmulatorError(f"{who()}: a barrier of {count} arrivals")
+        self._cta.shared.barriers.add(self._cta.shared.reserve(address, 8, 8, "initializes a barrier of"))
+        self._barriers[address] = MBarrier(address, count, count)
+
+    def at(self, address: int) -> MBarrier:
+        """The barrier at an address.
+
+        Raises:
+            EmulatorError: there is none.
+        """
+        found = self._barriers.get(address)
+        if found is None:
+            raise EmulatorError(f"{who()}: there is no barrier at shared {address - SHARED_START}")
+        return found
+
+    def arrive(self, barrier: MBarrier) -> None:
+        """One arrival.
+
+        Raises:
+            EmulatorError: the phase has all its arrivals.
+        """
+        if barrier.pending == 0:
+            raise EmulatorError(f"{who()} arrives where nobody is expected: {barrier}")
+        barrier.pending -= 1
+        self._step(barrier)
+
+    def expect(self, barrier: MBarrier, nbytes: int) -> None:
+        """So many more bytes to wait for.
+
+        Raises:
+            EmulatorError: the number means nothing.
+        """
+        if not 0 <= nbytes < 1 << 20:
+            raise EmulatorError(f"{who()}: {nbytes} bytes are no count of a barrier")
+        barrier.nbytes += nbytes
+
+    def wait(self, barrier: MBarrier, parity: int) -> None:
+        """Wait until a phase of that parity is over; whoever is slow looks again when its turn comes."""
+        if "waits" in self._cta.settings.faults:
+            return
+        lane: Any = getcurrent()
+        while barrier.phase & 1 == parity:
+            barrier.waiting.append(lane)
+            lane.pause(f"parity {parity} of {barrier}")
+
+    def start(self, target: int, source: int, nbytes: int) -> Copy:
+        """Start a copy from global to shared memory, all at multiples of 16; what it will write is forbidden now.
+
+        Raises:
+            EmulatorError: it may not be made.
+        """
+        if nbytes <= 0 or nbytes & 15:
+            raise EmulatorError(f"{who()} copies {nbytes} bytes, no multiple of 16")
+        self._cta.shared.place(target, nbytes, 16)
+        region, offset = self._cta.memory.source(source, nbytes, 16)
+        return Copy(self._cta.shared.reserve(target, nbytes, 16, "copies to"), region, offset, nbytes)
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Copies have been started that end together."""
+        delivery.barrier.deliveries.append(delivery)
+        if delivery.lane is not None:
+            delivery.lane.deliveries.append(delivery)
+        if not self._cta.settings.late:
+            self._land(delivery)
+
+    def land_one(self) -> bool:
+        """Let one of the copies be done that somebody waits for, if there is one."""
+        for barrier in self._barriers.values():
+            if barrier.waiting and barrier.deliveries:
+                self._land(self._cta.lots.choice(barrier.deliveries))
+                return True
+        return False
+
+    def copies_under_way(self) -> bool:
+        """Whether there are any."""
+        return any(barrier.deliveries for barrier in self._barriers.values())
+
+    def _step(self, barrier: MBarrier) -> None:
+        """Go on to the next phase if all is there."""
+        if barrier.pending == 0 and barrier.nbytes == 0:
+            barrier.phase += 1
+            barrier.pending = barrier.expected
+            self._cta.ready += barrier.waiting
+            barrier.waiting.clear()
+
+    def _land(self, delivery: Delivery) -> None:
+        """Some copies are done; before a lane's later copies, its earlier ones."""
+        lane = delivery.lane
+        if lane is not None:
+            while lane.deliveries[0] is not delivery:
+                self._land(lane.deliveries[0])
+            lane.deliveries.pop(0)
+        for copy in delivery.copies:
+            self._cta.shared.put(copy.target, bytes(copy.region.data[copy.source : copy.source + copy.nbytes]))
+        barrier = delivery.barrier
+        barrier.deliveries.remove(delivery)
+        if lane is not None:
+            self.arrive(barrier)
+        else:
+            barrier.nbytes -= delivery.nbytes
+            self._step(barrier)

@@ -1,0 +1,132 @@
+"""The emulator as a target, and :func:`emulate`, which runs a kernel."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qmm.kernels.lang.operation import Operation
+from qmm.kernels.lang.specialize import specialize
+from qmm.kernels.lang.targets.emulator.cta import CTA, Settings
+from qmm.kernels.lang.targets.emulator.memory import Memory, Region, SharedMemory
+
+__all__ = ["EMULATOR", "EmulatorTarget", "emulate", "launch"]
+
+USUAL = Settings()
+
+
+class EmulatorTarget:
+    """Specializes kernels for the emulator: operations are their meanings."""
+
+    name = "emulator"
+
+    def intrinsic(self, value: object) -> object | None:
+        """The meaning of an operation; None where ``value`` is not one."""
+        return value.meaning if isinstance(value, Operation) else None
+
+    def device_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that kernels call."""
+        return function
+
+
+EMULATOR = EmulatorTarget()
+
+
+def emulate(
+    kernel: Callable[..., None],
+    *,
+    memory: Memory,
+    grid: int = 1,
+    threads: int = 32,
+    shared_nbytes: int = 0,
+    alignment: int = 1,
+    constants: Mapping[str, Any] | None = None,
+    settings: Settings = USUAL,
+    **arguments: Region | int,
+) -> None:
+    """Run a kernel lane by lane, on the CPU, in memory that refuses what a GPU would let pass unnoticed.
+
+    Args:
+        kernel: a Python function over the operations of :mod:`qmm.kernels.lang`.
+        memory: global memory, where the kernel finds its inputs and leaves its results.
+        grid: how many CTAs.
+        threads: of a CTA, a multiple of 32.
+        shared_nbytes: shared memory of a CTA.
+        alignment: what the addresses of block fields in shared memory divide by, 1, 2, 4, 8 or 16.
+        constants: what the kernel is specialized with.
+        settings: how it is run.
+        arguments: the kernel's, by name: whole numbers, or regions, which are passed as their address.
+
+    Raises:
+        EmulatorError: the kernel did what it must not do.
+        TypeError: the arguments are not the kernel's, or the launch is none.
+
+    A kernel that adds one to each byte, 32 at a time::
+
+        >>> from qmm.kernels.lang.ptx.global_memory import load_global_byte, store_global_byte
+        >>> from qmm.kernels.lang.ptx.grid import cta_index, lane_index
+        >>> from qmm.kernels.lang.targets.emulator import Memory, emulate
+        >>> def add_one(source, target, nbytes):
+        ...     item = cta_index() * 32 + lane_index()
+        ...     if item < nbytes:
+        ...         store_global_byte(target + item, load_global_byte(source + item) + 1)
+        >>> memory = Memory()
+        >>> source = memory.add("source", bytes(range(40)), constant=True)
+        >>> target = memory.add("target", 40)
+        >>> emulate(add_one, memory=memory, grid=2, source=source, target=target, nbytes=40)
+        >>> target.data == bytes(range(1, 41)), set(source.reads.tolist())
+        (True, {1})
+
+    Without the comparison, lane 8 of the second CTA would raise an EmulatorError that names the byte it reads.
+    """
+    function = specialize(kernel, constants or {}, EMULATOR)
+    bound = inspect.signature(kernel).bind(**arguments).args
+    values = [value.start if isinstance(value, Region) else int(value) for value in bound]
+    launch(
+        function,
+        values,
+        memory=memory,
+        grid=grid,
+        threads=threads,
+        shared_nbytes=shared_nbytes,
+        alignment=alignment,
+        settings=settings,
+    )
+
+
+def launch(
+    function: Callable[..., None],
+    arguments: list[int],
+    *,
+    memory: Memory,
+    grid: int,
+    threads: int,
+    shared_nbytes: int = 0,
+    alignment: int = 1,
+    settings: Settings = USUAL,
+    after_predecessors: bool = True,
+) -> None:
+    """Run a kernel that :func:`specialize` has made for :data:`EMULATOR`; as :func:`emulate` says.
+
+    Args:
+        function: the kernel.
+        arguments: its arguments in order.
+        memory: global memory.
+        grid: how many CTAs; they run one after the other.
+        threads: of a CTA.
+        shared_nbytes: shared memory of a CTA.
+        alignment: of block fields.
+        settings: how it is run.
+        after_predecessors: whether the kernels before had ended when this one starts. If not, lanes have to wait for
+            them (``wait_for_predecessors``) before they use memory that is not constant.
+
+    Raises:
+        EmulatorError: the kernel did what it must not do.
+        TypeError: the launch is none.
+    """
+    if threads < 32 or threads % 32 or threads > 1024:
+        raise TypeError(f"a CTA has 32 to 1024 threads, whole warps of 32, not {threads}")
+    for index in range(grid):
+        shared = SharedMemory(shared_nbytes, alignment)
+        CTA(memory, shared, index, grid, threads, after_predecessors, settings).run(function, arguments)

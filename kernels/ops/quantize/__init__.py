@@ -1,0 +1,1 @@
+"""The quantization of activations, and the conversion of results."""

@@ -1,0 +1,278 @@
+"""What the emulator refuses, and how it runs lanes, warps, barriers and copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qmm.kernels.lang.primitives import load1, load4, load16
+from qmm.kernels.lang.ptx.arithmetic import zero_words
+from qmm.kernels.lang.ptx.barrier import (
+    mbarrier_arrive,
+    mbarrier_arrive_after_copies,
+    mbarrier_expect_tx,
+    mbarrier_init,
+    mbarrier_wait,
+    named_barrier_arrive,
+    named_barrier_wait,
+    sync_cta,
+    sync_warp,
+)
+from qmm.kernels.lang.ptx.copy import bulk_copy, copy16
+from qmm.kernels.lang.ptx.global_memory import (
+    load_global16,
+    load_global_byte,
+    load_global_float,
+    load_global_floats_l2,
+    store_global_float,
+)
+from qmm.kernels.lang.ptx.grid import lane_index, thread_index, wait_for_predecessors
+from qmm.kernels.lang.ptx.shared_memory import load_shared16, load_shared_float, store_shared16, store_shared_float
+from qmm.kernels.lang.ptx.warp import max_magnitude_of_warp, sum_of_half_warp
+from qmm.kernels.lang.targets.emulator import EmulatorError, Memory, Settings, launch
+from qmm.kernels.lang.targets.emulator.memory import SHARED_START as SHARED
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+DATA = 1 << 52
+
+
+def run_lanes(
+    kernel: Callable[[], None],
+    threads: int = 32,
+    shared_nbytes: int = 256,
+    alignment: int = 1,
+    after_predecessors: bool = True,
+    **options: Any,
+) -> Memory:
+    """Runs one CTA in 64 bytes of data and a scratch region of 64; its barriers of shared memory are its own."""
+    memory = Memory()
+    memory.add("data", bytes(range(64)), constant=True, address=DATA)
+    memory.add("scratch", 64, address=DATA + 256)
+    launch(
+        kernel,
+        [],
+        memory=memory,
+        grid=1,
+        threads=threads,
+        shared_nbytes=shared_nbytes,
+        alignment=alignment,
+        settings=Settings(**options),
+        after_predecessors=after_predecessors,
+    )
+    return memory
+
+
+def of_lane(number: int, action: Callable[[], object]) -> Callable[[], None]:
+    """A kernel of which one lane does something."""
+
+    def kernel() -> None:
+        if thread_index() == number:
+            action()
+
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda: load_global_float(DATA + 64), "4 bytes at 0x10000000000040 are not within"),
+        (lambda: load_global16(DATA - 16), "16 bytes at .* are not within any of .*data"),
+        (lambda: load_global_float(DATA + 62), "are not within"),
+        (lambda: load_global_float(DATA + 2), "must be at a multiple of 4"),
+        (lambda: load_global_floats_l2(DATA + 8), "must be at a multiple of 16"),
+        (lambda: store_global_float(DATA, np.float32(1)), "must not change"),
+        (lambda: store_global_float(DATA + 256 + 62, np.float32(1)), "are not within"),
+        (lambda: load_shared_float(SHARED + 256), "4 bytes at shared 256 are not within 256"),
+        (lambda: load_shared16(SHARED - 16), "at shared -16"),
+        (lambda: store_shared16(SHARED + 8, zero_words()), "must be at a multiple of 16"),
+        (lambda: load_shared_float(SHARED), "nobody has written"),
+        (lambda: copy16(SHARED + 4, DATA), "must be at a multiple of 16"),
+        (lambda: copy16(SHARED, DATA + 8), "must be at a multiple of 16"),
+        (lambda: copy16(SHARED, DATA + 56), "not within"),
+        (lambda: copy16(SHARED, DATA), "copies that no barrier knew of"),
+        (lambda: bulk_copy(SHARED, DATA, 24, SHARED + 64), "no multiple of 16"),
+        (lambda: bulk_copy(SHARED, DATA, 16, SHARED + 64), "no barrier at shared 64"),
+        (lambda: mbarrier_arrive(SHARED + 8), "no barrier at shared 8"),
+        (lambda: mbarrier_init(SHARED + 4, 1), "must be at a multiple of 8"),
+        (sync_warp, "waits for ever: 1 lanes of warp 0 at sync_warp"),
+        (sync_cta, "waits for ever: 1 lanes of warp 0 at barrier 0 of 32 threads"),
+    ],
+)
+def test_accesses_that_are_refused(action: Callable[[], object], message: str) -> None:
+    with pytest.raises(EmulatorError, match=message):
+        run_lanes(of_lane(7, action))
+
+
+def test_messages_name_the_lane() -> None:
+    with pytest.raises(EmulatorError, match="CTA 0 warp 1 lane 5: 1 bytes"):
+        run_lanes(of_lane(37, lambda: load_global_byte(DATA + 100)), threads=64)
+
+
+def test_fields_are_read_within_shared_memory_words_around_them_too() -> None:
+    run_lanes(of_lane(0, lambda: load16(SHARED, 239)))
+    run_lanes(of_lane(0, lambda: load1(SHARED, 255)))
+    for load, offset in ((load16, 240), (load4, 252)):
+        with pytest.raises(EmulatorError, match="not within"):
+            run_lanes(of_lane(0, lambda load=load, offset=offset: load(SHARED, offset)))
+    with pytest.raises(EmulatorError, match="multiple of 4"):
+        run_lanes(of_lane(0, lambda: load16(SHARED, 2)), alignment=4)
+    with pytest.raises(EmulatorError, match="multiple of 4"):
+        run_lanes(of_lane(0, lambda: load16(SHARED, 10)), alignment=8)
+    with pytest.raises(EmulatorError, match="multiple of 16"):
+        run_lanes(of_lane(0, lambda: load16(SHARED, 8)), alignment=16)
+
+
+def test_what_a_kernel_before_may_write_is_not_touched_before_the_wait() -> None:
+    store = of_lane(0, lambda: store_global_float(DATA + 256, np.float32(1)))
+
+    def waits() -> None:
+        wait_for_predecessors()
+        store()
+
+    run_lanes(waits, after_predecessors=False)
+    run_lanes(of_lane(0, lambda: load_global_float(DATA)), after_predecessors=False)
+    with pytest.raises(EmulatorError, match="before it waits"):
+        run_lanes(store, after_predecessors=False)
+
+
+def test_lanes_at_different_instructions_are_named() -> None:
+    def kernel() -> None:
+        if lane_index() < 16:
+            max_magnitude_of_warp(np.float32(1))
+        else:
+            sum_of_half_warp(1)
+
+    with pytest.raises(
+        EmulatorError, match=r"max_magnitude_of_warp.*sum_of_half_warp|sum_of_half_warp.*max_magnitude_of_warp"
+    ):
+        run_lanes(kernel)
+
+
+def test_the_same_operation_elsewhere_is_another_instruction() -> None:
+    def kernel() -> None:
+        if lane_index() < 16:
+            sync_warp()
+        else:
+            sync_warp()
+
+    with pytest.raises(EmulatorError, match=r"while .* lanes of its warp are at sync_warp"):
+        run_lanes(kernel)
+
+
+def barrier_of(count: int, then: Callable[[int], None]) -> Callable[[], None]:
+    """A kernel that makes a barrier at 64 for so many arrivals, and goes on with the number of the thread."""
+
+    def kernel() -> None:
+        if thread_index() == 0:
+            mbarrier_init(SHARED + 64, count)
+        sync_cta()
+        then(thread_index())
+
+    return kernel
+
+
+def test_a_barrier_has_phases() -> None:
+    order: list[str] = []
+
+    def then(thread: int) -> None:
+        mbarrier_wait(SHARED + 64, 1, True)  # the phase before the first is over
+        if thread < 32:
+            order.append("arrives")
+            mbarrier_arrive(SHARED + 64)
+        mbarrier_wait(SHARED + 64, 0, True)
+        order.append("goes on")
+
+    run_lanes(barrier_of(32, then), threads=64)
+    assert order == ["arrives"] * 32 + ["goes on"] * 64
+
+
+@pytest.mark.parametrize(
+    ("count", "then", "message"),
+    [
+        (
+            33,
+            lambda thread: mbarrier_arrive(SHARED + 64) or mbarrier_wait(SHARED + 64, 0, True),
+            "1 of 33 arrivals and 0 bytes to come",
+        ),
+        (1, lambda thread: store_shared_float(SHARED + 68, np.float32(1)), "4 bytes at shared 68: a barrier"),
+        (1, lambda thread: mbarrier_init(SHARED + 64, 1), "again"),
+        (
+            32,
+            lambda thread: (
+                mbarrier_expect_tx(SHARED + 64, 16) or mbarrier_arrive(SHARED + 64) or mbarrier_arrive(SHARED + 64)
+            ),
+            "nobody",
+        ),
+        (
+            32,
+            lambda thread: mbarrier_wait(SHARED + 64, 0, True),
+            "32 lanes of warp 0 at parity 0 of the barrier at shared 64",
+        ),
+    ],
+)
+def test_misuse_of_a_barrier(count: int, then: Callable[[int], None], message: str) -> None:
+    with pytest.raises(EmulatorError, match=message):
+        run_lanes(barrier_of(count, then))
+
+
+@pytest.mark.parametrize("bulk", [True, False], ids=["bulk", "by 16"])
+@pytest.mark.parametrize("late", [True, False], ids=["late", "at once"])
+def test_copies_land_before_a_barrier_completes(bulk: bool, late: bool) -> None:
+    found: list[list[int]] = []
+
+    def then(thread: int) -> None:
+        if thread == 3:
+            if bulk:
+                mbarrier_expect_tx(SHARED + 64, 32)
+                bulk_copy(SHARED, DATA + 16, 32, SHARED + 64)
+                mbarrier_arrive(SHARED + 64)
+            else:
+                copy16(SHARED, DATA + 16)
+                copy16(SHARED + 16, DATA + 32)
+                mbarrier_arrive_after_copies(SHARED + 64)
+        if thread == 20:
+            mbarrier_wait(SHARED + 64, 0, True)
+            found.append(load_shared16(SHARED + 16).view(np.uint8).tolist())
+
+    run_lanes(barrier_of(1, then), late=late)
+    assert found == [list(range(32, 48))]
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["reads", "ends"])
+def test_a_copy_that_is_not_waited_for(reads: bool) -> None:
+    def then(thread: int) -> None:
+        if thread == 3:
+            mbarrier_expect_tx(SHARED + 64, 16)
+            bulk_copy(SHARED, DATA, 16, SHARED + 64)
+            mbarrier_arrive(SHARED + 64)
+            if reads:
+                load_shared16(SHARED)
+
+    message = "reads 16 bytes at shared 0: the target of a copy under way" if reads else "copies were under way"
+    with pytest.raises(EmulatorError, match=message):
+        run_lanes(barrier_of(1, then))
+
+
+def test_warps_meet_at_barriers_by_number() -> None:
+    order: list[str] = []
+
+    def kernel() -> None:
+        if thread_index() < 32:
+            order.append("arrives")
+            named_barrier_arrive(1, 64)
+        else:
+            named_barrier_wait(1, 64)
+            order.append("goes on")
+
+    run_lanes(kernel, threads=64, slow=0)
+    assert order == ["arrives"] * 32 + ["goes on"] * 32
+    with pytest.raises(EmulatorError, match="waits for ever: 32 lanes of warp 0 at barrier 1 of 64 threads"):
+        run_lanes(lambda: named_barrier_wait(1, 64))
+    with pytest.raises(EmulatorError, match="warps were expected at barriers"):
+        run_lanes(lambda: named_barrier_arrive(1, 64))
