@@ -251,7 +251,7 @@ class Device(Resource):
             launches = []
             for spec in work.launches:
                 bound = {name: value for name, value in spec.arguments.items() if not isinstance(value, At)}
-                bound |= {name: 0 for name in spec.arguments.keys() - bound.keys()}
+                bound |= dict.fromkeys(spec.arguments.keys() - bound.keys(), 0)
                 launches.append(Launch(spec.kernel, self.number, spec.ctas, bound, spec.shared_nbytes, spec.early))
             return Prepared(work, launches)
 

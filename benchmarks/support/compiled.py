@@ -11,12 +11,11 @@ import multiprocessing
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING
-from unittest import mock
 
 from qmm.kernels.formats import FORMATS
+from qmm.kernels.ops.cpu.products import available_cpus
 from qmm.kernels.ops.matvec.plan import plan
 from qmm.kernels.ops.op import Operand, WeightLayout
-from qmm.kernels.ops.cpu.products import available_cpus
 
 if TYPE_CHECKING:
     from benchmarks.support.placed import Weight

@@ -305,10 +305,16 @@ class _Flatten(ast.NodeTransformer):
             inner.literals.pop(name, None)
         flat += inner.block(source.definition().body)
         returns = [inside for statement in flat for inside in ast.walk(statement) if isinstance(inside, ast.Return)]
-        last = flat.pop().value if flat and isinstance(flat[-1], ast.Return) else None
-        self.refuse(call, len(returns) > (last is not None), f"{helper.__name__}, which returns before its end")
+        end = flat[-1] if flat else None
+        last = end.value if isinstance(end, ast.Return) else None
+        if isinstance(end, ast.Return):
+            flat.pop()
+        self.refuse(
+            call, len(returns) > isinstance(end, ast.Return), f"{helper.__name__}, which returns before its end"
+        )
         if isinstance(node, ast.Assign):
             self.refuse(call, last is None, f"{helper.__name__}, which returns nothing")
+            assert last is not None
             flat.append(ast.Assign([self.visit(target) for target in node.targets], last, lineno=0))
         return flat
 

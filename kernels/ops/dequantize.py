@@ -86,15 +86,18 @@ def plan(block_format: Format, m: int, k: int, weights: WeightLayout, architectu
     """The work of dequantizing a tensor to ``(m, k)`` float32, row-major at a multiple of 16 bytes, none of them 0."""
     row_nbytes = block_format.row_nbytes(k)
     tiling = dequantization_tiling(block_format, alignment_of(weights.alignment | row_nbytes), architecture)
-    arguments = {
-        "weights": At("weights"),
-        "row_nbytes": row_nbytes,
-        "m": m,
-        "blocks": block_format.blocks(k),
-        "chunks": tiling.chunks(block_format, k),
-        "k": k,
-        "out": At("y"),
-    }
     ctas = min(architecture.sms, -(-m // tiling.rows))
     kernel = dequantize_kernel(block_format, tiling, architecture.bulk)
-    return Work((LaunchSpec(kernel, ctas, arguments, tiling.shared_nbytes(0)),))
+    launch = LaunchSpec.of(
+        kernel,
+        ctas,
+        shared_nbytes=tiling.shared_nbytes(0),
+        weights=At("weights"),
+        row_nbytes=row_nbytes,
+        m=m,
+        blocks=block_format.blocks(k),
+        chunks=tiling.chunks(block_format, k),
+        k=k,
+        out=At("y"),
+    )
+    return Work((launch,))

@@ -87,8 +87,17 @@ class LaunchSpec:
     shared_nbytes: int = 0
     early: bool = False
 
-    def __post_init__(self) -> None:
-        self.kernel.check(self.arguments)
+    @classmethod
+    def of(
+        cls, kernel: Kernel, ctas: int, *, shared_nbytes: int = 0, early: bool = False, **arguments: int | At
+    ) -> LaunchSpec:
+        """A launch with its arguments by name.
+
+        Raises:
+            TypeError: the arguments are not those that the kernel has; the message names them.
+        """
+        kernel.check(arguments)
+        return cls(kernel, ctas, arguments, shared_nbytes, early)
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,11 @@ def checksum_kernel(in_flight: int) -> Kernel:
 
 def plan(nbytes: int, architecture: Architecture) -> Work:
     """The work of copying bytes at "weights" to "y"."""
-    arguments = {"source": At("weights"), "nbytes": nbytes, "target": At("y")}
-    return Work((LaunchSpec(read_kernel(), architecture.ctas_for(-(-nbytes // (32 * WARPS))), arguments),))
+    ctas = architecture.ctas_for(-(-nbytes // (32 * WARPS)))
+    return Work((LaunchSpec.of(read_kernel(), ctas, source=At("weights"), nbytes=nbytes, target=At("y")),))
 
 
 def plan_checksum(nbytes: int, ctas: int, in_flight: int) -> Work:
     """The work of reading bytes at "weights", a multiple of 16; 4 bytes for each thread are stored at "y"."""
-    arguments = {"source": At("weights"), "nbytes": nbytes, "target": At("y")}
-    return Work((LaunchSpec(checksum_kernel(in_flight), ctas, arguments),))
+    kernel = checksum_kernel(in_flight)
+    return Work((LaunchSpec.of(kernel, ctas, source=At("weights"), nbytes=nbytes, target=At("y")),))

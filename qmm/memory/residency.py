@@ -77,6 +77,7 @@ class HostResidency(Residency):
     where = "host"
 
     def lease(self) -> int:
+        """The host's address."""
         if not self.tensor.nbytes:
             return 0
         self.mapping.check()
@@ -94,6 +95,7 @@ class MappedResidency(Residency):
         self._address = registration.address(tensor.info.offset, tensor.nbytes) if tensor.nbytes else 0
 
     def lease(self) -> int:
+        """The device's address of the mapping."""
         if self._address:
             self.mapping.check()
         return self._address
@@ -115,9 +117,11 @@ class CopyResidency(Residency):
 
     @property
     def nbytes(self) -> int:
+        """Those of the copy, once there is one."""
         return self.tensor.nbytes if self._address else 0
 
     def lease(self) -> int:
+        """The address of the copy, which is made now if it is the first use."""
         if not self._address and self.tensor.nbytes:
             with self._lock:
                 if not self._address:
@@ -160,6 +164,7 @@ class CopyResidency(Residency):
         self._device.synchronize(self._device.stream)
 
     def release(self) -> None:
+        """Free the copy."""
         if self._address:
             self._device.free(self._address)
             self._address = 0

@@ -126,26 +126,30 @@ def scheduled(
         if not schedule.fused:
             source = At("workspace", first // columns * area_nbytes)
         target = At("y", first * m * 4) if direct else At("workspace", areas_nbytes + first * m * 4)
-        arguments = {
-            "weights": At("weights"),
-            "row_nbytes": row_nbytes,
-            "m": m,
-            "blocks": block_format.blocks(k),
-            "chunks": tiling.chunks(block_format, k),
-            "k": k,
-            "scale_blocks": activations.scale_blocks,
-            "x": source,
-            "x_stride": first_slab.row_stride,
-            "zeros": At("zeros"),
-            "n": min(columns, n - first),
-            "y": target,
-            "y_pitch": m,
-            "next_weights": 0,
-            "next_row_nbytes": 0,
-            "next_rows": 0,
-            "next_nbytes": 0,
-        }
-        launches.append(LaunchSpec(kernel, ctas, arguments, schedule.shared_nbytes, early))
+        launch = LaunchSpec.of(
+            kernel,
+            ctas,
+            shared_nbytes=schedule.shared_nbytes,
+            early=early,
+            weights=At("weights"),
+            row_nbytes=row_nbytes,
+            m=m,
+            blocks=block_format.blocks(k),
+            chunks=tiling.chunks(block_format, k),
+            k=k,
+            scale_blocks=activations.scale_blocks,
+            x=source,
+            x_stride=first_slab.row_stride,
+            zeros=At("zeros"),
+            n=min(columns, n - first),
+            y=target,
+            y_pitch=m,
+            next_weights=0,
+            next_row_nbytes=0,
+            next_rows=0,
+            next_nbytes=0,
+        )
+        launches.append(launch)
     prefetches = len(launches) - 1
     if not direct:
         launches += store_specs(y, At("workspace", areas_nbytes), 4, architecture)

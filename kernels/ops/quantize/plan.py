@@ -42,23 +42,25 @@ def quantize_specs(
     kernel = quantize_kernel(x.dtype, activations.int8, architecture.bulk)
     for slab in x.slabs:
         padded = slab.rows + (-x.rows % activations.columns if slab is x.slabs[-1] else 0)
-        arguments = {
-            "x": At("x", slab.offset),
-            "row_stride": slab.row_stride,
-            "column_stride": slab.column_stride,
-            "k": x.columns,
-            "blocks": activations.scale_blocks,
-            "spread": activations.spread,
-            "n": slab.rows,
-            "padded": padded,
-            "first": slab.first,
-            "columns": activations.columns,
-            "sum_count": activations.sums,
-            "area": area,
-            "area_nbytes": area_nbytes,
-        }
         ctas = architecture.ctas_for(-(-padded * activations.scale_blocks // WARPS))
-        yield LaunchSpec(kernel, ctas, arguments, early=architecture.bulk)
+        yield LaunchSpec.of(
+            kernel,
+            ctas,
+            early=architecture.bulk,
+            x=At("x", slab.offset),
+            row_stride=slab.row_stride,
+            column_stride=slab.column_stride,
+            k=x.columns,
+            blocks=activations.scale_blocks,
+            spread=activations.spread,
+            n=slab.rows,
+            padded=padded,
+            first=slab.first,
+            columns=activations.columns,
+            sum_count=activations.sums,
+            area=area,
+            area_nbytes=area_nbytes,
+        )
 
 
 def store_specs(y: Operand, source: At, pitch: int, architecture: Architecture) -> Iterator[LaunchSpec]:
@@ -66,13 +68,15 @@ def store_specs(y: Operand, source: At, pitch: int, architecture: Architecture) 
     them."""
     kernel = cast_kernel(y.dtype)
     for slab in y.slabs:
-        arguments = {
-            "source": At(source.base, source.offset + slab.first * y.columns * pitch),
-            "pitch": pitch,
-            "n": slab.rows,
-            "m": y.columns,
-            "target": At("y", slab.offset),
-            "row_stride": slab.row_stride,
-            "column_stride": slab.column_stride,
-        }
-        yield LaunchSpec(kernel, architecture.ctas_for(-(-slab.rows * y.columns // (32 * WARPS))), arguments)
+        ctas = architecture.ctas_for(-(-slab.rows * y.columns // (32 * WARPS)))
+        yield LaunchSpec.of(
+            kernel,
+            ctas,
+            source=At(source.base, source.offset + slab.first * y.columns * pitch),
+            pitch=pitch,
+            n=slab.rows,
+            m=y.columns,
+            target=At("y", slab.offset),
+            row_stride=slab.row_stride,
+            column_stride=slab.column_stride,
+        )
