@@ -18,8 +18,8 @@ from operation_cases import CASES
 from ptx_compile import GROUPS, assemble, retarget, without_gpu
 
 from qmm.kernels import lang
+from qmm.kernels.lang.fields import FieldAccess, load1, load2, load4, load16
 from qmm.kernels.lang.operation import Operation
-from qmm.kernels.lang.primitives import load1, load2, load4, load16
 from qmm.kernels.runtime.launch import CUDAKernel
 
 cases = pytest.mark.parametrize("name", CASES)
@@ -57,8 +57,9 @@ def test_every_operation_of_gpus_has_a_case() -> None:
 
 def test_fields_are_loaded_at_each_alignment_that_kernels_use() -> None:
     loads = {load1, load2, load4, load16}
-    found = {case.alignment for case in CASES.values() if loads <= set(called_by(case.kernel))}
-    assert found == {kernel.key["alignment"] for kernel in kernels()} == {1, 2, 4, 8, 16}
+    found = {case.fields for case in CASES.values() if loads <= set(called_by(case.kernel))}
+    assert found == {FieldAccess(alignment, space) for alignment in (1, 2, 4, 8, 16) for space in ("shared", "global")}
+    assert {kernel.key["alignment"] for kernel in kernels()} <= {alignment for alignment, _ in found}
 
 
 @cases

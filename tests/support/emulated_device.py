@@ -28,6 +28,7 @@ from lanes_masks import MASKS, without
 from qmm.arrays import View
 from qmm.device import GPU
 from qmm.kernels.formats import FORMATS, Format
+from qmm.kernels.lang.fields import FieldAccess
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets import emulator
 from qmm.kernels.lang.targets.emulator import EMULATOR, Memory, Region, Settings
@@ -90,7 +91,7 @@ class Launch:
             grid=self.blocks,
             threads=self.kernel.threads,
             shared_nbytes=self.shared_nbytes,
-            alignment=self.kernel.key["alignment"],
+            fields=FieldAccess(self.kernel.key["alignment"]),
             settings=settings,
             after_predecessors=not self.early,
         )

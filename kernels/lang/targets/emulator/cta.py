@@ -10,6 +10,7 @@ import numpy as np
 from greenlet import getcurrent
 
 from qmm.errors import EmulatorError
+from qmm.kernels.lang.fields import FieldAccess
 from qmm.kernels.lang.targets.emulator.barriers import MBarriers, NamedBarrier
 from qmm.kernels.lang.targets.emulator.lanes import Lane, Warp, named
 from qmm.kernels.lang.targets.emulator.memory import Memory, SharedMemory
@@ -44,6 +45,7 @@ class CTA:
         threads: how many lanes it has, a multiple of 32.
         memory: global memory.
         shared: its shared memory.
+        fields: how its lanes read block fields.
         after_predecessors: whether the kernels before had ended when it started.
         mbarriers: those in its shared memory.
         named_barriers: those that warps are at, by number.
@@ -54,7 +56,8 @@ class CTA:
     def __init__(
         self,
         memory: Memory,
-        shared: SharedMemory,
+        shared_nbytes: int,
+        fields: FieldAccess,
         index: int,
         count: int,
         threads: int,
@@ -62,7 +65,8 @@ class CTA:
         settings: Settings,
     ) -> None:
         self.memory = memory
-        self.shared = shared
+        self.shared = SharedMemory(shared_nbytes)
+        self.fields = fields
         self.index = index
         self.count = count
         self.threads = threads
@@ -94,6 +98,16 @@ class CTA:
                 for lane in warp.lanes:
                     if not lane.dead:
                         lane.throw()
+
+    def field(self, address: int, nbytes: int) -> tuple[bytearray, int]:
+        """Where a lane finds a field of a block: a buffer and an offset.
+
+        Raises:
+            EmulatorError: it may not be read.
+        """
+        if self.fields.space == "shared":
+            return self.shared.field(address, nbytes, self.fields.alignment)
+        return self.memory.read(address, nbytes, min(nbytes, self.fields.alignment))
 
     def _take_turns(self) -> None:
         """Run lanes until none can go on."""

@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qmm.kernels.lang.fields import DEFAULT_FIELDS, FieldAccess
 from qmm.kernels.lang.operation import Operation
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets.emulator.cta import CTA, Settings
-from qmm.kernels.lang.targets.emulator.memory import Memory, Region, SharedMemory
+from qmm.kernels.lang.targets.emulator.memory import Memory, Region
 
 __all__ = ["EMULATOR", "EmulatorTarget", "emulate", "launch"]
 
@@ -40,7 +41,7 @@ def emulate(
     grid: int = 1,
     threads: int = 32,
     shared_nbytes: int = 0,
-    alignment: int = 1,
+    fields: FieldAccess = DEFAULT_FIELDS,
     constants: Mapping[str, Any] | None = None,
     settings: Settings = USUAL,
     **arguments: Region | int,
@@ -53,7 +54,7 @@ def emulate(
         grid: how many CTAs.
         threads: of a CTA, a multiple of 32.
         shared_nbytes: shared memory of a CTA.
-        alignment: what the addresses of block fields in shared memory divide by, 1, 2, 4, 8 or 16.
+        fields: where block fields are, and what their addresses divide by.
         constants: what the kernel is specialized with.
         settings: how it is run.
         arguments: the kernel's, by name: whole numbers, or regions, which are passed as their address.
@@ -90,7 +91,7 @@ def emulate(
         grid=grid,
         threads=threads,
         shared_nbytes=shared_nbytes,
-        alignment=alignment,
+        fields=fields,
         settings=settings,
     )
 
@@ -103,7 +104,7 @@ def launch(
     grid: int,
     threads: int,
     shared_nbytes: int = 0,
-    alignment: int = 1,
+    fields: FieldAccess = DEFAULT_FIELDS,
     settings: Settings = USUAL,
     after_predecessors: bool = True,
 ) -> None:
@@ -116,7 +117,7 @@ def launch(
         grid: how many CTAs; they run one after the other.
         threads: of a CTA.
         shared_nbytes: shared memory of a CTA.
-        alignment: of block fields.
+        fields: where block fields are, and what their addresses divide by.
         settings: how it is run.
         after_predecessors: whether the kernels before had ended when this one starts. If not, lanes have to wait for
             them (``wait_for_predecessors``) before they use memory that is not constant.
@@ -128,5 +129,5 @@ def launch(
     if threads < 32 or threads % 32 or threads > 1024:
         raise TypeError(f"a CTA has 32 to 1024 threads, whole warps of 32, not {threads}")
     for index in range(grid):
-        shared = SharedMemory(shared_nbytes, alignment)
-        CTA(memory, shared, index, grid, threads, after_predecessors, settings).run(function, arguments)
+        cta = CTA(memory, shared_nbytes, fields, index, grid, threads, after_predecessors, settings)
+        cta.run(function, arguments)
