@@ -46,7 +46,7 @@ from qmm.kernels.lang.fields import FieldAccess
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets import emulator
 from qmm.kernels.lang.targets.cuda import CUDATarget
-from qmm.kernels.lang.targets.emulator import EMULATOR, Memory
+from qmm.kernels.lang.targets.emulator import EMULATOR, EmulatorTarget, Memory
 from qmm.kernels.runtime.launch import CUDAKernel
 
 __all__ = ["CASES", "Case"]
@@ -166,16 +166,16 @@ class Case:
         shared = self.shared_nbytes > 0
         return CUDAKernel(name, lambda: specialize(self.kernel, self.constants, target), 2, key, THREADS, shared)
 
-    def emulated(self) -> np.ndarray:
+    def emulated(self, target: EmulatorTarget = EMULATOR) -> np.ndarray:
         """What the emulator makes of it: the bytes at its target."""
-        function = specialize(self.kernel, self.constants, EMULATOR)
+        function = specialize(self.kernel, self.constants, target)
         memory = Memory()
         source = memory.add("source", self.source.tobytes(), constant=True)
-        target = memory.add("target", self.before().tobytes())
+        results = memory.add("target", self.before().tobytes())
         for _ in range(self.launches):
             emulator.launch(
                 function,
-                [source.start, target.start],
+                [source.start, results.start],
                 memory=memory,
                 grid=self.blocks,
                 threads=THREADS,
@@ -183,7 +183,7 @@ class Case:
                 fields=self.fields,
                 after_predecessors=self.launches == 1,
             )
-        return np.frombuffer(target.data, np.uint8)
+        return results.array(np.uint8)
 
     def before(self) -> np.ndarray:
         """The bytes at its target."""
