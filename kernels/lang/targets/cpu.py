@@ -64,6 +64,7 @@ class CPUTarget:
     """
 
     name = "cpu"
+    absent_masks: frozenset[str] = frozenset()
 
     def __init__(self, fastmath: Collection[str] = ()) -> None:
         self._options = {"error_model": "numpy", "nogil": True, "fastmath": set(fastmath)}

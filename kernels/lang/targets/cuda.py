@@ -38,6 +38,7 @@ class CUDATarget:
     the 32-bit shared-window addresses that ``ld.shared`` takes."""
 
     name = "cuda"
+    absent_masks: frozenset[str] = frozenset()
 
     def __init__(self, alignment: int, space: Literal["shared", "global"] = "shared") -> None:
         """Args are what the addresses of block fields divide by, and the memory that blocks lie in: see

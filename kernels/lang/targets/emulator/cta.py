@@ -27,7 +27,8 @@ class Settings:
         slow: the number of a warp that has its turn only where no other can go on.
         seed: for the lots that decide whose turn it is.
         faults: what goes wrong on purpose, so that tests can show that they notice: "waits" (lanes go on without
-            waiting for an mbarrier), "predecessors" (nor for the kernels before).
+            waiting for an mbarrier), "predecessors" (nor for the kernels before), or the name of a mask
+            (:mod:`qmm.kernels.lang.masks`), which kernels then lack.
     """
 
     late: bool = True

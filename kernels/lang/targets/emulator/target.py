@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.fields import DEFAULT_FIELDS, FieldAccess
 from qmm.kernels.lang.operation import Operation
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets.emulator.cta import CTA, Settings
 from qmm.kernels.lang.targets.emulator.memory import Memory, Region
 
-__all__ = ["EMULATOR", "EmulatorTarget", "emulate", "launch"]
+__all__ = ["EmulatorTarget", "emulate", "launch"]
 
 USUAL = Settings()
+NO_CONSTANTS = Constants()
 
 
 class EmulatorTarget:
-    """Specializes kernels for the emulator: operations are their meanings."""
+    """Specializes kernels for the emulator: operations are their meanings.
+
+    Attributes:
+        absent_masks: the masks that kernels are to lack.
+    """
 
     name = "emulator"
+
+    def __init__(self, absent_masks: frozenset[str] = frozenset()) -> None:
+        self.absent_masks = absent_masks
 
     def intrinsic(self, value: object) -> object | None:
         """The meaning of an operation; None where ``value`` is not one."""
@@ -31,9 +40,6 @@ class EmulatorTarget:
         return function
 
 
-EMULATOR = EmulatorTarget()
-
-
 def emulate(
     kernel: Callable[..., None],
     *,
@@ -42,7 +48,7 @@ def emulate(
     threads: int = 32,
     shared_nbytes: int = 0,
     fields: FieldAccess = DEFAULT_FIELDS,
-    constants: Mapping[str, Any] | None = None,
+    constants: Constants = NO_CONSTANTS,
     settings: Settings = USUAL,
     **arguments: Region | int,
 ) -> None:
@@ -81,7 +87,7 @@ def emulate(
 
     Without the comparison, lane 8 of the second CTA would raise an EmulatorError that names the byte it reads.
     """
-    function = specialize(kernel, constants or {}, EMULATOR)
+    function = specialize(kernel, constants, EmulatorTarget(settings.faults))
     bound = inspect.signature(kernel).bind(**arguments).args
     values = [value.start if isinstance(value, Region) else int(value) for value in bound]
     launch(
@@ -108,7 +114,7 @@ def launch(
     settings: Settings = USUAL,
     after_predecessors: bool = True,
 ) -> None:
-    """Run a kernel that :func:`specialize` has made for :data:`EMULATOR`; as :func:`emulate` says.
+    """Run a kernel that is specialized for an :class:`EmulatorTarget` already; see :func:`emulate`.
 
     Args:
         function: the kernel.
