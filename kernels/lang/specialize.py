@@ -395,7 +395,7 @@ class _Flatten(ast.NodeTransformer):
         assert isinstance(name, ast.Constant)
         if name.value in self.scope.absent_masks:
             value = without[0] if without else ast.Constant(True)
-        return self.visit(value)  # type: ignore[no-any-return]
+        return self.visit(value)
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         if isinstance(node.value, ast.Name) and node.value.id in self.banks:
