@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +80,7 @@ class CTA:
         self.lots = random.Random(f"{settings.seed} {index}")
         self.hub = getcurrent()
 
-    def run(self, kernel: Callable[..., None], arguments: Sequence[int]) -> None:
+    def run(self, kernel: Callable[..., None], arguments: Mapping[str, int]) -> None:
         """Run all lanes to their end.
 
         Raises:
@@ -88,7 +88,7 @@ class CTA:
         """
         with np.errstate(all="ignore"):
             for thread in range(self.threads):
-                lane = Lane(self, thread, lambda: kernel(*arguments))
+                lane = Lane(self, thread, lambda: kernel(**arguments))
                 lane.warp.lanes.append(lane)
                 self.ready.append(lane)
         try:

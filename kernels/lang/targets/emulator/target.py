@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qmm.kernels.lang.constants import Constants
@@ -87,12 +87,10 @@ def emulate(
 
     Without the comparison, lane 8 of the second CTA would raise an EmulatorError that names the byte it reads.
     """
-    function = specialize(kernel, constants, EmulatorTarget(settings.faults))
-    bound = inspect.signature(kernel).bind(**arguments).args
-    values = [value.start if isinstance(value, Region) else int(value) for value in bound]
+    inspect.signature(kernel).bind(**arguments)
     launch(
-        function,
-        values,
+        specialize(kernel, constants, EmulatorTarget(settings.faults)),
+        {name: value.start if isinstance(value, Region) else int(value) for name, value in arguments.items()},
         memory=memory,
         grid=grid,
         threads=threads,
@@ -104,7 +102,7 @@ def emulate(
 
 def launch(
     function: Callable[..., None],
-    arguments: list[int],
+    arguments: Mapping[str, int],
     *,
     memory: Memory,
     grid: int,
@@ -118,7 +116,7 @@ def launch(
 
     Args:
         function: the kernel.
-        arguments: its arguments in order.
+        arguments: its arguments by name.
         memory: global memory.
         grid: how many CTAs; they run one after the other.
         threads: of a CTA.
