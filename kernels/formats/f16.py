@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.lang.primitives import half_floats, load16
+from qmm.kernels.lang.fields import load16
+from qmm.kernels.lang.primitives import half_floats
 
 
 def load(block, lane):

@@ -14,7 +14,8 @@ most, is a byte still, so that all runs have the block's ``d`` for their scale. 
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.lang.primitives import half, load4, load16, unsigned_byte
+from qmm.kernels.lang.fields import load4, load16
+from qmm.kernels.lang.primitives import half, unsigned_byte
 
 
 def load(block, lane):

@@ -16,7 +16,8 @@ ggml-common.h.
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.lang.primitives import half, load2, load4, load16, unsigned_byte
+from qmm.kernels.lang.fields import load2, load4, load16
+from qmm.kernels.lang.primitives import half, unsigned_byte
 
 
 def load(block, lane):

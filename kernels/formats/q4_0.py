@@ -12,7 +12,8 @@ ggml-common.h.
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.lang.primitives import half, load2, load16
+from qmm.kernels.lang.fields import load2, load16
+from qmm.kernels.lang.primitives import half
 
 
 def load(block, lane):

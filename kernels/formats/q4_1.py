@@ -11,7 +11,8 @@ One lane takes a block. ``m`` is added, so the run's minimum is ``-m``. Layout: 
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.lang.primitives import half, load4, load16
+from qmm.kernels.lang.fields import load4, load16
+from qmm.kernels.lang.primitives import half
 
 
 def load(block, lane):

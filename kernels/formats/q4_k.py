@@ -13,7 +13,8 @@ of ``qs``, which are two pairs of runs. Layout: ``block_q4_K`` in ggml-common.h.
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.lang.primitives import half, load16, unsigned_byte, word
+from qmm.kernels.lang.fields import load16
+from qmm.kernels.lang.primitives import half, unsigned_byte, word
 
 
 def load(block, lane):

@@ -11,7 +11,8 @@ Bit ``i`` of ``qh`` is the fifth bit of weight ``i``. One lane takes a block. La
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.lang.primitives import half, load2, load4, load16, spread_bits
+from qmm.kernels.lang.fields import load2, load4, load16
+from qmm.kernels.lang.primitives import half, spread_bits
 
 
 def load(block, lane):

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
 from qmm.kernels.formats.q4_k import scales_and_minima
-from qmm.kernels.lang.primitives import half, load16, unsigned_byte, word
+from qmm.kernels.lang.fields import load16
+from qmm.kernels.lang.primitives import half, unsigned_byte, word
 
 
 def load(block, lane):

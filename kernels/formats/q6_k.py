@@ -14,7 +14,8 @@ of ``ql`` (low nibble for ``s < 2``, else high) and its upper two in byte ``l`` 
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.lang.primitives import half, load1, load2, load16, signed_byte
+from qmm.kernels.lang.fields import load1, load2, load16
+from qmm.kernels.lang.primitives import half, signed_byte
 
 
 def load(block, lane):

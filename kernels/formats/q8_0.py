@@ -11,7 +11,8 @@ One lane takes a block: two runs of 16, one after the other. Layout: ``block_q8_
 from __future__ import annotations
 
 from qmm.kernels.formats.format import Format
-from qmm.kernels.lang.primitives import half, load2, load16
+from qmm.kernels.lang.fields import load2, load16
+from qmm.kernels.lang.primitives import half
 
 
 def load(block, lane):

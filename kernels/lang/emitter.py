@@ -7,6 +7,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from qmm.kernels.lang.fields import DEFAULT_FIELDS, FieldAccess
 from qmm.kernels.lang.half import from_half, from_half_by_integers, has_instruction
 
 __all__ = ["CARRIERS", "Emitter"]
@@ -30,14 +31,14 @@ class Emitter:
     """An ``ir.IRBuilder``, all of whose methods it has, with the language's types and what lowerings need often.
 
     Attributes:
-        alignment: what the offsets of block fields divide by, where that matters.
+        fields: how block fields are read.
     """
 
     i8, i16, i32, i64, f16, f32, void = I8, I16, I32, I64, F16, F32, ir.VoidType()
 
-    def __init__(self, builder: ir.IRBuilder, alignment: int = 1) -> None:
+    def __init__(self, builder: ir.IRBuilder, fields: FieldAccess = DEFAULT_FIELDS) -> None:
         self.builder = builder
-        self.alignment = alignment
+        self.fields = fields
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.builder, name)

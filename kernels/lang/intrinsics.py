@@ -16,6 +16,7 @@ from typing import Any
 from llvmlite import ir
 
 from qmm.kernels.lang.emitter import CARRIERS, I32, Emitter
+from qmm.kernels.lang.fields import FieldAccess
 from qmm.kernels.lang.operation import Operation
 
 __all__ = ["Intrinsics", "Toolkit"]
@@ -63,22 +64,22 @@ class Intrinsics:
         self._types = {"int64": numba_types.int64, "float32": numba_types.float32, "None": numba_types.void}
         self._types |= _registered_types(toolkit)
         _register_operators(toolkit, self._types["Word"], self._types["Words"])
-        self._made: dict[tuple[Operation, int], Any] = {}
+        self._made: dict[tuple[Operation, FieldAccess], Any] = {}
 
-    def of(self, operation: Operation, alignment: int = 1) -> Any:
-        """The intrinsic of an operation; made once for each alignment of block fields.
+    def of(self, operation: Operation, fields: FieldAccess) -> Any:
+        """The intrinsic of an operation; made once for each way to read block fields.
 
         Raises:
             TypeError: the target has no such operation.
         """
-        key = operation, alignment
+        key = operation, fields
         if key not in self._made:
             if self.target not in operation.lowerings:
                 raise TypeError(f"{operation} has no lowering for the target {self.target!r}")
-            self._made[key] = self._intrinsic(operation, alignment)
+            self._made[key] = self._intrinsic(operation, fields)
         return self._made[key]
 
-    def _intrinsic(self, operation: Operation, alignment: int) -> Any:
+    def _intrinsic(self, operation: Operation, fields: FieldAccess) -> Any:
         lowering = operation.lowerings[self.target]
 
         def define(typing_context: Any, *given: Any) -> Any:
@@ -92,7 +93,7 @@ class Intrinsics:
                 for i, kind in enumerate(kinds):
                     if isinstance(kind, self._toolkit.types.UniTuple):
                         values[i] = [builder.extract_value(values[i], j) for j in range(kind.count)]
-                made = lowering(Emitter(builder, alignment), *values)
+                made = lowering(Emitter(builder, fields), *values)
                 if count is not None:
                     return context.make_tuple(builder, signature.return_type, made)
                 return context.get_dummy_value() if made is None else made

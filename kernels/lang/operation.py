@@ -59,9 +59,11 @@ class Operation:
     Attributes:
         name: as kernels call it.
         meaning: the Python function that it stands for: of one lane's arguments, to its result.
+        declaration: its types, as text.
+        of_warp: whether the lanes of a warp do it together.
         parameters: the names of its arguments.
-        arguments: their types, as text.
-        result: the result's type, as text.
+        arguments: their types.
+        result: the result's type.
         lowerings: by the name of the target, ``"cuda"`` or ``"cpu"``; where one is missing the target has no such
             operation.
     """
@@ -73,6 +75,8 @@ class Operation:
             TypeError: the declaration cannot be read, or has other arguments than the function.
         """
         functools.update_wrapper(self, function)
+        self.declaration = declaration
+        self.of_warp = of_warp
         self.name = function.__name__
         self.parameters = tuple(inspect.signature(function).parameters)
         arguments, arrow, self.result = declaration.removeprefix("(").partition(") -> ")

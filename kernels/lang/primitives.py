@@ -1,21 +1,6 @@
-"""The operations that formats are written in, for every target: fields of a block, and runs of sixteen weights.
+"""The operations that formats are written in, for every target: words, bytes, and runs of sixteen weights.
 
-Fields are loaded from memory at ``block``. In Python that is a buffer, whose bytes are read from ``offset`` on; or a
-number, the address of a block in the shared memory of the CTA that the emulator runs. Compiled, it is an address: of
-memory of the process on the CPU, of shared memory on a GPU, where kernels stage the bytes of a row.
-
-On a GPU the width of the instructions depends on what a field's address divides by, which a target is made for:
-
-=========  ==================================================  ==================================
-alignment  ``load16``                                          formats
-=========  ==================================================  ==================================
-16         one 16-byte load                                    Q4_K, Q5_K
-4, 8       four 4-byte loads                                   Q2_K, Q4_1, Q5_1, F32
-1, 2       five aligned 4-byte loads and four funnel shifts    Q8_0, Q3_K, Q6_K, Q4_0, Q5_0, F16
-=========  ==================================================  ==================================
-
-The five loads of the last line may touch up to three bytes before the field and four after it: bytes of the stage,
-never of the tensor.
+Those that read memory are in :mod:`qmm.kernels.lang.fields`.
 """
 
 from __future__ import annotations
@@ -25,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from qmm.kernels.lang.current import this_cta
 from qmm.kernels.lang.operation import operation
 
 __all__ = [
@@ -33,10 +17,6 @@ __all__ = [
     "float_floats",
     "half",
     "half_floats",
-    "load1",
-    "load16",
-    "load2",
-    "load4",
     "masked",
     "run_weights",
     "signed_byte",
@@ -45,114 +25,6 @@ __all__ = [
     "unsigned_byte",
     "word",
 ]
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fields of a block
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _field(block: Any, offset: int, nbytes: int) -> tuple[Any, int]:
-    """A buffer and where in it a field lies."""
-    if isinstance(block, int):
-        return this_cta().shared.field(block + offset, nbytes)
-    return block, offset
-
-
-@operation("(int64, int64) -> Words")
-def load16(block, offset):
-    """The 16 bytes at ``block + offset``, at any alignment."""
-    buffer, at = _field(block, offset, 16)
-    return np.frombuffer(buffer, np.uint32, 4, at).copy()
-
-
-@operation("(int64, int64) -> Word")
-def load4(block, offset):
-    """The 4 bytes at ``block + offset``, at any alignment."""
-    buffer, at = _field(block, offset, 4)
-    return np.frombuffer(buffer, np.uint32, 1, at)[0]
-
-
-@operation("(int64, int64) -> Word")
-def load2(block, offset):
-    """The 2 bytes at ``block + offset``, the upper half of the word zero."""
-    buffer, at = _field(block, offset, 2)
-    return np.uint32(np.frombuffer(buffer, np.uint16, 1, at)[0])
-
-
-@operation("(int64, int64) -> Word")
-def load1(block, offset):
-    """The byte at ``block + offset``, the rest of the word zero."""
-    buffer, at = _field(block, offset, 1)
-    return np.uint32(np.frombuffer(buffer, np.uint8, 1, at)[0])
-
-
-@load16.cpu
-def _(e, block, offset):
-    return e.unaligned(block, offset, e.vector_type(e.i32, 4))
-
-
-@load4.cpu
-def _(e, block, offset):
-    return e.unaligned(block, offset, e.i32)
-
-
-@load2.cpu
-def _(e, block, offset):
-    return e.zext(e.unaligned(block, offset, e.i16), e.i32)
-
-
-@load1.cpu
-def _(e, block, offset):
-    return e.zext(e.unaligned(block, offset, e.i8), e.i32)
-
-
-@load16.cuda
-def _(e, block, offset):
-    address = e.trunc(e.add(block, offset), e.i32)
-    if e.alignment >= 16:
-        return e.load(e.shared_pointer(address, e.vector_type(e.i32, 4)), align=16)
-    if e.alignment >= 4:
-        return e.gathered([_shared(e, address, 4 * i, e.i32) for i in range(4)])
-    base = e.and_(address, e.constant(e.i32, -4))
-    aligned = [_shared(e, base, 4 * i, e.i32) for i in range(5)]
-    return e.gathered([_funnel(e, aligned[i], aligned[i + 1], address) for i in range(4)])
-
-
-@load4.cuda
-def _(e, block, offset):
-    address = e.trunc(e.add(block, offset), e.i32)
-    if e.alignment >= 4:
-        return _shared(e, address, 0, e.i32)
-    base = e.and_(address, e.constant(e.i32, -4))
-    return _funnel(e, _shared(e, base, 0, e.i32), _shared(e, base, 4, e.i32), address)
-
-
-@load2.cuda
-def _(e, block, offset):
-    address = e.trunc(e.add(block, offset), e.i32)
-    if e.alignment >= 2:
-        return _shared(e, address, 0, e.i16)
-    low, high = (_shared(e, address, i, e.i8) for i in (0, 1))
-    return e.or_(low, e.shl(high, e.constant(e.i32, 8)))
-
-
-@load1.cuda
-def _(e, block, offset):
-    return _shared(e, e.trunc(e.add(block, offset), e.i32), 0, e.i8)
-
-
-def _shared(e: Any, address: Any, offset: int, kind: Any) -> Any:
-    """A load from shared memory, as a word."""
-    address = e.add(address, e.constant(e.i32, offset)) if offset else address
-    loaded = e.load(e.shared_pointer(address, kind), align=kind.width // 8)
-    return loaded if kind == e.i32 else e.zext(loaded, e.i32)
-
-
-def _funnel(e: Any, low: Any, high: Any, address: Any) -> Any:
-    """The four bytes that start at ``address & 3`` of two neighbouring registers."""
-    shift = e.shl(address, e.constant(e.i32, 3))  # modulo 32 is the instruction's own
-    return e.ptx("shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", low, high, shift)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words and bytes

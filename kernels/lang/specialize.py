@@ -12,6 +12,7 @@ must have no loop over an accumulator and no list, or the accumulators live in m
 * a helper that is given registers is written out in place of its call, so that it works on the caller's variables;
 * ``if`` and the conditional expression are decided where their test is known, so a variant that is switched off is not
   even typed;
+* a mask (:mod:`qmm.kernels.lang.masks`) is its value, or what stands there without it, if the target leaves it out;
 * a float literal is a float32;
 * every other function that the kernel calls is specialized in turn, and every operation becomes the target's intrinsic.
 
@@ -32,6 +33,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qmm.kernels.lang.constants import Constants
+from qmm.kernels.lang.masks import mask
 
 __all__ = ["Target", "registers", "specialize", "unroll"]
 
@@ -43,6 +45,8 @@ class Target(Protocol):
     """What :func:`specialize` needs to know of the machine that it prepares a kernel for."""
 
     name: str
+    absent_masks: frozenset[str]
+    """The masks that kernels are to lack, by name: none, but where a test shows that their absence is noticed."""
 
     def intrinsic(self, primitive: object) -> object | None:
         """The target's implementation of an operation, or None where ``primitive`` is not one."""
@@ -91,7 +95,7 @@ class _Specializer:
         self.compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def flatten(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        scope = _Scope(self.constants)
+        scope = _Scope(self.constants, self.target.absent_masks)
         source_of = _Source(function)
         definition = source_of.definition()
         names = {name: name for name in source_of.arguments}
@@ -166,8 +170,9 @@ class _Source:
 class _Scope:
     """The globals of the flat function, which helpers that are written out bring along."""
 
-    def __init__(self, constants: Constants) -> None:
+    def __init__(self, constants: Constants, absent_masks: frozenset[str]) -> None:
         self.constants = constants
+        self.absent_masks = absent_masks
         self.used: dict[str, Any] = {}
         self._inlined: dict[str, int] = {}
 
@@ -380,6 +385,17 @@ class _Flatten(ast.NodeTransformer):
                 return ast.Constant(value)
             return ast.Name(self.scope.name_of(node.attr, value), node.ctx)
         return self.generic_visit(node)  # type: ignore[return-value]
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        if self.called(node) is not mask:
+            return self.generic_visit(node)  # type: ignore[return-value]
+        plain = not node.keywords and len(node.args) in (2, 3) and isinstance(node.args[0], ast.Constant)
+        self.refuse(node, not plain, "a mask without a name of its own, or with keywords")
+        name, value, *without = node.args
+        assert isinstance(name, ast.Constant)
+        if name.value in self.scope.absent_masks:
+            value = without[0] if without else ast.Constant(True)
+        return self.visit(value)
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         if isinstance(node.value, ast.Name) and node.value.id in self.banks:

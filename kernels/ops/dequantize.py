@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 
 from qmm.kernels.formats import Format
+from qmm.kernels.lang.masks import mask
 from qmm.kernels.lang.primitives import run_weights
 from qmm.kernels.lang.ptx.barrier import fence_mbarrier_init, mbarrier_arrive, mbarrier_wait, sync_cta
 from qmm.kernels.lang.ptx.global_memory import store_global_run, store_global_run_part
@@ -53,7 +54,7 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
                 block = chunk * c.CHUNK_BLOCKS + place
                 for r in unroll(c.LANE_ROWS):
                     line = (lane >> 2) + 8 * r
-                    if block < blocks and row + line < m:
+                    if mask("blocks of weights", block < blocks) and mask("rows of weights", row + line < m):
                         phase = (weights + (row + line) * row_nbytes + chunk * c.CHUNK_NBYTES) & (c.LINE - 1)
                         runs = c.unpack(part, *c.load(stage + line * c.PITCH + phase + place * c.BLOCK_NBYTES, part))
                         target = out + ((row + line) * k + block * (16 * c.BLOCK_RUNS)) * 4
@@ -61,7 +62,9 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
                             q, scale, minimum = runs[i]
                             values = run_weights(q, scale, minimum)
                             if c.PLAIN:
-                                store_global_run_part(target, values, min(16, k - block * 16))
+                                store_global_run_part(
+                                    target, values, mask("tail of weights", min(16, k - block * 16), 16)
+                                )
                             else:
                                 store_global_run(target + c.position(part, i) * 64, values)
             mbarrier_arrive(full + EMPTY)

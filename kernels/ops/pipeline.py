@@ -12,6 +12,7 @@ outside the tensor is touched.
 
 from __future__ import annotations
 
+from qmm.kernels.lang.masks import mask
 from qmm.kernels.lang.ptx.barrier import (
     mbarrier_arrive,
     mbarrier_arrive_after_copies,
@@ -69,8 +70,8 @@ def prefetch_rows(weights, row_nbytes, rows, nbytes, lane):
     row = lane * cta_count() + cta_index()
     while row < rows:
         start = weights + row * row_nbytes
-        first = (start + 15) & -16
-        last = (start + nbytes) & -16
+        first = mask("prefetch, first piece", (start + 15) & -16, start & -16)
+        last = mask("prefetch, last piece", (start + nbytes) & -16, (start + nbytes + 15) & -16)
         if last > first:
             prefetch_l2(first, last - first)
         row += cta_count() * 32
@@ -93,18 +94,19 @@ def fetch_bulk(stage, full, weights, end, row_nbytes, row, m, chunk, producer, l
     """
     for i in unroll((c.ROWS + 32 * c.PRODUCERS - 1) // (32 * c.PRODUCERS)):
         line = (lane + 32 * i) * c.PRODUCERS + producer
-        if line < c.ROWS and row + line < m:
+        if mask("lines, bulk", line < c.ROWS) and mask("rows, bulk", row + line < m):
             begin = weights + (row + line) * row_nbytes
             start = begin + chunk * c.CHUNK_NBYTES
-            stop = min(start + c.CHUNK_NBYTES, begin + row_nbytes)
+            chunk_end = start + c.CHUNK_NBYTES
+            stop = mask("depth, bulk", min(chunk_end, begin + row_nbytes), chunk_end)
             target = stage + line * c.PITCH - (start & -c.LINE)
             first = start & -16
             last = (stop + 15) & -16
             if c.ALIGNMENT < 16:
-                if first < weights:
+                if mask("first piece, bulk", first < weights, False):
                     copy_edges(target + first, first, weights, end)
                     first += 16
-                if last > end and last > first:
+                if mask("last piece, bulk", last > end, False) and mask("only piece, bulk", last > first):
                     last -= 16
                     copy_edges(target + last, last, weights, end)
             if last > first:
@@ -115,14 +117,17 @@ def fetch_bulk(stage, full, weights, end, row_nbytes, row, m, chunk, producer, l
 
 def fetch(stage, full, weights, end, row_nbytes, row, m, chunk, producer, lane):
     """The same by 16 bytes a lane, row after row."""
-    for line in range(producer, min(c.ROWS, m - row), c.PRODUCERS):
+    for line in range(producer, mask("rows, by 16", min(c.ROWS, m - row), c.ROWS), c.PRODUCERS):
         begin = weights + (row + line) * row_nbytes
         start = begin + chunk * c.CHUNK_NBYTES
-        stop = min(start + c.CHUNK_NBYTES, begin + row_nbytes)
+        chunk_end = start + c.CHUNK_NBYTES
+        stop = mask("depth, by 16", min(chunk_end, begin + row_nbytes), chunk_end)
         target = stage + line * c.PITCH - (start & -c.LINE)
         piece = (start & -16) + 16 * lane
         while piece < stop:
-            if c.ALIGNMENT >= 16 or (piece >= weights and piece + 16 <= end):
+            if c.ALIGNMENT >= 16 or (
+                mask("first piece, by 16", piece >= weights) and mask("last piece, by 16", piece + 16 <= end)
+            ):
                 copy16(target + piece, piece)
             else:
                 copy_edges(target + piece, piece, weights, end)
@@ -134,6 +139,6 @@ def copy_edges(target, source, weights, end):
     """Copies those of 16 bytes that belong to the tensor."""
     i = 0
     while i < 16:
-        if source + i >= weights and source + i < end:
+        if mask("edge before", source + i >= weights) and mask("edge after", source + i < end):
             copy_edge(target + i, source + i, c.EDGE)
         i += c.EDGE

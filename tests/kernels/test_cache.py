@@ -533,7 +533,8 @@ def test_names_and_texts_of_all_sources_make_the_digest(tmp_path: Path) -> None:
 OWN_FORMAT = """
 import math
 import numpy as np
-from qmm.kernels.lang.primitives import half, load2
+from qmm.kernels.lang.fields import load2
+from qmm.kernels.lang.primitives import half
 FIRST = {first}
 TABLE = np.array([{entry}, 2], np.int8)
 def helper(bits):

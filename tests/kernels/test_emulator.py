@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qmm.kernels.lang.primitives import load1, load4, load16
+from qmm.kernels.lang.fields import FieldAccess, load1, load4, load16
 from qmm.kernels.lang.ptx.arithmetic import zero_words
 from qmm.kernels.lang.ptx.barrier import (
     mbarrier_arrive,
@@ -61,7 +61,7 @@ def run_lanes(
         grid=1,
         threads=threads,
         shared_nbytes=shared_nbytes,
-        alignment=alignment,
+        fields=FieldAccess(alignment),
         settings=Settings(**options),
         after_predecessors=after_predecessors,
     )

@@ -5,24 +5,44 @@ The kernels of ``operation_cases.py`` are run by the emulator here, and by a GPU
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import numpy as np
 import pytest
-from operation_cases import CASES
-from ptx_compile import GROUPS, assemble, retarget, without_gpu
+from cpu_operation_kernels import CPU_CASES, CPUCase
+from numba.core import errors
+from numba.cuda import types
+from operation_cases import CASES, Case
+from ptx_compile import GROUPS, assemble, compile_kernel, retarget, without_gpu
 
 from qmm.kernels import lang
-from qmm.kernels.lang.operation import Operation
-from qmm.kernels.lang.primitives import load1, load2, load4, load16
+from qmm.kernels.lang.fields import FieldAccess, load1, load2, load4, load16
+from qmm.kernels.lang.operation import Operation, operation
+from qmm.kernels.lang.ptx.barrier import mbarrier_arrive, sync_cta, sync_warp
+from qmm.kernels.lang.ptx.global_memory import load_global_float
+from qmm.kernels.lang.ptx.grid import cta_index
+from qmm.kernels.lang.ptx.warp import shuffle_xor_add
+from qmm.kernels.lang.simd import sum_floats
+from qmm.kernels.lang.specialize import specialize
+from qmm.kernels.lang.targets.cpu import CPU
+from qmm.kernels.lang.targets.cuda import CUDATarget
+from qmm.kernels.lang.targets.emulator import EmulatorError, EmulatorTarget
 from qmm.kernels.runtime.launch import CUDAKernel
 
+ROOT = Path(__file__).parents[2]
 cases = pytest.mark.parametrize("name", CASES)
+PYTHON_TYPES = {"int64": int, "float32": np.float32, "Word": np.uint32}
+ARRAY_TYPES = {"Words": (np.uint32, 4), "Floats": (np.float32, 16), "Partial": (np.float32, 8)}
 
 
 def operations() -> dict[str, Operation]:
@@ -50,15 +70,125 @@ def kernels() -> list[CUDAKernel]:
     return [spec.kernel() for specs in GROUPS.values() for spec in specs]
 
 
-def test_every_operation_of_gpus_has_a_case() -> None:
-    called = {value for case in CASES.values() for value in called_by(case.kernel) if isinstance(value, Operation)}
-    assert {operation for operation in OPERATIONS.values() if "cuda" in operation.lowerings} == called
+def operations_of(kernels: Iterable[Callable[..., None]]) -> set[Operation]:
+    return {value for kernel in kernels for value in called_by(kernel) if isinstance(value, Operation)}
+
+
+@pytest.mark.parametrize(("target", "cases"), [("cuda", CASES), ("cpu", CPU_CASES)])
+def test_every_operation_of_a_target_has_a_case(target: str, cases: dict[str, Case] | dict[str, CPUCase]) -> None:
+    having = {operation for operation in OPERATIONS.values() if target in operation.lowerings}
+    assert operations_of(case.kernel for case in cases.values()) == having
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meanings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def require_type(operation: Operation, kind: str, value: object) -> None:
+    """A value must be of a declared type, exactly: what is near it would make other results further on."""
+    if kind == "literal":
+        return
+    if kind == "None":
+        assert value is None, operation
+    elif kind.startswith("float32["):
+        assert type(value) is tuple, operation
+        assert {type(number) for number in value} == {np.float32}, operation
+    elif kind in PYTHON_TYPES:
+        assert type(value) is PYTHON_TYPES[kind], f"{operation}: {value!r} is a {type(value)}"
+    else:
+        assert isinstance(value, np.ndarray), operation
+        assert (value.dtype, value.size) in [ARRAY_TYPES[name] for name in kind.split(" | ")], operation
+
+
+class TypedEmulator(EmulatorTarget):
+    """Runs operations that see to the types of their arguments and results."""
+
+    def intrinsic(self, value: object) -> object | None:
+        if not isinstance(value, Operation) or value.name in ("named_barrier_arrive", "named_barrier_wait", "sync_cta"):
+            return super().intrinsic(value)  # without results, and barriers look at who calls them
+        lanes = 32 if value.of_warp else None
+
+        @functools.wraps(value.__wrapped__)
+        def typed(*arguments: Any) -> Any:
+            result = value.__wrapped__(*arguments)
+            for kind, argument in zip(value.arguments, arguments, strict=True):
+                for one in [argument] if lanes is None or kind == "literal" else argument:
+                    require_type(value, kind, one)
+            for one in [result] if lanes is None or result is None else result:
+                require_type(value, value.result, one)
+            return result
+
+        return Operation(typed, value.declaration, value.of_warp).meaning
+
+
+@cases
+def test_arguments_and_results_have_the_declared_types(name: str) -> None:
+    case = CASES[name]
+    np.testing.assert_array_equal(case.emulated(TypedEmulator()), case.emulated())
+
+
+@pytest.mark.parametrize("name", CPU_CASES)
+def test_the_cpu_makes_what_python_makes(name: str) -> None:
+    case = CPU_CASES[name]
+    results = []
+    for kernel in (specialize(case.kernel, {}, TypedEmulator()), CPU.kernel(specialize(case.kernel, {}, CPU))):
+        results.append(np.zeros(case.target_nbytes, np.uint8))
+        with np.errstate(all="ignore"):
+            kernel(case.source.ctypes.data, results[-1].ctypes.data)
+    assert results[0].any()
+    python, compiled = (result.view(case.dtype) for result in results)
+    np.testing.assert_array_equal(compiled, python)
+
+
+def test_a_declaration_that_means_nothing_is_refused() -> None:
+    for declaration in ("(int64) -> Floats16", "(int) -> None", "int64 -> None", "(int64, int64) -> None", "(int64)"):
+        with pytest.raises(TypeError, match=r"store\(address\) cannot be declared as"):
+
+            @operation(declaration)
+            def store(address):
+                """Nothing."""
+
+
+def test_a_target_without_the_operation_says_so() -> None:
+    with pytest.raises(TypeError, match=r"<operation sum_floats\(Floats\) -> float32> has no lowering for .* 'cuda'"):
+        CUDATarget(16).intrinsic(sum_floats)
+
+
+def test_a_literal_must_be_a_constant_of_the_source() -> None:
+    function = specialize(shuffle_by_a_variable, {}, CUDATarget(16))
+    with without_gpu(), pytest.raises(errors.TypingError, match="shuffle_xor_add: distance must be a constant"):
+        compile_kernel(function, types.void(types.int64), "shuffle_by_a_variable", 32)
+
+
+def shuffle_by_a_variable(distance):
+    shuffle_xor_add(1.0, 2.0, distance, 0)
+
+
+def test_operations_of_a_gpu_are_refused_outside_of_the_emulator() -> None:
+    for action in (lambda: load_global_float(1 << 20), cta_index, sync_cta, lambda: mbarrier_arrive(0), sync_warp):
+        with pytest.raises(EmulatorError, match=r"run that with .*emulate\(\)"):
+            action()
+
+
+def test_declaring_operations_and_running_them_imports_no_compiler() -> None:
+    modules = sorted({operation.__module__ for operation in OPERATIONS.values()})
+    names = ", ".join([*modules, "qmm.kernels.lang.targets.emulator"])
+    code = f"import sys, {names}; sys.exit(str([m for m in ('numba', 'llvmlite', 'cuda') if m in sys.modules] or ''))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cases of GPUs
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_fields_are_loaded_at_each_alignment_that_kernels_use() -> None:
     loads = {load1, load2, load4, load16}
-    found = {case.alignment for case in CASES.values() if loads <= set(called_by(case.kernel))}
-    assert found == {kernel.key["alignment"] for kernel in kernels()} == {1, 2, 4, 8, 16}
+    found = {case.fields for case in CASES.values() if loads <= set(called_by(case.kernel))}
+    assert found == {FieldAccess(alignment, space) for alignment in (1, 2, 4, 8, 16) for space in ("shared", "global")}
+    assert {kernel.key["alignment"] for kernel in kernels()} <= {alignment for alignment, _ in found}
 
 
 @cases

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from emulated_device import USUAL, run_dequantization, run_product
-from emulated_schedules import MACHINES, Planned, alignments_of
+from emulated_device import USUAL
+from emulated_products import run_dequantization, run_product
+from emulated_schedules import GPUS, Planned, alignments_of
 from hypothesis import strategies as st
 
 from qmm.kernels.formats import FORMATS, Format
 from qmm.kernels.lang.targets.emulator import Settings
-from qmm.kernels.ops.matvec.plan import Machine, Schedule, Tiling, scale_blocks_of
-from qmm.kernels.runtime.launch import alignment_of
+from qmm.kernels.ops.matvec.choose import dequantization_tiling
+from qmm.kernels.ops.matvec.config import Config, Schedule
+from qmm.kernels.ops.op import ITEM_NBYTES, Architecture, alignment_of
+from qmm.kernels.ops.tiling import Tiling
 
 __all__ = ["REACHES", "Case", "Reach", "depths_of_product", "dequantizations", "products", "usual_products", "work_of"]
-
-ITEMS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -45,34 +46,34 @@ REACHES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A product, or with no columns a dequantization; without a schedule it is the one that the host takes."""
+    """A product, or with no columns a dequantization; without a config it is the one that the host takes."""
 
     name: str
-    machine: Machine
+    architecture: Architecture
     m: int
     k: int
     start: int
     n: int = 0
     int8: bool = False
-    schedule: Schedule | None = None
+    config: Config | None = None
     mapped: bool = False
     x_start: int = 0
     dtype: str = "float32"
     settings: Settings = USUAL
 
-    def run(self) -> None:
-        """Run it; what must hold is asserted here and where it is run."""
-        common = {"machine": self.machine, "shift": self.start, "settings": self.settings}
+    def run(self) -> Schedule | Tiling:
+        """Run it, and say how it was cut; what must hold is asserted here and where it is run."""
+        common = {"architecture": self.architecture, "shift": self.start, "settings": self.settings}
         if self.n == 0:
             outcome = run_dequantization(self.name, self.m, self.k, **common)
             launches, tiling = 1, outcome.schedule
         else:
-            change = None if self.schedule is None else lambda _: self.schedule
             of_x = {"int8": self.int8, "x_shift": self.x_start, "dtype": self.dtype, "mapped": self.mapped}
-            outcome = run_product(self.name, self.m, self.k, self.n, change=change, **of_x, **common)
+            outcome = run_product(self.name, self.m, self.k, self.n, config=self.config, **of_x, **common)
             launches, tiling = -(-self.n // outcome.schedule.activations.columns), outcome.schedule.tiling
         if tiling.alignment == 16:  # all parts of rows begin at multiples of 16
             assert (outcome.reads == launches).all()
+        return outcome.schedule
 
 
 def work_of(block_format: Format, schedule: Schedule, columns: range, reach: Reach) -> int:
@@ -92,15 +93,10 @@ def depths(block_format: Format, tiling: Tiling, reach: Reach) -> list[int]:
     return [k for k in range(least, least + chunk) if k % of_row == 0 and k % 512]
 
 
-def depths_of_product(block_format: Format, planned: Planned, reach: Reach) -> list[int]:
+def depths_of_product(planned: Planned, reach: Reach) -> list[int]:
     """Those of a product: whose activations fit into shared memory, and may be quantized where that is planned."""
-    schedule, machine = planned
-    return [
-        k
-        for k in depths(block_format, schedule.tiling, reach)
-        if schedule.shared_nbytes(scale_blocks_of(block_format, k)) <= machine.shared_nbytes
-        and (k % 4 == 0 or not schedule.fused)
-    ]
+    every = depths(planned.case.block_format, planned.schedule.tiling, reach)
+    return [k for k in every if planned.fits(k)]
 
 
 @st.composite
@@ -129,18 +125,18 @@ def ways(warps: int) -> st.SearchStrategy[Settings]:
 
 
 @st.composite
-def products(draw: st.DrawFn, name: str, planned: Planned, reach: Reach, columns: range) -> Case:
-    """A product with a schedule."""
-    schedule, machine = planned
+def products(draw: st.DrawFn, planned: Planned, reach: Reach, columns: range) -> Case:
+    """A product with a config."""
+    block_format, schedule = planned.case.block_format, planned.schedule
     tiling = schedule.tiling
-    m, k, start = draw(shapes(FORMATS[name], tiling, reach, depths_of_product(FORMATS[name], planned, reach)))
-    dtype = "float32" if schedule.fused else draw(st.sampled_from(list(ITEMS)))
-    x_start = (16 if schedule.fused else ITEMS[dtype]) * draw(st.integers(0, 15))
-    multiprocessors = 1 if reach.past_tiles is None else draw(st.integers(1, 3))
+    m, k, start = draw(shapes(block_format, tiling, reach, depths_of_product(planned, reach)))
+    dtype = "float32" if schedule.fused else draw(st.sampled_from(list(ITEM_NBYTES)))
+    x_start = (16 if schedule.fused else ITEM_NBYTES[dtype]) * draw(st.integers(0, 15))
+    sms = 1 if reach.past_tiles is None else draw(st.integers(1, 3))
     return Case(
-        name,
-        replace(machine, multiprocessors=multiprocessors),
-        *(m, k, start, draw(st.sampled_from(columns)), schedule.activations.int8, schedule),
+        block_format.name,
+        replace(planned.architecture, sms=sms),
+        *(m, k, start, draw(st.sampled_from(columns)), schedule.activations.int8, schedule.config),
         *(tiling.line == 128, x_start, dtype, draw(ways(tiling.warps))),
     )
 
@@ -149,23 +145,22 @@ def products(draw: st.DrawFn, name: str, planned: Planned, reach: Reach, columns
 def usual_products(draw: st.DrawFn, name: str) -> Case:
     """A product with whatever schedule the host takes for its shape."""
     block_format = FORMATS[name]
-    machine = replace(draw(st.sampled_from(list(MACHINES.values()))), multiprocessors=draw(st.integers(1, 3)))
+    architecture = replace(draw(st.sampled_from(list(GPUS.values()))), sms=draw(st.integers(1, 3)))
     alignment = draw(st.sampled_from(alignments_of(block_format)))
     like = Tiling.of(block_format, alignment, 0, warps=8)
     reach = REACHES[draw(st.sampled_from(["within a tile", "past a tile"]))]
     m, k, _ = draw(shapes(block_format, like, reach, depths(block_format, like, reach)))
     start = alignment * draw(st.integers(1, 80))
-    n, dtype = draw(st.integers(1, 4) | st.integers(5, 10)), draw(st.sampled_from(list(ITEMS)))
-    x_start = ITEMS[dtype] * draw(st.sampled_from([0, 0, 1, 4]))
+    n, dtype = draw(st.integers(1, 4) | st.integers(5, 10)), draw(st.sampled_from(list(ITEM_NBYTES)))
+    x_start = ITEM_NBYTES[dtype] * draw(st.sampled_from([0, 0, 1, 4]))
     plan = None, draw(st.booleans()), x_start, dtype, draw(ways(16))
-    return Case(name, machine, m, k, start, n, draw(st.booleans()) and not block_format.plain, *plan)
+    return Case(name, architecture, m, k, start, n, draw(st.booleans()) and not block_format.plain, *plan)
 
 
 @st.composite
-def dequantizations(draw: st.DrawFn, name: str, alignment: int, machine: Machine, reach: Reach) -> Case:
+def dequantizations(draw: st.DrawFn, name: str, alignment: int, architecture: Architecture, reach: Reach) -> Case:
     """A dequantization."""
-    tiling = Tiling.of_dequantization(FORMATS[name], alignment, machine)
+    tiling = dequantization_tiling(FORMATS[name], alignment, architecture)
     m, k, start = draw(shapes(FORMATS[name], tiling, reach, depths(FORMATS[name], tiling, reach)))
-    multiprocessors = 1 if reach.past_tiles is None else draw(st.integers(1, 3))
-    machine = replace(machine, multiprocessors=multiprocessors)
-    return Case(name, machine, m, k, start, settings=draw(ways(tiling.warps)))
+    sms = 1 if reach.past_tiles is None else draw(st.integers(1, 3))
+    return Case(name, replace(architecture, sms=sms), m, k, start, settings=draw(ways(tiling.warps)))

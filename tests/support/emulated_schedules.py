@@ -13,18 +13,22 @@ import functools
 import itertools
 import random
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from qmm.kernels.formats import Format
-from qmm.kernels.ops.matvec.plan import COLUMN_TILES, Machine, Schedule
+from qmm.kernels.ops.layout import COLUMN_TILES
+from qmm.kernels.ops.matvec.choose import choose
+from qmm.kernels.ops.matvec.config import Case, Schedule, legal
+from qmm.kernels.ops.op import Architecture
 
-__all__ = ["MACHINES", "Kind", "Planned", "alignments_of", "attributes", "covering", "schedules_of", "values_of"]
+__all__ = ["GPUS", "Kind", "Planned", "alignments_of", "attributes", "covering", "schedules_of", "values_of"]
 
-MACHINES = {
-    "H100": Machine(132, 232448, True),
-    "A100": Machine(108, 166912, False),
-    "RTX 4090": Machine(128, 101376, False),
-    "RTX 5090": Machine(170, 101376, True),
+GPUS = {
+    "H100": Architecture(132, 232448, True),
+    "A100": Architecture(108, 166912, False),
+    "RTX 4090": Architecture(128, 101376, False),
+    "RTX 5090": Architecture(170, 101376, True),
 }
 SHAPES = [
     (128256, 4096),
@@ -43,21 +47,26 @@ Kind = tuple[tuple[str, Any], ...]
 
 
 class Planned(NamedTuple):
-    """A schedule, and the GPU that takes it."""
+    """A schedule, the product that it is for, and the GPU that takes it."""
 
+    case: Case
     schedule: Schedule
-    machine: Machine
+    architecture: Architecture
+
+    def fits(self, k: int) -> bool:
+        """Whether the same choice is legal for a product with other rows, of which ``k % 4`` may rule out that a CTA
+        quantizes the activations."""
+        case = replace(self.case, k=k, fusible=self.schedule.fused and k % 4 == 0)
+        return not legal(self.schedule.config, case, self.architecture)
 
 
 def attributes(schedule: Schedule) -> Kind:
     """What schedules are told apart by here."""
     tiling = schedule.tiling
-    filled = min(schedule.first_stages, 4) if schedule.first_stages < tiling.stages else "all"
-    x = "from global memory"
-    if schedule.x_shared:
-        x = "by a bulk copy" if schedule.x_bulk else "copied by warps"
-    if schedule.fused:  # up to two columns are as many as the tile has
-        x = "quantized here" if schedule.activations.columns <= 2 else "some columns quantized here"
+    filled = min(schedule.config.first_stages, 4) if schedule.config.first_stages < tiling.stages else "all"
+    x = schedule.config.x
+    if schedule.fused and schedule.activations.columns > 2:  # up to two columns are as many as the tile has
+        x = "fused, of some columns"
     return (
         ("warps", tiling.warps),
         ("rows of a lane", tiling.lane_rows),
@@ -84,10 +93,12 @@ def schedules_of(block_format: Format) -> dict[Kind, Planned]:
     """One schedule of each kind."""
     found: dict[Kind, Planned] = {}
     modes = (False,) if block_format.plain else (True, False)
-    conditions = itertools.product(alignments_of(block_format), (True, False), (False, True), MACHINES.values())
+    conditions = itertools.product(alignments_of(block_format), (True, False), (False, True), GPUS.values())
     for (m, k), n, int8, condition in itertools.product(SHAPES, COLUMN_TILES, modes, list(conditions)):
-        schedule = Schedule.of(block_format, m, k, n, int8, *condition)
-        found.setdefault(attributes(schedule), Planned(schedule, condition[-1]))
+        *placed, architecture = condition
+        case = Case(block_format, m, k, n, int8, *placed)
+        schedule = choose(case, architecture)
+        found.setdefault(attributes(schedule), Planned(case, schedule, architecture))
     return found
 
 

@@ -29,6 +29,7 @@ from operation_kernels import (
     exchanged,
     fields,
     fma_once,
+    global_fields,
     largest,
     met,
     of_floats,
@@ -41,10 +42,11 @@ from operation_kernels import (
     widened,
 )
 
+from qmm.kernels.lang.fields import FieldAccess
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets import emulator
 from qmm.kernels.lang.targets.cuda import CUDATarget
-from qmm.kernels.lang.targets.emulator import EMULATOR, Memory
+from qmm.kernels.lang.targets.emulator import EMULATOR, EmulatorTarget, Memory
 from qmm.kernels.runtime.launch import CUDAKernel
 
 __all__ = ["CASES", "Case"]
@@ -120,6 +122,9 @@ So two times five terms and their sum lose 2**-23 each, 96 in all. The emulator'
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+SIXTEEN = FieldAccess(16)
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """A kernel and what it is run with.
@@ -130,7 +135,7 @@ class Case:
         target: the bytes that it finds at its target, or how many, all 0xFF.
         compare: how results agree.
         constants: what the kernel is specialized with, as in :func:`qmm.kernels.runtime.build.specialized`.
-        alignment: of block fields.
+        fields: where block fields are, and what their addresses divide by.
         blocks: of a launch, THREADS threads each.
         shared_nbytes: shared memory of a block.
         launches: how often it runs; if more than once, each time it may start before the time before has ended.
@@ -142,7 +147,7 @@ class Case:
     target: np.ndarray | int
     compare: Comparison = bits
     constants: dict[str, Any] = field(default_factory=dict)
-    alignment: int = 16
+    fields: FieldAccess = SIXTEEN
     blocks: int = 1
     shared_nbytes: int = 0
     launches: int = 1
@@ -155,30 +160,30 @@ class Case:
             "source": inspect.getsource(inspect.getmodule(self.kernel)),
             "kernel": name,
             "constants": self.constants,
-            "alignment": self.alignment,
+            "fields": self.fields,
         }
-        target = CUDATarget(self.alignment)
+        target = CUDATarget(*self.fields)
         shared = self.shared_nbytes > 0
         return CUDAKernel(name, lambda: specialize(self.kernel, self.constants, target), 2, key, THREADS, shared)
 
-    def emulated(self) -> np.ndarray:
+    def emulated(self, target: EmulatorTarget = EMULATOR) -> np.ndarray:
         """What the emulator makes of it: the bytes at its target."""
-        function = specialize(self.kernel, self.constants, EMULATOR)
+        function = specialize(self.kernel, self.constants, target)
         memory = Memory()
         source = memory.add("source", self.source.tobytes(), constant=True)
-        target = memory.add("target", self.before().tobytes())
+        results = memory.add("target", self.before().tobytes())
         for _ in range(self.launches):
             emulator.launch(
                 function,
-                [source.start, target.start],
+                [source.start, results.start],
                 memory=memory,
                 grid=self.blocks,
                 threads=THREADS,
                 shared_nbytes=self.shared_nbytes,
-                alignment=self.alignment,
+                fields=self.fields,
                 after_predecessors=self.launches == 1,
             )
-        return np.frombuffer(target.data, np.uint8)
+        return results.array(np.uint8)
 
     def before(self) -> np.ndarray:
         """The bytes at its target."""
@@ -348,8 +353,18 @@ CASES = {
             random_bytes(2 * THREADS, 16),
             32 * THREADS,
             constants={"ALIGNMENT": alignment},
-            alignment=alignment,
+            fields=FieldAccess(alignment),
             shared_nbytes=32 * THREADS,
+        )
+        for alignment in (1, 2, 4, 8, 16)
+    },
+    **{
+        f"global fields at multiples of {alignment}": Case(
+            global_fields,
+            random_bytes(THREADS + 4, 16),
+            32 * THREADS,
+            constants={"ALIGNMENT": alignment},
+            fields=FieldAccess(alignment, "global"),
         )
         for alignment in (1, 2, 4, 8, 16)
     },

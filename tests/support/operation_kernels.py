@@ -5,15 +5,12 @@ A kernel reads its inputs at ``source``, applies operations in each lane, and st
 
 from __future__ import annotations
 
+from qmm.kernels.lang.fields import load1, load2, load4, load16
 from qmm.kernels.lang.primitives import (
     bfloat_floats,
     float_floats,
     half,
     half_floats,
-    load1,
-    load2,
-    load4,
-    load16,
     masked,
     run_weights,
     signed_byte,
@@ -108,6 +105,7 @@ __all__ = [
     "dots_of_short_floats",
     "fields",
     "fma_once",
+    "global_fields",
     "largest",
     "met",
     "of_floats",
@@ -216,13 +214,21 @@ def fields(source, target):
     for i in unroll(2):
         store_shared16(memory + 16 * (thread + THREADS * i), load_global16(source + 16 * (thread + THREADS * i)))
     sync_cta()
-    at = memory + 16 * thread
-    to = target + 32 * thread
-    store_words(to, load16(at + (thread * ALIGNMENT & 15), 32))  # noqa: F821
-    store_global_word(to + 16, load4(at + (thread * min(4, ALIGNMENT) & 15), 0))  # noqa: F821
-    store_global_word(to + 20, load4(at + (thread * min(4, ALIGNMENT) & 15), 20))  # noqa: F821
-    store_global_word(to + 24, load2(at + (thread * min(2, ALIGNMENT) & 15), 10))  # noqa: F821
-    store_global_word(to + 28, load1(at + (thread & 15), 3))
+    store_fields(memory + 16 * thread, thread, target + 32 * thread)
+
+
+def global_fields(source, target):
+    """The same of global memory."""
+    thread = thread_index()
+    store_fields(source + 16 * thread, thread, target + 32 * thread)
+
+
+def store_fields(at, thread, target):
+    store_words(target, load16(at + (thread * ALIGNMENT & 15), 32))  # noqa: F821
+    store_global_word(target + 16, load4(at + (thread * min(4, ALIGNMENT) & 15), 0))  # noqa: F821
+    store_global_word(target + 20, load4(at + (thread * min(4, ALIGNMENT) & 15), 20))  # noqa: F821
+    store_global_word(target + 24, load2(at + (thread * min(2, ALIGNMENT) & 15), 10))  # noqa: F821
+    store_global_word(target + 28, load1(at + (thread & 15), 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

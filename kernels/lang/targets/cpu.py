@@ -12,6 +12,7 @@ from numba.core import types
 from numba.core.errors import RequireLiteralValue
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
+from qmm.kernels.lang.fields import DEFAULT_FIELDS
 from qmm.kernels.lang.intrinsics import Intrinsics, Toolkit
 from qmm.kernels.lang.operation import Operation
 from qmm.kernels.runtime.compiler import check_cpu, compiling
@@ -63,13 +64,14 @@ class CPUTarget:
     """
 
     name = "cpu"
+    absent_masks: frozenset[str] = frozenset()
 
     def __init__(self, fastmath: Collection[str] = ()) -> None:
         self._options = {"error_model": "numpy", "nogil": True, "fastmath": set(fastmath)}
 
     def intrinsic(self, value: object) -> object | None:
         """The target's implementation of an operation; None where ``value`` is not one."""
-        return INTRINSICS.of(value) if isinstance(value, Operation) else None
+        return INTRINSICS.of(value, DEFAULT_FIELDS) if isinstance(value, Operation) else None
 
     def device_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that kernels call."""

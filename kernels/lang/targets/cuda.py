@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from numba import cuda
 from numba.cuda import types
@@ -11,6 +11,7 @@ from numba.cuda.core.errors import RequireLiteralValue
 from numba.cuda.extending import core_models, intrinsic, lower_builtin, register_model
 from numba.cuda.typing.templates import AbstractTemplate, infer_global, signature
 
+from qmm.kernels.lang.fields import FieldAccess
 from qmm.kernels.lang.intrinsics import Intrinsics, Toolkit
 from qmm.kernels.lang.operation import Operation
 
@@ -33,18 +34,20 @@ INTRINSICS = Intrinsics(
 
 
 class CUDATarget:
-    """Specializes kernels for the GPU, with block fields that keep to ``alignment`` bytes: see
-    :mod:`qmm.kernels.lang.primitives`. Every number of a kernel is an int64, addresses of shared memory too, which are
+    """Specializes kernels for the GPU. Every number of a kernel is an int64, addresses of shared memory too, which are
     the 32-bit shared-window addresses that ``ld.shared`` takes."""
 
     name = "cuda"
+    absent_masks: frozenset[str] = frozenset()
 
-    def __init__(self, alignment: int) -> None:
-        self._alignment = alignment
+    def __init__(self, alignment: int, space: Literal["shared", "global"] = "shared") -> None:
+        """Args are what the addresses of block fields divide by, and the memory that blocks lie in: see
+        :mod:`qmm.kernels.lang.fields`."""
+        self._fields = FieldAccess(alignment, space)
 
     def intrinsic(self, value: object) -> object | None:
         """The target's implementation of an operation; None where ``value`` is not one."""
-        return INTRINSICS.of(value, self._alignment) if isinstance(value, Operation) else None
+        return INTRINSICS.of(value, self._fields) if isinstance(value, Operation) else None
 
     def device_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that kernels call."""

@@ -23,7 +23,8 @@ import numpy as np
 
 from qmm.children import PerProcess
 from qmm.kernels.formats import Format
-from qmm.kernels.lang.primitives import load1, masked, run_weights
+from qmm.kernels.lang.fields import load1
+from qmm.kernels.lang.primitives import masked, run_weights
 from qmm.kernels.lang.simd import (
     dot_run,
     fetch_add,

@@ -6,6 +6,7 @@ warps wait before they go on: the activations would queue up behind the weights.
 
 from __future__ import annotations
 
+from qmm.kernels.lang.masks import mask
 from qmm.kernels.lang.ptx.arithmetic import max_magnitude_of_four, pack_halves, scaled_bytes, zero_words
 from qmm.kernels.lang.ptx.barrier import named_barrier_arrive
 from qmm.kernels.lang.ptx.global_memory import load_global16_l2, load_global_floats_l2
@@ -40,7 +41,7 @@ def quantize_block(x, x_stride, n, k, blocks, values, thread):
         for i in unroll(c.ROUNDS):
             here = at + i * (4 * 32 * c.WARPS)
             for column in unroll(c.COLUMNS):
-                if here < k and column < n:
+                if mask("tail of x, fused", here < k) and mask("columns of x, fused", column < n):
                     loaded[i * c.COLUMNS + column] = load_global_floats_l2(x + column * x_stride + here * 4)
         if first:
             named_barrier_arrive(ANNOUNCED, 32 * (c.WARPS + c.PRODUCERS))
@@ -84,12 +85,12 @@ def copy_activations(target, source, nbytes, thread):
     while first or at < nbytes:
         words = registers(8, zero_words())
         for i in unroll(8):
-            if at + i * (16 * 32 * c.WARPS) < nbytes:
+            if mask("copy of activations, read", at + i * (16 * 32 * c.WARPS) < nbytes):
                 words[i] = load_global16_l2(source + at + i * (16 * 32 * c.WARPS))
         if first:
             named_barrier_arrive(ANNOUNCED, 32 * (c.WARPS + c.PRODUCERS))
             first = False
         for i in unroll(8):
-            if at + i * (16 * 32 * c.WARPS) < nbytes:
+            if mask("copy of activations, written", at + i * (16 * 32 * c.WARPS) < nbytes):
                 store_shared16(target + at + i * (16 * 32 * c.WARPS), words[i])
         at += 8 * 16 * 32 * c.WARPS

@@ -6,6 +6,7 @@ and goes on to the next tile; one warp of the CTA adds up a buffer and stores th
 
 from __future__ import annotations
 
+from qmm.kernels.lang.masks import mask
 from qmm.kernels.lang.ptx.barrier import mbarrier_arrive, mbarrier_wait
 from qmm.kernels.lang.ptx.global_memory import store_global_float
 from qmm.kernels.lang.ptx.shared_memory import load_shared_float, store_shared_float
@@ -46,7 +47,7 @@ def store_squares(total, slot, tile_row, quad):
     for above in unroll(range(0, c.LANE_ROWS, 2)):
         for e in unroll(4):
             column = 2 * quad + (e & 1)
-            if column < c.COLUMNS:
+            if mask("sums, short", column < c.COLUMNS):
                 line = tile_row + 8 * above + 8 * (e >> 1)
                 store_shared_float(slot + (line * c.COLUMNS + column) * 4, total[2 * above + e])
             total[2 * above + e] = 0.0
@@ -65,7 +66,7 @@ def add_up(sums, barriers, row, row_step, m, n, y, y_pitch, lane):
                 total += load_shared_float(sums + ((buffer * c.K_WARPS + step) * (c.ROWS * c.COLUMNS) + item) * 4)
             r = row + item // c.COLUMNS
             column = item & (c.COLUMNS - 1)
-            if r < m and column < n:
+            if mask("rows of results", r < m) and mask("columns of results", column < n):
                 store_global_float(y + (column * y_pitch + r) * 4, total)
             item += 32
         mbarrier_arrive(barriers + SUMS_EMPTY + 8 * buffer)

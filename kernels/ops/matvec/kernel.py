@@ -24,6 +24,7 @@ with its last own bytes, 14.0).
 
 from __future__ import annotations
 
+from qmm.kernels.lang.masks import mask
 from qmm.kernels.lang.ptx.arithmetic import zero_words
 from qmm.kernels.lang.ptx.barrier import (
     fence_mbarrier_init,
@@ -170,12 +171,13 @@ def consume(
                 for r in unroll(c.LANE_ROWS):
                     phase = (weights + (row + tile_row + 8 * r) * row_nbytes + chunk * c.CHUNK_NBYTES) & (c.LINE - 1)
                     address = stage + (tile_row + 8 * r) * c.PITCH + phase + place * c.BLOCK_NBYTES
-                    if chunk * c.CHUNK_BLOCKS + place >= blocks:
+                    if mask("blocks", chunk * c.CHUNK_BLOCKS + place >= blocks, False):
                         address = zeroed
                     runs[r] = c.unpack(part, *c.load(address, part))
                 if u == c.UNITS - 1:
                     release(full, stage)
-                here = min(chunk * (c.CHUNK_BLOCKS // 4) + block_group, last_group) * c.QUAD_SCALE_BLOCKS
+                next_group = chunk * (c.CHUNK_BLOCKS // 4) + block_group
+                here = mask("groups", min(next_group, last_group), next_group) * c.QUAD_SCALE_BLOCKS
                 left = k - (chunk * c.CHUNK_BLOCKS + place) * 16
                 c.accumulate(total, runs, part, here, left, lane, x)
             chunk += 1

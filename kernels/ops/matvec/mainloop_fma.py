@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qmm.kernels.lang.masks import mask
 from qmm.kernels.lang.primitives import half_floats, masked, run_weights
 from qmm.kernels.lang.ptx.arithmetic import dot_floats
 from qmm.kernels.lang.specialize import registers, unroll
@@ -37,7 +38,7 @@ def accumulate(total, runs, part, here, left, lane, x):
             q, scale, minimum = runs[r][i]
             floats[r] = run_weights(q, scale, minimum)
             if c.PLAIN:
-                floats[r] = masked(floats[r], left)
+                floats[r] = mask("tail", masked(floats[r], left), floats[r])
         for column in unroll(c.COLUMNS):
             at = x.values + (scale_block * 2 + half) * c.RUN_NBYTES + 32 * column
             x_floats = half_floats(load_values(at), load_values(at + 16))

@@ -6,6 +6,7 @@ the sixteen activations of its own column at the same places; the tensor cores a
 
 from __future__ import annotations
 
+from qmm.kernels.lang.masks import mask
 from qmm.kernels.lang.primitives import half_floats, masked
 from qmm.kernels.lang.ptx.arithmetic import scale_floats
 from qmm.kernels.lang.ptx.mma import mma_tf32
@@ -32,8 +33,8 @@ def accumulate(total, runs, part, here, left, lane, x):
     floats = registers(c.LANE_ROWS, 0.0)
     for r in unroll(c.LANE_ROWS):
         floats[r], _, _ = runs[r][0]
-        floats[r] = masked(floats[r], left)
-    if group < c.COLUMNS:
+        floats[r] = mask("tail, short", masked(floats[r], left), floats[r])
+    if mask("columns, short", group < c.COLUMNS):
         mine = x.values + (scale_block * 2 + half) * c.RUN_NBYTES + 32 * group
         scale_x = load_one(x.scales + (scale_block * c.COLUMNS + group) * 4)
     x_floats = scale_floats(half_floats(load_values(mine), load_values(mine + 16)), scale_x)

@@ -16,7 +16,7 @@ from qmm.kernels.ops.matvec.constants import matvec_kernel
 from qmm.kernels.ops.op import Architecture, At, LaunchSpec, Operand, WeightLayout, Work, alignment_of, rounded
 from qmm.kernels.ops.quantize.plan import quantize_specs, store_specs
 
-__all__ = ["NOTHING", "Product", "Region", "plan"]
+__all__ = ["NOTHING", "Product", "Region", "case_of", "plan", "scheduled"]
 
 NEXT_OF_L2 = 6
 """What part of L2 the next product's weights may take. It should last for the 3 us in which memory would idle: on an
@@ -89,11 +89,14 @@ def plan(
     """
     if k == 0:
         return Product(tuple(store_specs(y, At("zeros"), 0, architecture)), x=x, y=y)
-    row_nbytes = block_format.row_nbytes(k)
-    alignment = alignment_of(weights.alignment | row_nbytes)  # what every row starts at
-    case = Case(block_format, m, k, min(x.rows, COLUMN_TILES[-1]), int8, alignment, _fusible(x), weights.mapped)
-    schedule = choose(case, architecture)
+    schedule = choose(case_of(block_format, m, k, weights, x, int8), architecture)
     return scheduled(block_format, m, k, weights, x, y, schedule, architecture, no_alias)
+
+
+def case_of(block_format: Format, m: int, k: int, weights: WeightLayout, x: Operand, int8: bool) -> Case:
+    """What the schedule of a product depends on; arguments as for :func:`plan`."""
+    alignment = alignment_of(weights.alignment | block_format.row_nbytes(k))  # what every row starts at
+    return Case(block_format, m, k, min(x.rows, COLUMN_TILES[-1]), int8, alignment, _fusible(x), weights.mapped)
 
 
 def scheduled(

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qmm.kernels.lang.constants import Constants
+from qmm.kernels.lang.masks import mask
 from qmm.kernels.lang.ptx.arithmetic import (
     power_of_two_below,
     reciprocal,
@@ -109,7 +110,7 @@ def quantize(
         scales = values + blocks * columns * (32 if c.INT8 else 64)
         sums = scales + blocks * columns * 4
         value = 0.0
-        if row < n and source * 32 + lane < k:
+        if mask("columns of x", row < n) and mask("tail of x", source * 32 + lane < k):
             place = x + row * row_stride + (source * 32 + lane) * column_stride
             if c.DTYPE == "float32":
                 value = load_global_float(place)

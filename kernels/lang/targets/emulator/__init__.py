@@ -16,6 +16,6 @@ from __future__ import annotations
 from qmm.errors import EmulatorError
 from qmm.kernels.lang.targets.emulator.cta import Settings
 from qmm.kernels.lang.targets.emulator.memory import Memory, Region
-from qmm.kernels.lang.targets.emulator.target import EMULATOR, EmulatorTarget, emulate, launch
+from qmm.kernels.lang.targets.emulator.target import EmulatorTarget, emulate, launch
 
-__all__ = ["EMULATOR", "EmulatorError", "EmulatorTarget", "Memory", "Region", "Settings", "emulate", "launch"]
+__all__ = ["EmulatorError", "EmulatorTarget", "Memory", "Region", "Settings", "emulate", "launch"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from greenlet import getcurrent
 
 from qmm.errors import EmulatorError
+from qmm.kernels.lang.fields import FieldAccess
 from qmm.kernels.lang.targets.emulator.barriers import MBarriers, NamedBarrier
 from qmm.kernels.lang.targets.emulator.lanes import Lane, Warp, named
 from qmm.kernels.lang.targets.emulator.memory import Memory, SharedMemory
@@ -26,7 +27,8 @@ class Settings:
         slow: the number of a warp that has its turn only where no other can go on.
         seed: for the lots that decide whose turn it is.
         faults: what goes wrong on purpose, so that tests can show that they notice: "waits" (lanes go on without
-            waiting for an mbarrier), "predecessors" (nor for the kernels before).
+            waiting for an mbarrier), "predecessors" (nor for the kernels before), or the name of a mask
+            (:mod:`qmm.kernels.lang.masks`), which kernels then lack.
     """
 
     late: bool = True
@@ -44,6 +46,7 @@ class CTA:
         threads: how many lanes it has, a multiple of 32.
         memory: global memory.
         shared: its shared memory.
+        fields: how its lanes read block fields.
         after_predecessors: whether the kernels before had ended when it started.
         mbarriers: those in its shared memory.
         named_barriers: those that warps are at, by number.
@@ -54,7 +57,8 @@ class CTA:
     def __init__(
         self,
         memory: Memory,
-        shared: SharedMemory,
+        shared_nbytes: int,
+        fields: FieldAccess,
         index: int,
         count: int,
         threads: int,
@@ -62,7 +66,8 @@ class CTA:
         settings: Settings,
     ) -> None:
         self.memory = memory
-        self.shared = shared
+        self.shared = SharedMemory(shared_nbytes)
+        self.fields = fields
         self.index = index
         self.count = count
         self.threads = threads
@@ -75,7 +80,7 @@ class CTA:
         self.lots = random.Random(f"{settings.seed} {index}")
         self.hub = getcurrent()
 
-    def run(self, kernel: Callable[..., None], arguments: Sequence[int]) -> None:
+    def run(self, kernel: Callable[..., None], arguments: Mapping[str, int]) -> None:
         """Run all lanes to their end.
 
         Raises:
@@ -83,7 +88,7 @@ class CTA:
         """
         with np.errstate(all="ignore"):
             for thread in range(self.threads):
-                lane = Lane(self, thread, lambda: kernel(*arguments))
+                lane = Lane(self, thread, lambda: kernel(**arguments))
                 lane.warp.lanes.append(lane)
                 self.ready.append(lane)
         try:
@@ -94,6 +99,16 @@ class CTA:
                 for lane in warp.lanes:
                     if not lane.dead:
                         lane.throw()
+
+    def field(self, address: int, nbytes: int) -> tuple[bytearray, int]:
+        """Where a lane finds a field of a block: a buffer and an offset.
+
+        Raises:
+            EmulatorError: it may not be read.
+        """
+        if self.fields.space == "shared":
+            return self.shared.field(address, nbytes, self.fields.alignment)
+        return self.memory.read(address, nbytes, min(nbytes, self.fields.alignment))
 
     def _take_turns(self) -> None:
         """Run lanes until none can go on."""

@@ -175,13 +175,11 @@ class SharedMemory:
     rows past the last. A lane that reads a number on its own account, such as a scale or a sum, must find one.
     """
 
-    def __init__(self, nbytes: int, alignment: int) -> None:
-        """Args are its size, and the alignment that block fields keep to."""
+    def __init__(self, nbytes: int) -> None:
         self.start = SHARED_START
         self.data = bytearray([NAN]) * nbytes
         self.state = bytearray([UNWRITTEN]) * nbytes
         self.barriers: set[int] = set()
-        self._alignment = alignment
 
     def place(self, address: int, nbytes: int, alignment: int) -> int:
         """The offset of these bytes, which are within what the launch asked for.
@@ -207,14 +205,14 @@ class SharedMemory:
             self._forbid("reads", at, nbytes)
         return at
 
-    def field(self, address: int, nbytes: int) -> tuple[bytearray, int]:
+    def field(self, address: int, nbytes: int, alignment: int) -> tuple[bytearray, int]:
         """Where a lane finds a field of a block: a buffer and an offset. It is read by aligned words around it where
         it needs that: those must lie in shared memory too, whatever is in them.
 
         Raises:
             EmulatorError: they may not be read.
         """
-        widest = self._alignment if self._alignment >= 16 else min(4, self._alignment)
+        widest = alignment if alignment >= 16 else min(4, alignment)
         if nbytes >= 4 and widest < 4:
             self.place(address & -4, nbytes + 4, 4)
             widest = 1

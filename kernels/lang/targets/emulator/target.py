@@ -6,20 +6,30 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qmm.kernels.lang.constants import Constants
+from qmm.kernels.lang.fields import DEFAULT_FIELDS, FieldAccess
 from qmm.kernels.lang.operation import Operation
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets.emulator.cta import CTA, Settings
-from qmm.kernels.lang.targets.emulator.memory import Memory, Region, SharedMemory
+from qmm.kernels.lang.targets.emulator.memory import Memory, Region
 
-__all__ = ["EMULATOR", "EmulatorTarget", "emulate", "launch"]
+__all__ = ["EmulatorTarget", "emulate", "launch"]
 
 USUAL = Settings()
+NO_CONSTANTS = Constants()
 
 
 class EmulatorTarget:
-    """Specializes kernels for the emulator: operations are their meanings."""
+    """Specializes kernels for the emulator: operations are their meanings.
+
+    Attributes:
+        absent_masks: the masks that kernels are to lack.
+    """
 
     name = "emulator"
+
+    def __init__(self, absent_masks: frozenset[str] = frozenset()) -> None:
+        self.absent_masks = absent_masks
 
     def intrinsic(self, value: object) -> object | None:
         """The meaning of an operation; None where ``value`` is not one."""
@@ -30,9 +40,6 @@ class EmulatorTarget:
         return function
 
 
-EMULATOR = EmulatorTarget()
-
-
 def emulate(
     kernel: Callable[..., None],
     *,
@@ -40,8 +47,8 @@ def emulate(
     grid: int = 1,
     threads: int = 32,
     shared_nbytes: int = 0,
-    alignment: int = 1,
-    constants: Mapping[str, Any] | None = None,
+    fields: FieldAccess = DEFAULT_FIELDS,
+    constants: Constants = NO_CONSTANTS,
     settings: Settings = USUAL,
     **arguments: Region | int,
 ) -> None:
@@ -53,7 +60,7 @@ def emulate(
         grid: how many CTAs.
         threads: of a CTA, a multiple of 32.
         shared_nbytes: shared memory of a CTA.
-        alignment: what the addresses of block fields in shared memory divide by, 1, 2, 4, 8 or 16.
+        fields: where block fields are, and what their addresses divide by.
         constants: what the kernel is specialized with.
         settings: how it is run.
         arguments: the kernel's, by name: whole numbers, or regions, which are passed as their address.
@@ -80,43 +87,41 @@ def emulate(
 
     Without the comparison, lane 8 of the second CTA would raise an EmulatorError that names the byte it reads.
     """
-    function = specialize(kernel, constants or {}, EMULATOR)
-    bound = inspect.signature(kernel).bind(**arguments).args
-    values = [value.start if isinstance(value, Region) else int(value) for value in bound]
+    inspect.signature(kernel).bind(**arguments)
     launch(
-        function,
-        values,
+        specialize(kernel, constants, EmulatorTarget(settings.faults)),
+        {name: value.start if isinstance(value, Region) else int(value) for name, value in arguments.items()},
         memory=memory,
         grid=grid,
         threads=threads,
         shared_nbytes=shared_nbytes,
-        alignment=alignment,
+        fields=fields,
         settings=settings,
     )
 
 
 def launch(
     function: Callable[..., None],
-    arguments: list[int],
+    arguments: Mapping[str, int],
     *,
     memory: Memory,
     grid: int,
     threads: int,
     shared_nbytes: int = 0,
-    alignment: int = 1,
+    fields: FieldAccess = DEFAULT_FIELDS,
     settings: Settings = USUAL,
     after_predecessors: bool = True,
 ) -> None:
-    """Run a kernel that :func:`specialize` has made for :data:`EMULATOR`; as :func:`emulate` says.
+    """Run a kernel that is specialized for an :class:`EmulatorTarget` already; see :func:`emulate`.
 
     Args:
         function: the kernel.
-        arguments: its arguments in order.
+        arguments: its arguments by name.
         memory: global memory.
         grid: how many CTAs; they run one after the other.
         threads: of a CTA.
         shared_nbytes: shared memory of a CTA.
-        alignment: of block fields.
+        fields: where block fields are, and what their addresses divide by.
         settings: how it is run.
         after_predecessors: whether the kernels before had ended when this one starts. If not, lanes have to wait for
             them (``wait_for_predecessors``) before they use memory that is not constant.
@@ -128,5 +133,5 @@ def launch(
     if threads < 32 or threads % 32 or threads > 1024:
         raise TypeError(f"a CTA has 32 to 1024 threads, whole warps of 32, not {threads}")
     for index in range(grid):
-        shared = SharedMemory(shared_nbytes, alignment)
-        CTA(memory, shared, index, grid, threads, after_predecessors, settings).run(function, arguments)
+        cta = CTA(memory, shared_nbytes, fields, index, grid, threads, after_predecessors, settings)
+        cta.run(function, arguments)

@@ -1,0 +1,154 @@
+"""Small kernels of every operation of the CPU, with inputs: run as plain Python and compiled, they make the same bytes.
+
+A kernel gets the addresses of its inputs and of its results, both in memory of this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from qmm.kernels.lang.fields import load1, load2, load4, load16
+from qmm.kernels.lang.primitives import (
+    bfloat_floats,
+    float_floats,
+    half,
+    half_floats,
+    masked,
+    run_weights,
+    signed_byte,
+    spread_bits,
+    subtract_bytes,
+    unsigned_byte,
+    word,
+)
+from qmm.kernels.lang.simd import (
+    dot_run,
+    fetch_add,
+    load_float,
+    load_floats,
+    multiply_add,
+    store_byte,
+    store_float,
+    store_floats,
+    sum_floats,
+    sum_partial,
+    zero_floats,
+    zero_partial,
+)
+from qmm.kernels.lang.specialize import unroll
+
+__all__ = ["CPU_CASES", "CPUCase"]
+
+ITEMS = 64
+SOURCE_NBYTES = 160
+"""Of an item."""
+
+
+def store_word(address, offset, value):
+    for i in unroll(4):
+        store_byte(address, offset + i, value >> (8 * i))
+
+
+def store_words(address, offset, words):
+    for i in unroll(4):
+        store_word(address, offset + 4 * i, word(words, i))
+
+
+def fields_and_words(source, target):
+    for item in range(ITEMS):
+        at = source + SOURCE_NBYTES * item + item % 16
+        to = target + 128 * item
+        words = load16(at, 3)
+        store_words(to, 0, words)
+        store_word(to, 16, load4(at, 1))
+        store_word(to, 20, load2(at, 7))
+        store_word(to, 24, load1(at, 31))
+        store_words(to, 32, subtract_bytes(words & 0x7F7F7F7F, 32))
+        store_words(to, 48, spread_bits(load2(at, 20)))
+        store_float(to, 64, signed_byte(load4(at, 40)))
+        store_float(to, 68, unsigned_byte(load4(at, 40) >> 8))
+        store_words(to, 80, (words + load16(at, 50)) * 3)
+        store_words(to, 96, (words << 3) ^ (words >> 5))
+        store_words(to, 112, (words - 77) | load4(at, 60))
+
+
+def halves(source, target):
+    """Every float16 and every bfloat16."""
+    for item in range(4096):
+        at = source + 32 * item
+        to = target + 132 * item
+        store_floats(to, 0, half_floats(load16(at, 0), load16(at, 16)))
+        store_floats(to, 64, bfloat_floats(load16(at, 0), load16(at, 16)))
+        store_float(to, 128, half(load2(at, 2 * (item % 16))))
+
+
+def runs(source, target):
+    for item in range(ITEMS):
+        at = source + SOURCE_NBYTES * item
+        to = target + 192 * item
+        values = load_floats(at, 16)
+        scale = load_float(at, 80)
+        minimum = load_float(at, 84)
+        store_floats(to, 0, run_weights(load16(at, 0), scale, minimum))
+        store_floats(to, 64, masked(run_weights(values, scale, minimum), item % 20 - 2))
+        store_floats(to, 128, float_floats(load16(at, 64), load16(at, 48), load16(at, 32), load16(at, 16)))
+
+
+def products(source, target):
+    """Of whole numbers, which all orders of summing make alike."""
+    for item in range(ITEMS):
+        at = source + SOURCE_NBYTES * item
+        q = load16(at, 0)
+        total = dot_run(dot_run(zero_partial(), q, at + 16, 1.0), q, at + 48, 0.5)
+        store_float(target, 8 * item, sum_partial(total))
+        floats = multiply_add(zero_floats(), run_weights(q, 1.0, 0.0), run_weights(load16(at, 16), 2.0, 1.0))
+        store_float(target, 8 * item + 4, sum_floats(multiply_add(floats, floats, floats)))
+
+
+def counted(source, target):
+    for item in range(ITEMS):
+        store_byte(target, 8 + item, load1(source, 0) + load1(target, 0) + load1(target, 3))
+        store_byte(target, 8 + fetch_add(target, 2), load1(target, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class CPUCase:
+    """A kernel, its inputs, and how many bytes it writes into zeros; what these are, of which any NaN is any other."""
+
+    kernel: Callable[..., None]
+    source: np.ndarray
+    target_nbytes: int
+    dtype: type = np.uint8
+
+
+def small_numbers() -> np.ndarray:
+    """16 signed bytes, and 16 int16 of the same size twice, for each item."""
+    rng = np.random.default_rng(2)
+    made = np.zeros((ITEMS, SOURCE_NBYTES), np.uint8)
+    made[:, :16] = rng.integers(-128, 128, (ITEMS, 16)).astype(np.int8).view(np.uint8)
+    made[:, 16:80] = rng.integers(-127, 128, (ITEMS, 32)).astype(np.int16).view(np.uint8).reshape(ITEMS, 64)
+    return made
+
+
+def some_bytes() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, ITEMS * SOURCE_NBYTES, np.uint8)
+
+
+def numbers() -> np.ndarray:
+    """Bytes, and float32 from the 16th on."""
+    rng = np.random.default_rng(3)
+    made = rng.integers(0, 256, (ITEMS, SOURCE_NBYTES), np.uint8)
+    made[:, 16:] = rng.standard_normal((ITEMS, (SOURCE_NBYTES - 16) // 4), np.float32).view(np.uint8)
+    return made
+
+
+CPU_CASES = {
+    "fields and words": CPUCase(fields_and_words, some_bytes(), 128 * ITEMS),
+    "halves": CPUCase(halves, np.arange(65536, dtype=np.uint16), 132 * 4096, np.float32),
+    "runs": CPUCase(runs, numbers(), 192 * ITEMS, np.float32),
+    "products": CPUCase(products, small_numbers(), 8 * ITEMS, np.float32),
+    "counted": CPUCase(counted, np.full(1, 7, np.uint8), 8 + 2 * ITEMS),
+}
