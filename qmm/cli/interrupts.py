@@ -19,7 +19,7 @@ _times: list[int] = []
 
 
 def watch() -> None:
-    """Note each Ctrl-C from now on, and print no KeyboardInterrupt that is dropped."""
+    """Note each Ctrl-C from now on, and print no exception that is dropped after one."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores the signal
         signal.signal(signal.SIGINT, _note)
         sys.unraisablehook = _print
@@ -42,5 +42,5 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def _print(unraisable: sys.UnraisableHookArgs) -> None:
-    if unraisable.exc_type is not KeyboardInterrupt:
+    if not _times:
         sys.__unraisablehook__(unraisable)

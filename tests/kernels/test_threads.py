@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -118,7 +117,7 @@ def test_every_helper_has_ended_when_an_interrupt_is_raised() -> None:
         if threading.get_ident() == caller:
             signal.raise_signal(signal.SIGINT)
         time.sleep(0.1)
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(caller, signal.SIGINT)
         time.sleep(0.1)
         ended.append(threading.get_ident())
 
