@@ -28,8 +28,6 @@ class FormatConstants(Constants):
     """Whether a run has a minimum."""
     PLAIN: bool
     """Whether blocks are plain numbers, of which a row's last block may have fewer."""
-    SHORT: bool
-    """Whether these have at most 11 significant bits."""
     load: Callable[..., Any]
     """The registers that a lane loads of a block: ``load(block, lane)``."""
     unpack: Callable[..., Any]
@@ -100,7 +98,6 @@ class Format:
             RUNS=self.runs,
             HAS_MINIMUM=self.has_minimum,
             PLAIN=self.plain,
-            SHORT=self.short,
             load=self.load,
             unpack=(product and self.unpack_product) or self.unpack,
             position=self.position,

@@ -1,61 +1,129 @@
-"""Prepared products as a driver gets to see them; no kernel is compiled or run."""
+"""What a device queues, as a driver gets to see it; no kernel is compiled or run."""
 
 from __future__ import annotations
 
 import threading
 
+import fake_driver
 import pytest
 from fake_driver import Driver
 
-from qmm.device import GPU, NEXT, NOTHING, Product
-from qmm.kernels.runtime import launch
-from qmm.kernels.runtime.launch import Launch
+from qmm.device import Device
+from qmm.errors import ClosedError, DeviceError
+from qmm.graph import Step, queue_sequence
+from qmm.kernels.ops.layout import Activations
+from qmm.kernels.ops.matvec.plan import NOTHING, Product, Region
+from qmm.kernels.ops.op import At, LaunchSpec, Operand
 
-ARGUMENTS = 17
-OPENING = (4096, 34, 7, 32)
+REGION = Region(34, 7, 32)
+X, Y = Operand.contiguous(1, 32), Operand.contiguous(1, 8)
+QUANTIZED = Activations(1, True, 0, 1, 4)
+WORKSPACE = 1 << 30
+
+
+def reads(weights, x, y, next_weights, next_row_nbytes, next_rows, next_nbytes):
+    """A kernel of a product's parameters."""
+
+
+def quantizes(weights, x, y, next_weights, next_row_nbytes, next_rows, next_nbytes):
+    """Another one, before it."""
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    made = Driver()
-    monkeypatch.setattr(launch, "driver", made)
-    return made
+    return fake_driver.install(monkeypatch)
 
 
 @pytest.fixture
-def gpu(fake: Driver) -> GPU:
+def device(fake: Driver) -> Device:
     """One whose device was made current before, with nothing on it."""
-    made = object.__new__(GPU)
-    made.lock, made._thread, made._stopped = threading.RLock(), threading.local(), False
-    made._thread.ready = True
-    return made
+    device = object.__new__(Device)
+    device.number, device._allocated, device._zeros, device._alone = 0, {}, 0x2E05, True
+    device.lock, device._thread, device._stopped = threading.RLock(), threading.local(), False
+    device._thread.ready = True
+    return device
 
 
-def product_of(fake: Driver, launches: int) -> Product:
-    """A product of so many launches, each of which reads the weights."""
-    product = Product(0)
-    for _ in range(launches):
-        made = Launch(fake.kernel(ARGUMENTS, shared=True), 0, 4, (0,) * ARGUMENTS, 0, early=True)
-        product.add(made, (7, 0, 0), (11, 1, 0))
-        product.announced = made.arguments
-    return product
+def product_of(fake: Driver, launches: int, quantized: Activations | None = None) -> Product:
+    """A product of so many launches that read the weights, and one that quantizes before."""
+    nothing = dict.fromkeys(("next_weights", "next_row_nbytes", "next_rows", "next_nbytes"), 0)
+    source = At("workspace", 256) if quantized else At("x")
+    first = [LaunchSpec.of(fake.kernel(quantizes), 1, weights=0, x=At("x"), y=At("workspace"), **nothing)]
+    specs = first if quantized else []
+    for number in range(launches):
+        target = At("y", 4 * number)
+        specs.append(LaunchSpec.of(fake.kernel(reads), 4, weights=At("weights"), x=source, y=target, **nothing))
+    return Product(
+        tuple(specs),
+        x=X,
+        y=Y,
+        quantized=quantized,
+        quantize_launches=1 if quantized else 0,
+        prefetch_region=REGION,
+        prefetches=len(specs) - 1,
+    )
 
 
-def test_only_the_last_reading_of_the_weights_brings_in_what_comes_next(fake: Driver, gpu: GPU) -> None:
-    product = product_of(fake, 2)
-    product.announce(OPENING)
-    gpu.queue(product, 1, 2, 0)
-    assert [tuple(launched.arguments[NEXT]) for launched in fake.launches] == [NOTHING, OPENING]
+def test_addresses_are_bound_when_work_is_queued(fake: Driver, device: Device) -> None:
+    prepared = device.prepare(product_of(fake, 2), "a test")
+    for weights, x, y in ((1000, 2000, 3000), (1001, 2002, 3003)):
+        device.queue(prepared, weights, x, y, stream=7)
+    assert [launched.arguments[:3] for launched in fake.launches] == [
+        (1000, 2000, 3000),
+        (1000, 2000, 3004),
+        (1001, 2002, 3003),
+        (1001, 2002, 3007),
+    ]
+    assert {launched.stream for launched in fake.launches} == {7}
 
 
-def test_without_an_announcement_nothing_is_brought_in(fake: Driver, gpu: GPU) -> None:
-    product = product_of(fake, 1)
-    product.announce(OPENING)
-    product.announce(NOTHING)
-    gpu.queue(product, 1, 2, 0)
-    (launched,) = fake.launches
-    assert tuple(launched.arguments[NEXT]) == NOTHING
+def test_only_the_last_reading_of_the_weights_prefetches_what_comes_next(fake: Driver, device: Device) -> None:
+    prepared = device.prepare(product_of(fake, 2), "a test")
+    queue_sequence(device, [Step(prepared, 4096, 1, 2), Step(prepared, 8192, 1, 3)], 0, 0)
+    nothing, next_ones = (0, *NOTHING), (8192, *REGION)
+    assert [launched.arguments[3:] for launched in fake.launches] == [nothing, next_ones, nothing, nothing]
 
 
-def test_a_product_that_launches_nothing_takes_announcements() -> None:
-    Product(0).announce(OPENING)
+def steps_of(fake: Driver, device: Device, *arrays: tuple[int, int]) -> list[Step]:
+    return [Step(device.prepare(product_of(fake, 1, QUANTIZED), "a test"), 4096, x, y) for x, y in arrays]
+
+
+def functions(fake: Driver) -> list[int]:
+    """For each launch, whether it read the weights (1) or quantized (0)."""
+    return [int(launched.arguments[0] == 4096) for launched in fake.launches]
+
+
+def test_products_with_the_same_activations_quantize_them_once(fake: Driver, device: Device) -> None:
+    steps = steps_of(fake, device, (1000, 5000), (1000, 6000), (1000, 7000))
+    queue_sequence(device, steps, 0, WORKSPACE)
+    assert functions(fake) == [0, 1, 1, 1]
+    fake.launches.clear()
+    queue_sequence(device, steps, 0, WORKSPACE, share_activations=False)
+    assert functions(fake) == [0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        pytest.param([(1000, 5000), (1004, 6000)], id="other activations"),
+        pytest.param([(1000, 1000 - 4 * 8 + 1), (1000, 6000)], id="activations that a product has written to"),
+        pytest.param([(1000, 1000 + 4 * 31), (1000, 6000)], id="the last one of them"),
+    ],
+)
+def test_what_may_have_changed_is_quantized_again(fake: Driver, device: Device, arrays: list[tuple[int, int]]) -> None:
+    queue_sequence(device, steps_of(fake, device, *arrays), 0, WORKSPACE)
+    assert functions(fake) == [0, 1, 0, 1]
+
+
+def test_a_refusal_names_the_device_and_what_was_queued(fake: Driver, device: Device) -> None:
+    prepared = device.prepare(product_of(fake, 1), "a test")
+    fake.refuses = fake.CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(DeviceError, match="a product on CUDA device 0: cuLaunchKernelEx of example returned"):
+        device.queue(prepared, 1, 2, 3, 0)
+
+
+def test_a_stopped_device_takes_no_more_work(fake: Driver, device: Device) -> None:
+    prepared = device.prepare(product_of(fake, 1), "a test")
+    device._stopped = True
+    with pytest.raises(ClosedError, match="the engine on CUDA device 0 was closed"):
+        device.queue(prepared, 1, 2, 3, 0)

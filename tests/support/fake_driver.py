@@ -7,19 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from cuda.bindings import driver
 
+from qmm import cuda
+from qmm.kernels.lang.constants import Constants
+from qmm.kernels.runtime import launch
 from qmm.kernels.runtime.cache import CachedKernel, Code
-from qmm.kernels.runtime.launch import CUDAKernel
+from qmm.kernels.runtime.kernel import Kernel
 
-__all__ = ["SHARED_NBYTES", "Driver", "Launched"]
+__all__ = ["ANSWERS", "SHARED_NBYTES", "Driver", "Launched", "install"]
 
 SHARED_NBYTES = 232448
-"""The most shared memory that a block may ask it for."""
-ANSWERS = {
-    driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: 9,
-    driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: SHARED_NBYTES,
-}
+"""The most shared memory that a CTA may ask it for."""
+ANSWERS = {"ComputeCapabilityMajor": 9, "ComputeCapabilityMinor": 0, "MaxSharedMemoryPerBlockOptin": SHARED_NBYTES}
+"""Attributes of the device."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +55,15 @@ class Driver:
         self.functions: list[tuple[Any, int]] = []
         self.launches: list[Launched] = []
 
-    def kernel(self, arguments: int, threads: int = 96, shared: bool = False) -> CUDAKernel:
-        """A kernel of so many arguments that is found in the cache, so that nothing is compiled."""
-
-        def build() -> None:
-            raise AssertionError("it is in the cache")
-
-        self.arguments = arguments
-        kernel = CUDAKernel("example", build, arguments, {"arguments": arguments}, threads, shared)
-        CachedKernel(kernel.name, kernel.key, (9, 0)).put(Code("example", b"\x7fELF example"))
+    def kernel(self, function: Callable[..., None], threads: int = 96, shared: bool = False) -> Kernel:
+        """A kernel that is found in the cache, so that nothing is compiled."""
+        kernel = Kernel("example", function, Constants(), threads, shared=shared)
+        self.arguments = len(kernel.parameters)
+        CachedKernel(kernel.name, kernel.described(), (9, 0)).put(Code("example", b"\x7fELF example"))
         return kernel
 
     def __getattr__(self, name: str) -> Any:
         return (lambda *arguments: (0,)) if name.startswith("cu") else getattr(driver, name)
-
-    def cuDeviceGetAttribute(self, kind: Any, device: int) -> tuple[int, int]:  # noqa: N802
-        return 0, ANSWERS.get(kind, 0)
 
     def cuModuleLoadData(self, code: bytes) -> tuple[Any, ...]:  # noqa: N802
         return (0, code) if self.accepts(code) else (driver.CUresult.CUDA_ERROR_INVALID_IMAGE, None)
@@ -96,3 +91,12 @@ class Driver:
         )
         self.launches.append(launched)
         return (self.refuses,)
+
+
+def install(patch: pytest.MonkeyPatch) -> Driver:
+    """Put one in the place of CUDA's, on a machine with one device."""
+    made = Driver()
+    patch.setattr(cuda, "driver", lambda: made)
+    patch.setattr(cuda, "attribute", lambda name, device: ANSWERS[name])
+    patch.setattr(launch, "_loaded", {})
+    return made
