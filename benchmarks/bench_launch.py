@@ -133,6 +133,7 @@ def test_plan(engine: qmm.Engine, timed: Callable[..., None], products: int) -> 
             plan()
 
     timed(f"plan() of {products} product{'s' * (products > 1)}", calls, count)
+    plan.close()
 
 
 def nodes_of_nothing(gpu: Device) -> Callable[[], None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 
 from qmm.kernels.formats import Format
+from qmm.kernels.lang.fields import FieldAccess
 from qmm.kernels.lang.masks import mask
 from qmm.kernels.lang.primitives import run_weights
 from qmm.kernels.lang.ptx.barrier import fence_mbarrier_init, mbarrier_arrive, mbarrier_wait, sync_cta
@@ -82,7 +83,7 @@ def dequantize_kernel(block_format: Format, tiling: Tiling, bulk: bool) -> Kerne
     """Dequantization to float32."""
     constants = PipelineConstants(**tiling.constants(block_format, bulk, product=False))
     name = f"dequantize_{block_format.name}_{tiling.alignment}"
-    return Kernel(name, dequantize, constants, tiling.threads, tiling.alignment, shared=True)
+    return Kernel(name, dequantize, constants, tiling.threads, FieldAccess(tiling.alignment), shared=True)
 
 
 def plan(block_format: Format, m: int, k: int, weights: WeightLayout, architecture: Architecture) -> Work:

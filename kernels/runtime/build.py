@@ -26,7 +26,7 @@ _ENTRY = re.compile(r"\.visible \.entry (\w+)")
 @functools.cache
 def function_of(kernel: Kernel) -> Callable[..., Any]:
     """The specialized function of a kernel, uncompiled."""
-    return specialize(kernel.function, kernel.constants, CUDATarget(kernel.alignment))
+    return specialize(kernel.function, kernel.constants, CUDATarget(kernel.fields))
 
 
 def signature_of(kernel: Kernel) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmm.kernels.lang.constants import Constants
+from qmm.kernels.lang.fields import DEFAULT_FIELDS, FieldAccess
 
 __all__ = ["Kernel"]
 
@@ -26,7 +27,7 @@ class Kernel:
         function: the kernel, as plain Python.
         constants: what it is specialized with.
         threads: of a CTA.
-        alignment: of the block fields that it loads from shared memory, in bytes.
+        fields: how it reads block fields, if it does.
         shared: whether launches ask for dynamic shared memory, as much as the device has for a CTA if need be.
     """
 
@@ -34,7 +35,7 @@ class Kernel:
     function: Callable[..., None]
     constants: Constants
     threads: int
-    alignment: int = 16
+    fields: FieldAccess = DEFAULT_FIELDS
     shared: bool = False
 
     @functools.cached_property
@@ -60,5 +61,5 @@ class Kernel:
             "function": self.function,
             "constants": self.constants.described(),
             "threads": self.threads,
-            "alignment": self.alignment,
+            "fields": self.fields,
         }

@@ -305,6 +305,7 @@ class TestCopies:
         if start == "spawn":
             with pytest.raises(qmm.CopyError, match="Make it in the worker"):
                 next(iter(load(dataset)))
-            dataset.engine = None
+            dataset.close()
         for y, right in zip(load(dataset), expected, strict=True):
             np.testing.assert_array_equal(y, right)
+        dataset.close()

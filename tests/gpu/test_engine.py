@@ -461,6 +461,7 @@ class TestPlan:
         cuda.synchronize()
         assert len(others) == 20
         assert close_to(y.copy_to_host(), values, weights_of(engine, "q4_k"))
+        plan.close()
 
     def test_ends_with_its_engine_or_before(self, path: Path) -> None:
         x, y = cuda.to_device(np.zeros((1, 768), np.float32)), cuda.device_array((1, 5), np.float32)

@@ -6,46 +6,43 @@ That every operation is among the cases, ``tests/kernels/test_operations.py`` sh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import numpy as np
 import pytest
 from operation_cases import CASES, Case
 
-from qmm.device import GPU
+from qmm.device import Device
 from qmm.kernels.runtime.launch import Launch
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Iterator[GPU]:
-    gpu = GPU(0)
-    yield gpu
-    gpu.drain()
-    gpu.close()
+def device() -> Iterator[Device]:
+    with closing(Device(0)) as device:
+        yield device
 
 
-def on_gpu(gpu: GPU, case: Case) -> np.ndarray:
+def on_gpu(device: Device, case: Case) -> np.ndarray:
     """What the GPU makes of a case: the bytes at its target."""
-    addresses = []
+    arguments = {}
     with ExitStack() as stack:
-        for content in (case.source, case.before()):
-            addresses.append(gpu.allocate(content.nbytes, "a test"))
-            stack.callback(gpu.free, addresses[-1])
-            gpu.copy(addresses[-1], content.ctypes.data, content.nbytes, gpu.stream)
-            gpu.synchronize(gpu.stream)
-        early = case.launches > 1
-        launch = Launch(case.on_gpu(), gpu.device, case.blocks, addresses, case.shared_nbytes, early)
-        for _ in range(case.launches):
-            launch.queue(gpu.stream)
+        for name, content in (("source", case.source), ("target", case.before())):
+            address = arguments[name] = stack.enter_context(device.temporary_buffer(content.nbytes, "a test"))
+            device.copy(address, content.ctypes.data, content.nbytes, device.stream)
+            device.synchronize(device.stream)
+        with device.current("a test"):
+            launch = Launch(case.kernel, 0, case.ctas, arguments, case.shared_nbytes, early=case.launches > 1)
+            for _ in range(case.launches):
+                launch.queue(device.stream)
         made = np.empty_like(case.before())
-        gpu.copy(made.ctypes.data, addresses[1], made.nbytes, gpu.stream)
-        gpu.synchronize(gpu.stream)
+        device.copy(made.ctypes.data, arguments["target"], made.nbytes, device.stream)
+        device.synchronize(device.stream)
     return made
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_gpu_makes_what_the_emulator_makes(name: str, gpu: GPU) -> None:
+def test_the_gpu_makes_what_the_emulator_makes(name: str, device: Device) -> None:
     case = CASES[name]
-    if case.hopper and not gpu.machine.bulk:
+    if case.hopper and not device.architecture.bulk:
         pytest.skip("below compute capability 9.0 there are no bulk copies, and no kernel starts before the last ends")
-    case.compare(case, on_gpu(gpu, case), case.emulated())
+    case.compare(case, on_gpu(device, case), case.emulated())

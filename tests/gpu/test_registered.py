@@ -17,7 +17,7 @@ import pytest
 from qmm.cli.smoke import anonymous_nbytes
 from qmm.errors import ClosedError, MappingError, RegistrationError
 from qmm.loaders import FileMapping, HostRegistration
-from qmm.loaders.access import registered as registration
+from qmm.loaders.access import chunks
 
 PAGE = mmap.PAGESIZE
 FLAGS = 0x01 | 0x02 | 0x08  # cudaHostRegisterPortable, Mapped, ReadOnly
@@ -41,7 +41,7 @@ def mapping(tmp_path: Path, contents: bytes) -> Iterator[FileMapping]:
     path.write_bytes(contents)
     with FileMapping.open(path) as mapping:
         yield mapping
-    assert not registration._tables, "a registration was left open"
+    assert not chunks.registered.now, "a registration was left open"
 
 
 def read_back(runtime: Any, address: int, nbytes: int) -> bytes:
@@ -175,7 +175,7 @@ def test_refused_call_is_named_cleared_and_rolled_back(runtime: Any, mapping: Fi
         assert 'placement="device"' in message
         assert 'placement="host"' in message
         assert not is_registered(runtime, mapping.address), "chunks before the refused one stayed registered"
-        assert not registration._tables
+        assert not chunks.registered.now
     finally:
         assert runtime.cudaHostUnregister(foreign) == (0,)
     with HostRegistration.of(mapping, [(0, 10 * PAGE)], chunk_nbytes=2 * PAGE) as registered:
@@ -216,7 +216,7 @@ def test_a_registration_whose_mapping_was_finalized_first_still_unregisters(runt
     assert is_registered(runtime, mapping.address)
     registered.close()
     assert not is_registered(runtime, mapping.address)
-    assert not registration._tables
+    assert not chunks.registered.now
 
 
 def test_nothing_to_register(mapping: FileMapping) -> None:

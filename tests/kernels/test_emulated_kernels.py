@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source, run lane by lane on the CPU, in memory that refuses what lies outside a tensor.
+"""The CUDA kernels' own source, run by the emulator, in memory that refuses what lies outside a tensor.
 
 What runs is what Numba gets to compile, with the meanings of operations in place of PTX; what the emulator refuses,
 :mod:`qmm.kernels.lang.targets.emulator` says.
@@ -10,38 +10,40 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from emulated_device import EmulatedGPU, dequantized, expected_reads, run_dequantization, run_product
+from emulated_device import AMPERE, HOPPER, EmulatedDevice
+from emulated_products import dequantized, expected_reads, run_dequantization, run_product
 from gguf_files import random_blocks, small_blocks
 
+from qmm import direct
 from qmm.arrays import View
-from qmm.device import NOTHING
+from qmm.graph import Step, queue_sequence
 from qmm.kernels.formats import FORMATS
-from qmm.kernels.lang.targets.emulator import EmulatorError, Settings
-from qmm.kernels.ops.matvec.plan import WARPS, Machine, Tiling
-from qmm.kernels.runtime import launch
-
-HOPPER = Machine(2, 232448, True)
-AMPERE = Machine(2, 166912, False)
+from qmm.kernels.lang.targets.emulator import EmulatorError, Region, Settings
+from qmm.kernels.ops.layout import WARPS
+from qmm.kernels.ops.matvec.plan import NEXT_OF_L2, NOTHING, Product, plan
+from qmm.kernels.ops.op import Architecture, WeightLayout
+from qmm.kernels.ops.read import plan_checksum
+from qmm.kernels.ops.tiling import Tiling
 
 
 def test_aligned_rows_are_read_exactly_once() -> None:
-    for machine in (HOPPER, AMPERE):
-        outcome = run_product("Q4_K", 37, 512, 3, machine=machine)
+    for architecture in (HOPPER, AMPERE):
+        outcome = run_product("Q4_K", 37, 512, 3, architecture=architecture)
         assert set(outcome.reads) == {1}
 
 
-@pytest.mark.parametrize("machine", [HOPPER, AMPERE], ids=["bulk", "by 16"])
+@pytest.mark.parametrize("architecture", [HOPPER, AMPERE], ids=["bulk", "by 16"])
 @pytest.mark.parametrize(("name", "k", "shift"), [("F16", 3, 4), ("BF16", 5, 10), ("F32", 1, 12), ("Q4_0", 32, 15)])
-def test_tensors_of_a_few_bytes(name: str, k: int, shift: int, machine: Machine) -> None:
-    run_product(name, 1, k, 1, machine=machine, shift=shift)
-    run_dequantization(name, 1, k, machine=machine, shift=shift)
+def test_tensors_of_a_few_bytes(name: str, k: int, shift: int, architecture: Architecture) -> None:
+    run_product(name, 1, k, 1, architecture=architecture, shift=shift)
+    run_dequantization(name, 1, k, architecture=architecture, shift=shift)
 
 
-@pytest.mark.parametrize("machine", [HOPPER, AMPERE], ids=["bulk", "by 16"])
-def test_tensors_that_start_and_end_anywhere(machine: Machine) -> None:
+@pytest.mark.parametrize("architecture", [HOPPER, AMPERE], ids=["bulk", "by 16"])
+def test_tensors_that_start_and_end_anywhere(architecture: Architecture) -> None:
     for shift in range(16):
-        run_dequantization("Q4_0", 1, 32, machine=machine, shift=shift)
-        run_dequantization("Q8_0", 3, 32, machine=machine, shift=shift)
+        run_dequantization("Q4_0", 1, 32, architecture=architecture, shift=shift)
+        run_dequantization("Q8_0", 3, 32, architecture=architecture, shift=shift)
 
 
 def test_expected_reads_by_hand() -> None:
@@ -60,52 +62,71 @@ def test_other_dtypes_in_and_out(dtype: str) -> None:
 @pytest.mark.parametrize(
     ("mapped", "most"), [(False, 1 << 20), (False, 2000), (True, 1 << 20)], ids=["all", "some", "mapped"]
 )
-def test_what_comes_next_is_brought_in_and_nothing_else(mapped: bool, most: int, rng: np.random.Generator) -> None:
+def test_what_comes_next_is_prefetched_and_nothing_else(mapped: bool, most: int, rng: np.random.Generator) -> None:
     require_what_comes_next(mapped, most, rng)
 
 
 def require_what_comes_next(mapped: bool, most: int, rng: np.random.Generator, mask: str | None = None) -> None:
     sizes = [("Q8_0", 37, 96, 1), ("Q4_K", 20, 512, 8), ("Q6_K", 3, 256, 12), ("Q5_0", 51, 32, 2)]
-    settings = Settings(faults=frozenset() if mask is None else frozenset({mask}))
-    with EmulatedGPU(HOPPER, settings, mapped) as gpu:
-        gpu._next_nbytes = most
-        weights, products, expected = [], [], []
-        for i, (name, m, k, n) in enumerate(sizes):
-            weight = gpu.add(name, random_blocks(name, (m, k), rng), constant=True, shift=(0, 2, 6, 16)[i])
-            x = rng.standard_normal((n, k)).astype(np.float32)
-            source, target = gpu.add("x", x.tobytes()), gpu.add("y", 4 * n * m)
-            expected.append(gpu.matmul_host(FORMATS[name], weight.start, m, k, x, True, 0))
-            x_view = View((n, k), (4 * k, 4), "float32", source.start, 0)
-            y_view = View((n, m), (4 * m, 4), "float32", target.start, 0)
-            weights.append(weight)
-            products.append((gpu.prepare(FORMATS[name], weight.start, m, k, x_view, y_view, True), x_view, y_view))
-        scratch = gpu.allocate(max(product.scratch_nbytes for product, _, _ in products), "scratch")
-        gpu.sequence([(product, x.address, y.address) for product, x, y in products], 0, scratch)
-        for (_, _, y), values in zip(products, expected, strict=True):
-            got = np.frombuffer(gpu.memory.find(y.address, 4).data, np.float32)
-            np.testing.assert_array_equal(got, values.ravel())
+    architecture = replace(HOPPER, l2_nbytes=NEXT_OF_L2 * most)
+    device = EmulatedDevice(architecture, Settings(faults=frozenset() if mask is None else frozenset({mask})))
+    weights, steps, expected = [], [], []
+    for i, (name, m, k, n) in enumerate(sizes):
+        weight = device.add(name, random_blocks(name, (m, k), rng), constant=True, shift=(0, 2, 6, 16)[i])
+        x = rng.standard_normal((n, k)).astype(np.float32)
+        expected.append(multiply(device, name, weight.start, m, x, True))
+        source, target = view_of(device.add("x", x.tobytes()), (n, k)), view_of(device.add("y", 4 * n * m), (n, m))
+        layout = WeightLayout.at(weight.start, mapped)
+        prepared = direct.prepare(device, FORMATS[name], layout, m, k, source, target, True)
+        weights.append(weight)
+        steps.append(Step(prepared, weight.start, source.address, target.address))
+    workspace = device.allocate(max(step.product.workspace_nbytes for step in steps), "workspace")
+    queue_sequence(device, steps, 0, workspace)
+    for step, values in zip(steps, expected, strict=True):
+        got = device.memory.find(step.y, 4).array(np.float32)
+        np.testing.assert_array_equal(got, values.ravel())
     assert not any(weights[0].prefetched)
-    for weight, (name, m, k, _), (product, _, _) in zip(weights[1:], sizes[1:], products[1:], strict=True):
-        row_nbytes = FORMATS[name].row_nbytes(k)
-        start, pitch, count, nbytes = product.opening
-        if mapped:
-            assert product.opening == NOTHING
-        else:
-            assert (start, pitch % row_nbytes) == (weight.start, 0)
-        assert count * pitch <= m * row_nbytes
-        assert nbytes == pitch or nbytes < row_nbytes
-        assert count * nbytes <= most
-        brought = bytearray(len(weight.data))
-        for i in range(count):
-            first, last = -(-(start + i * pitch) // 16), (start + i * pitch + nbytes) // 16
-            brought[16 * first - weight.start : 16 * last - weight.start] = b"\1" * (16 * (last - first))
-        assert any(brought) or mapped
-        assert weight.prefetched == brought
+    for weight, (name, m, k, _), step in zip(weights[1:], sizes[1:], steps[1:], strict=True):
+        require_prefetched(weight, FORMATS[name].row_nbytes(k), m, step.product, mapped, most)
 
 
-def weights_of(gpu: EmulatedGPU, name: str, m: int, k: int, rng: np.random.Generator) -> int:
+def require_prefetched(weight: Region, row_nbytes: int, m: int, product: Product, mapped: bool, most: int) -> None:
+    """Of what is worth having in L2, what shares 16 bytes with nothing else was asked for."""
+    pitch, count, nbytes = product.prefetch_region
+    if mapped:
+        assert product.prefetch_region == NOTHING
+    else:
+        assert pitch % row_nbytes == 0
+    assert count * pitch <= m * row_nbytes
+    assert nbytes == pitch or nbytes < row_nbytes
+    assert count * nbytes <= most
+    prefetched = bytearray(len(weight.data))
+    for i in range(count):
+        start = weight.start + i * pitch
+        first, last = -(-start // 16), (start + nbytes) // 16
+        prefetched[16 * first - weight.start : 16 * last - weight.start] = b"\1" * (16 * (last - first))
+    assert any(prefetched) or mapped
+    assert weight.prefetched == prefetched
+
+
+def view_of(region: Region, shape: tuple[int, ...], strides: tuple[int, ...] = (), dtype: str = "float32") -> View:
+    """An array at the beginning of a region, row-major if nothing else is said."""
+    item = 4 if dtype == "float32" else 2
+    return View(shape, strides or (item * shape[-1], item), dtype, region.start, 0)
+
+
+def multiply(device: EmulatedDevice, name: str, weights: int, m: int, x: np.ndarray, int8: bool) -> np.ndarray:
+    """``x[n, k] @ W^T`` of a plain array."""
+    n, k = x.shape
+    target = device.add("y", 4 * n * m)
+    source = view_of(device.add("x", np.ascontiguousarray(x).tobytes()), (n, k))
+    direct.matmul(device, FORMATS[name], weights, m, k, source, view_of(target, (n, m)), int8, 0)
+    return target.array(np.float32).reshape(n, m)
+
+
+def weights_of(device: EmulatedDevice, name: str, m: int, k: int, rng: np.random.Generator) -> int:
     data = random_blocks(name, (m, k), rng)
-    return gpu.add("weights", data, constant=True, shift=2).start
+    return device.add("weights", data, constant=True, shift=2).start
 
 
 def test_views_of_any_strides(rng: np.random.Generator) -> None:
@@ -113,15 +134,14 @@ def test_views_of_any_strides(rng: np.random.Generator) -> None:
     memory = rng.standard_normal((3, 4, 2 * k)).astype(np.float32)
     x = memory[:, ::2, ::2]
     spaced = np.zeros((3, 2, 2 * m), np.float32)[..., ::2]
-    with EmulatedGPU(HOPPER) as gpu:
-        weights = weights_of(gpu, "Q5_0", m, k, rng)
-        source = gpu.add("x", memory.tobytes())
-        target = gpu.add("y", bytes(2 * 4 * 6 * m))
-        expected = gpu.matmul_host(FORMATS["Q5_0"], weights, m, k, np.ascontiguousarray(x).reshape(6, k), True, 0)
-        x_view = View(x.shape, x.strides, "float32", source.start, 0)
-        y_view = View(spaced.shape, spaced.strides, "float32", target.start, 0)
-        gpu.matmul(FORMATS["Q5_0"], weights, m, k, x_view, y_view, True, 0)
-    outputs = np.frombuffer(target.data, np.float32).reshape(6, 2 * m)
+    device = EmulatedDevice()
+    weights = weights_of(device, "Q5_0", m, k, rng)
+    source = device.add("x", memory.tobytes())
+    target = device.add("y", bytes(2 * 4 * 6 * m))
+    expected = multiply(device, "Q5_0", weights, m, x.reshape(6, k), True)
+    x_view, y_view = view_of(source, x.shape, x.strides), view_of(target, spaced.shape, spaced.strides)
+    direct.matmul(device, FORMATS["Q5_0"], weights, m, k, x_view, y_view, True, 0)
+    outputs = target.array(np.float32).reshape(6, 2 * m)
     np.testing.assert_array_equal(outputs[:, ::2], expected)
     assert (outputs[:, 1::2] == 0).all()
 
@@ -130,16 +150,14 @@ def test_views_of_any_strides(rng: np.random.Generator) -> None:
 def test_rows_of_any_length_that_begin_at_multiples_of_16(k: int, rng: np.random.Generator) -> None:
     m, spaced = 7, np.full((2, 44), np.nan, np.float32)
     x = spaced[:, :k] = rng.standard_normal((2, k)).astype(np.float32)
-    with EmulatedGPU(HOPPER) as gpu:
-        weights = weights_of(gpu, "F16", m, k, rng)
-        source = gpu.add("x", spaced.tobytes()[: 4 * (44 + k)])
-        target = gpu.add("y", bytes(4 * 2 * m))
-        expected = gpu.matmul_host(FORMATS["F16"], weights, m, k, x, False, 0)
-        x_view = View((2, k), (4 * 44, 4), "float32", source.start, 0)
-        gpu.matmul(
-            FORMATS["F16"], weights, m, k, x_view, View((2, m), (4 * m, 4), "float32", target.start, 0), False, 0
-        )
-    np.testing.assert_array_equal(np.frombuffer(target.data, np.float32).reshape(2, m), expected)
+    device = EmulatedDevice()
+    weights = weights_of(device, "F16", m, k, rng)
+    source = device.add("x", spaced.tobytes()[: 4 * (44 + k)])
+    target = device.add("y", bytes(4 * 2 * m))
+    expected = multiply(device, "F16", weights, m, x, False)
+    x_view = view_of(source, (2, k), (4 * 44, 4))
+    direct.matmul(device, FORMATS["F16"], weights, m, k, x_view, view_of(target, (2, m)), False, 0)
+    np.testing.assert_array_equal(target.array(np.float32).reshape(2, m), expected)
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "BF16"])
@@ -147,14 +165,18 @@ def test_results_may_take_the_place_of_the_activations(name: str, rng: np.random
     size = 96
     int8 = not FORMATS[name].plain
     x = rng.standard_normal((1, size)).astype(np.float32)
-    with EmulatedGPU(HOPPER) as gpu:
-        weights = weights_of(gpu, name, size, size, rng)
-        expected = gpu.matmul_host(FORMATS[name], weights, size, size, x, int8, 0)
-        both = gpu.add("x, then y", x.tobytes())
-        view = View((1, size), (4 * size, 4), "float32", both.start, 0)
-        assert gpu.prepare(FORMATS[name], weights, size, size, view, view, int8).meet(both.start, both.start)
-        gpu.matmul(FORMATS[name], weights, size, size, view, view, int8, 0)
-    np.testing.assert_array_equal(np.frombuffer(both.data, np.float32), expected[0])
+    device = EmulatedDevice()
+    weights = weights_of(device, name, size, size, rng)
+    expected = multiply(device, name, weights, size, x, int8)
+    both = device.add("x, then y", x.tobytes())
+    view = view_of(both, (1, size))
+    product = plan(
+        *(FORMATS[name], size, size, WeightLayout.at(weights)),
+        *(view.operand(), view.operand(), int8, device.architecture),
+    )
+    assert product.overlaps(both.start, both.start)
+    direct.matmul(device, FORMATS[name], weights, size, size, view, view, int8, 0)
+    np.testing.assert_array_equal(both.array(np.float32), expected[0])
 
 
 RANGE = np.array([[3.4e38], [1e37], [1e-36], [2e-38]], np.float32)
@@ -175,13 +197,12 @@ def test_activations_may_be_of_any_size(name: str, int8: bool, x_shift: int, rng
         x = np.concatenate([x, rng.uniform(-1, 1, (2, k)).astype(np.float32) * SUBNORMAL])
     data = small_blocks(name, (m, k), rng)
     matrix = dequantized(FORMATS[name], data, m, k).astype(np.float64)
-    with EmulatedGPU(HOPPER) as gpu:
-        weights = gpu.add("weights", data, constant=True, shift=2)
-        source, target = gpu.add("x", x.tobytes(), shift=x_shift), gpu.add("y", 4 * len(x) * m)
-        x_view = View(x.shape, (4 * k, 4), "float32", source.start, 0)
-        y_view = View((len(x), m), (4 * m, 4), "float32", target.start, 0)
-        gpu.matmul(FORMATS[name], weights.start, m, k, x_view, y_view, int8, 0)
-    y = np.frombuffer(target.data, np.float32).reshape(len(x), m)
+    device = EmulatedDevice()
+    weights = device.add("weights", data, constant=True, shift=2)
+    source, target = device.add("x", x.tobytes(), shift=x_shift), device.add("y", 4 * len(x) * m)
+    x_view, y_view = view_of(source, x.shape), view_of(target, (len(x), m))
+    direct.matmul(device, FORMATS[name], weights.start, m, k, x_view, y_view, int8, 0)
+    y = target.array(np.float32).reshape(len(x), m)
     terms = (x.astype(np.float64) ** 2) @ (matrix.T**2)
     error = (y - x.astype(np.float64) @ matrix.T) ** 2
     rounding = k * 2.0**-150  # of sums that are subnormal numbers
@@ -193,33 +214,33 @@ def test_what_is_not_finite_is_not_lost(int8: bool, rng: np.random.Generator) ->
     x = rng.standard_normal((4, 512)).astype(np.float32)
     x[1, 300] = np.nan
     x[2, 7] = np.inf
-    with EmulatedGPU(HOPPER) as gpu:
-        weights = weights_of(gpu, "Q4_K", 5, 512, rng)
-        y = gpu.matmul_host(FORMATS["Q4_K"], weights, 5, 512, x, int8, 0)
-        clean = gpu.matmul_host(FORMATS["Q4_K"], weights, 5, 512, x[[0, 3]], int8, 0)
+    device = EmulatedDevice()
+    weights = weights_of(device, "Q4_K", 5, 512, rng)
+    y = multiply(device, "Q4_K", weights, 5, x, int8)
+    clean = multiply(device, "Q4_K", weights, 5, x[[0, 3]], int8)
     assert not np.isfinite(y[1:3]).any()
     np.testing.assert_allclose(y[[0, 3]], clean, rtol=1e-5)
 
 
 def test_bytes_are_read_where_they_lie(rng: np.random.Generator) -> None:
     data = rng.bytes(2000)
-    with EmulatedGPU(HOPPER) as gpu:
-        source = gpu.add("file", data, constant=True, shift=3)
-        assert gpu.read_bytes(source.start, len(data), 0) == data
+    device = EmulatedDevice()
+    source = device.add("file", data, constant=True, shift=3)
+    assert direct.read_bytes(device, source.start, len(data), 0) == data
     assert set(source.reads) == {1}
 
 
 @pytest.mark.parametrize("nbytes", [0, 15, 16, 100_000])
 def test_the_checksum_takes_in_each_piece(nbytes: int, rng: np.random.Generator) -> None:
     data = np.frombuffer(rng.bytes(nbytes), np.uint8)
-    with EmulatedGPU(HOPPER) as gpu:
-        source = gpu.add("file", data.tobytes(), constant=True)
-        target = gpu.add("sums", 3 * 32 * WARPS * 4)
-        launch.checksum_kernel(8).launch(0, 3, 0, source.start, nbytes, target.start)
+    device = EmulatedDevice()
+    source = device.add("file", data.tobytes(), constant=True)
+    target = device.add("sums", 3 * 32 * WARPS * 4)
+    device.queue(device.prepare(plan_checksum(nbytes, 3, 8), "a checksum"), source.start, 0, target.start, 0)
     whole = nbytes // 16 * 16
     assert set(source.reads[:whole]) <= {1}
     assert not source.reads[whole:].any()
-    sums = np.frombuffer(target.data, np.uint32)
+    sums = target.array(np.uint32)
     assert np.bitwise_xor.reduce(sums) == np.bitwise_xor.reduce(data[:whole].view(np.uint32), initial=np.uint32(0))
 
 
@@ -228,12 +249,12 @@ def test_the_checksum_takes_in_each_piece(nbytes: int, rng: np.random.Generator)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("machine", [HOPPER, AMPERE], ids=["bulk", "by 16"])
-def test_a_product_that_waits_for_no_barrier_is_found(machine: Machine) -> None:
-    machine = replace(machine, multiprocessors=1)
+@pytest.mark.parametrize("architecture", [HOPPER, AMPERE], ids=["bulk", "by 16"])
+def test_a_product_that_waits_for_no_barrier_is_found(architecture: Architecture) -> None:
+    architecture = replace(architecture, sms=1)
     settings = Settings(faults=frozenset({"waits"}))
     with pytest.raises(EmulatorError, match=r"target of a copy under way|nobody has written"):
-        run_product("Q8_0", 70, 2144, 1, machine=machine, shift=2, settings=settings)
+        run_product("Q8_0", 70, 2144, 1, architecture=architecture, shift=2, settings=settings)
 
 
 def test_activations_read_too_early_are_found() -> None:
@@ -248,20 +269,20 @@ def test_a_dequantization_that_does_not_wait_is_found() -> None:
         run_dequantization("Q6_K", 5, 512, shift=2, settings=Settings(faults=frozenset({"waits"})))
 
 
-@pytest.mark.parametrize("mask", ["brought, before", "brought, after"])
-def test_bytes_of_others_that_are_brought_in_are_found(mask: str, rng: np.random.Generator) -> None:
-    with pytest.raises(EmulatorError, match=r"bytes at 0x1000000000b.* are not within any of"):
+@pytest.mark.parametrize("mask", ["prefetch, first piece", "prefetch, last piece"])
+def test_prefetches_of_what_belongs_to_others_are_found(mask: str, rng: np.random.Generator) -> None:
+    with pytest.raises(EmulatorError, match=r"bytes at 0x1\w+ are not within any of"):
         require_what_comes_next(False, 1 << 20, rng, mask)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_rows_without_weights_give_zeros_wherever_results_go(dtype: str) -> None:
     spaced = np.zeros((2, 3, 10), dtype)[..., ::2]
-    with EmulatedGPU(HOPPER) as gpu:
-        target = gpu.add("y", b"\xff" * 60 * spaced.itemsize)
-        x_view = View((2, 3, 0), (0, 0, 4), "float32", 0, 0)
-        y_view = View(spaced.shape, spaced.strides, dtype, target.start, 0)
-        gpu.matmul(FORMATS["Q8_0"], 0, 5, 0, x_view, y_view, True, 0)
-    results = np.frombuffer(target.data, dtype).reshape(6, 10)
+    device = EmulatedDevice()
+    target = device.add("y", b"\xff" * 60 * spaced.itemsize)
+    x_view = View((2, 3, 0), (0, 0, 4), "float32", 0, 0)
+    y_view = view_of(target, spaced.shape, spaced.strides, dtype)
+    direct.matmul(device, FORMATS["Q8_0"], 0, 5, 0, x_view, y_view, True, 0)
+    results = target.array(dtype).reshape(6, 10)
     assert (results[:, ::2] == 0).all()
     assert np.isnan(results[:, 1::2]).all()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import doctest
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
+from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.fields import FieldAccess, load1, load4, load16
-from qmm.kernels.lang.ptx.arithmetic import zero_words
+from qmm.kernels.lang.masks import mask, masks_of
+from qmm.kernels.lang.ptx.arithmetic import fma, zero_words
 from qmm.kernels.lang.ptx.barrier import (
     mbarrier_arrive,
     mbarrier_arrive_after_copies,
@@ -32,7 +37,8 @@ from qmm.kernels.lang.ptx.global_memory import (
 from qmm.kernels.lang.ptx.grid import lane_index, thread_index, wait_for_predecessors
 from qmm.kernels.lang.ptx.shared_memory import load_shared16, load_shared_float, store_shared16, store_shared_float
 from qmm.kernels.lang.ptx.warp import max_magnitude_of_warp, sum_of_half_warp
-from qmm.kernels.lang.targets.emulator import EmulatorError, Memory, Settings, launch
+from qmm.kernels.lang.specialize import registers, unroll
+from qmm.kernels.lang.targets.emulator import EmulatorError, Memory, Region, Settings, emulate, launch
 from qmm.kernels.lang.targets.emulator.memory import SHARED_START as SHARED
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,7 +62,7 @@ def run_lanes(
     memory.add("scratch", 64, address=DATA + 256)
     launch(
         kernel,
-        [],
+        {},
         memory=memory,
         grid=1,
         threads=threads,
@@ -276,3 +282,83 @@ def test_warps_meet_at_barriers_by_number() -> None:
         run_lanes(lambda: named_barrier_wait(1, 64))
     with pytest.raises(EmulatorError, match="warps were expected at barriers"):
         run_lanes(lambda: named_barrier_arrive(1, 64))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A kernel of one's own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sizes(Constants):
+    """What the kernel below may name."""
+
+    COLUMNS: int
+    load: Callable[..., Any]
+
+
+c = Sizes.placeholder()
+
+
+def products(weights, x, y, m, k):
+    """``y[m] = W[m, k] @ x[k]`` by one CTA, a row a thread, of numbers that ``load`` reads."""
+    row = thread_index()
+    if mask("rows", row < m):
+        total = registers(c.COLUMNS, 0.0)
+        for i in range(0, k, c.COLUMNS):
+            for j in unroll(c.COLUMNS):
+                total[j] = fma(c.load(weights + (row * k + i + j) * 4), load_global_float(x + (i + j) * 4), total[j])
+        for j in unroll(range(1, c.COLUMNS)):
+            total[0] += total[j]
+        store_global_float(y + row * 4, total[0])
+
+
+def run_products(m: int, k: int, faults: frozenset[str] = frozenset(), **other: Any) -> dict[str, Region]:
+    memory = Memory()
+    numbers = {"weights": np.arange(m * k, dtype=np.float32), "x": np.arange(k, dtype=np.float32)}
+    regions = {name: memory.add(name, values.tobytes(), constant=True) for name, values in numbers.items()}
+    regions["y"] = memory.add("y", 4 * m)
+    arguments = {**regions, "m": m, "k": k, **other}
+    constants = Sizes(COLUMNS=4, load=load_global_float)
+    emulate(products, memory=memory, constants=constants, settings=Settings(faults=faults), **arguments)
+    return regions
+
+
+def test_a_kernel_of_ones_own_runs_over_regions_and_says_what_it_read() -> None:
+    regions = run_products(5, 12)
+    matrix = np.arange(60, dtype=np.float32).reshape(5, 12)
+    np.testing.assert_array_equal(regions["y"].array(np.float32), matrix @ np.arange(12, dtype=np.float32))
+    assert set(regions["weights"].reads) == {1}
+    assert set(regions["x"].reads) == {5}
+    assert regions["y"].unwritten() == 0
+
+
+def test_a_mask_of_ones_own_can_be_left_out() -> None:
+    assert masks_of(sys.modules[__name__]) == ["rows"]
+    with pytest.raises(EmulatorError, match=r"CTA 0 warp 0 lane \d+: 4 bytes at 0x\w+ are not within any of \[weights"):
+        run_products(5, 12, frozenset({"rows"}))
+
+
+def test_arguments_that_a_kernel_has_not_are_refused() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'n'"):
+        run_products(5, 12, n=1)
+    for threads in (0, 48, 2048):
+        with pytest.raises(TypeError, match=f"whole warps of 32, not {threads}"):
+            run_lanes(lambda: None, threads=threads)
+
+
+def test_regions_do_not_overlap() -> None:
+    memory = Memory()
+    first = memory.add("first", 100, shift=4)
+    second = memory.add("second", b"abc")
+    assert first.start % 4096 == 4
+    assert second.start > first.end + 4096
+    with pytest.raises(ValueError, match=r"third \[.*\) overlaps one of \[first .*, second"):
+        memory.add("third", 16, address=first.end - 1)
+
+
+def test_the_examples_of_emulate_run() -> None:
+    found = doctest.DocTestFinder().find(emulate, globs={})
+    ran = [doctest.DocTestRunner().run(examples) for examples in found]
+    assert [result.failed for result in ran] == [0]
+    assert ran[0].attempted > 5

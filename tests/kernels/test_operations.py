@@ -26,6 +26,7 @@ from operation_cases import CASES, Case
 from ptx_compile import GROUPS, assemble, compile_kernel, retarget, without_gpu
 
 from qmm.kernels import lang
+from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.fields import FieldAccess, load1, load2, load4, load16
 from qmm.kernels.lang.operation import Operation, operation
 from qmm.kernels.lang.ptx.barrier import mbarrier_arrive, sync_cta, sync_warp
@@ -37,7 +38,8 @@ from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets.cpu import CPU
 from qmm.kernels.lang.targets.cuda import CUDATarget
 from qmm.kernels.lang.targets.emulator import EmulatorError, EmulatorTarget
-from qmm.kernels.runtime.launch import CUDAKernel
+from qmm.kernels.runtime.kernel import Kernel
+from qmm.kernels.runtime.launch import ptx
 
 ROOT = Path(__file__).parents[2]
 cases = pytest.mark.parametrize("name", CASES)
@@ -66,7 +68,7 @@ def called_by(kernel: Callable[..., None]) -> Iterator[object]:
             yield from called_by(value)
 
 
-def kernels() -> list[CUDAKernel]:
+def kernels() -> list[Kernel]:
     return [spec.kernel() for specs in GROUPS.values() for spec in specs]
 
 
@@ -77,7 +79,7 @@ def operations_of(kernels: Iterable[Callable[..., None]]) -> set[Operation]:
 @pytest.mark.parametrize(("target", "cases"), [("cuda", CASES), ("cpu", CPU_CASES)])
 def test_every_operation_of_a_target_has_a_case(target: str, cases: dict[str, Case] | dict[str, CPUCase]) -> None:
     having = {operation for operation in OPERATIONS.values() if target in operation.lowerings}
-    assert operations_of(case.kernel for case in cases.values()) == having
+    assert operations_of(case.function for case in cases.values()) == having
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,7 +134,8 @@ def test_arguments_and_results_have_the_declared_types(name: str) -> None:
 def test_the_cpu_makes_what_python_makes(name: str) -> None:
     case = CPU_CASES[name]
     results = []
-    for kernel in (specialize(case.kernel, {}, TypedEmulator()), CPU.kernel(specialize(case.kernel, {}, CPU))):
+    compiled_kernel = CPU.kernel(specialize(case.function, Constants(), CPU))
+    for kernel in (specialize(case.function, Constants(), TypedEmulator()), compiled_kernel):
         results.append(np.zeros(case.target_nbytes, np.uint8))
         with np.errstate(all="ignore"):
             kernel(case.source.ctypes.data, results[-1].ctypes.data)
@@ -152,11 +155,11 @@ def test_a_declaration_that_means_nothing_is_refused() -> None:
 
 def test_a_target_without_the_operation_says_so() -> None:
     with pytest.raises(TypeError, match=r"<operation sum_floats\(Floats\) -> float32> has no lowering for .* 'cuda'"):
-        CUDATarget(16).intrinsic(sum_floats)
+        CUDATarget().intrinsic(sum_floats)
 
 
 def test_a_literal_must_be_a_constant_of_the_source() -> None:
-    function = specialize(shuffle_by_a_variable, {}, CUDATarget(16))
+    function = specialize(shuffle_by_a_variable, Constants(), CUDATarget())
     with without_gpu(), pytest.raises(errors.TypingError, match="shuffle_xor_add: distance must be a constant"):
         compile_kernel(function, types.void(types.int64), "shuffle_by_a_variable", 32)
 
@@ -186,9 +189,9 @@ def test_declaring_operations_and_running_them_imports_no_compiler() -> None:
 
 def test_fields_are_loaded_at_each_alignment_that_kernels_use() -> None:
     loads = {load1, load2, load4, load16}
-    found = {case.fields for case in CASES.values() if loads <= set(called_by(case.kernel))}
+    found = {case.fields for case in CASES.values() if loads <= set(called_by(case.function))}
     assert found == {FieldAccess(alignment, space) for alignment in (1, 2, 4, 8, 16) for space in ("shared", "global")}
-    assert {kernel.key["alignment"] for kernel in kernels()} <= {alignment for alignment, _ in found}
+    assert {kernel.fields.alignment for kernel in kernels()} <= {alignment for alignment, _ in found}
 
 
 @cases
@@ -205,7 +208,7 @@ def test_other_results_than_the_emulators_are_refused(name: str) -> None:
 def test_kernels_compile(name: str) -> None:
     case = CASES[name]
     with without_gpu():
-        text = case.on_gpu().ptx((9, 0))
+        text = ptx(case.kernel, (9, 0))
     assemble(text, "sm_90")
     if case.hopper:
         with pytest.raises(AssertionError, match=r"requires \.target sm_90"):

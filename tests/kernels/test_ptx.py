@@ -28,6 +28,7 @@ from ptx_compile import (
 )
 
 from qmm.kernels.formats import FORMATS
+from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.ptx.global_memory import load_global_float, store_global_float
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets.cuda import CUDATarget
@@ -190,7 +191,7 @@ def anonymous(text: str) -> str:
 
 
 def compiled_indexing() -> Compiled:
-    function = specialize(indexing, {}, CUDATarget(16))
+    function = specialize(indexing, Constants(), CUDATarget())
     return compile_kernel(function, types.void(types.int64, types.int64), "indexing", 32)
 
 

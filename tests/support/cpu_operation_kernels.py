@@ -118,7 +118,7 @@ def counted(source, target):
 class CPUCase:
     """A kernel, its inputs, and how many bytes it writes into zeros; what these are, of which any NaN is any other."""
 
-    kernel: Callable[..., None]
+    function: Callable[..., None]
     source: np.ndarray
     target_nbytes: int
     dtype: type = np.uint8

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from qmm.device import Device, Prepared
-from qmm.kernels.lang.fields import FieldAccess
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets import emulator
 from qmm.kernels.lang.targets.emulator import EmulatorTarget, Memory, Region, Settings
@@ -57,7 +56,7 @@ class EmulatedLaunch:
             grid=spec.ctas,
             threads=spec.kernel.threads,
             shared_nbytes=spec.shared_nbytes,
-            fields=FieldAccess(spec.kernel.alignment),
+            fields=spec.kernel.fields,
             settings=device.settings,
             after_predecessors=not spec.early,
         )

@@ -8,15 +8,15 @@ without a GPU, ``tests/gpu/test_operations.py`` compares with one.
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from operation_kernels import (
     ITEMS,
     THREADS,
+    CaseConstants,
     as_bfloats,
     as_bytes,
     as_halves,
@@ -42,14 +42,15 @@ from operation_kernels import (
     widened,
 )
 
-from qmm.kernels.lang.fields import FieldAccess
+from qmm.kernels.lang.fields import DEFAULT_FIELDS, FieldAccess
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets import emulator
-from qmm.kernels.lang.targets.cuda import CUDATarget
-from qmm.kernels.lang.targets.emulator import EMULATOR, EmulatorTarget, Memory
-from qmm.kernels.runtime.launch import CUDAKernel
+from qmm.kernels.lang.targets.emulator import EmulatorTarget, Memory
+from qmm.kernels.runtime.kernel import Kernel
 
 __all__ = ["CASES", "Case"]
+
+EMULATOR = EmulatorTarget()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,62 +123,53 @@ So two times five terms and their sum lose 2**-23 each, 96 in all. The emulator'
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-SIXTEEN = FieldAccess(16)
-
-
 @dataclass(frozen=True, eq=False)
 class Case:
     """A kernel and what it is run with.
 
     Attributes:
-        kernel: a function of the addresses of source and target.
+        function: a kernel with the parameters ``source`` and ``target``, two addresses.
         source: its inputs.
         target: the bytes that it finds at its target, or how many, all 0xFF.
         compare: how results agree.
-        constants: what the kernel is specialized with, as in :func:`qmm.kernels.runtime.build.specialized`.
-        fields: where block fields are, and what their addresses divide by.
-        blocks: of a launch, THREADS threads each.
-        shared_nbytes: shared memory of a block.
+        bulk: whether its barriers are for bulk copies.
+        fields: how it reads block fields.
+        ctas: of a launch, THREADS threads each.
+        shared_nbytes: shared memory of a CTA.
         launches: how often it runs; if more than once, each time it may start before the time before has ended.
         hopper: whether it needs compute capability 9.0.
     """
 
-    kernel: Callable[..., None]
+    function: Callable[..., None]
     source: np.ndarray
     target: np.ndarray | int
     compare: Comparison = bits
-    constants: dict[str, Any] = field(default_factory=dict)
-    fields: FieldAccess = SIXTEEN
-    blocks: int = 1
+    bulk: bool = False
+    fields: FieldAccess = DEFAULT_FIELDS
+    ctas: int = 1
     shared_nbytes: int = 0
     launches: int = 1
     hopper: bool = False
 
-    def on_gpu(self) -> CUDAKernel:
+    @functools.cached_property
+    def kernel(self) -> Kernel:
         """The kernel, not yet compiled."""
-        name = self.kernel.__name__
-        key = {
-            "source": inspect.getsource(inspect.getmodule(self.kernel)),
-            "kernel": name,
-            "constants": self.constants,
-            "fields": self.fields,
-        }
-        target = CUDATarget(*self.fields)
+        constants = CaseConstants(self.fields.alignment, self.bulk)
         shared = self.shared_nbytes > 0
-        return CUDAKernel(name, lambda: specialize(self.kernel, self.constants, target), 2, key, THREADS, shared)
+        return Kernel(self.function.__name__, self.function, constants, THREADS, self.fields, shared)
 
     def emulated(self, target: EmulatorTarget = EMULATOR) -> np.ndarray:
         """What the emulator makes of it: the bytes at its target."""
-        function = specialize(self.kernel, self.constants, target)
+        function = specialize(self.function, self.kernel.constants, target)
         memory = Memory()
         source = memory.add("source", self.source.tobytes(), constant=True)
         results = memory.add("target", self.before().tobytes())
         for _ in range(self.launches):
             emulator.launch(
                 function,
-                [source.start, results.start],
+                {"source": source.start, "target": results.start},
                 memory=memory,
-                grid=self.blocks,
+                grid=self.ctas,
                 threads=THREADS,
                 shared_nbytes=self.shared_nbytes,
                 fields=self.fields,
@@ -344,7 +336,7 @@ def shortened(made: np.ndarray) -> np.ndarray:
 
 
 CASES = {
-    "places": Case(places, np.zeros(16, np.uint8), 3 * 32 * THREADS, blocks=3, shared_nbytes=16),
+    "places": Case(places, np.zeros(16, np.uint8), 3 * 32 * THREADS, ctas=3, shared_nbytes=16),
     "through global memory": Case(through_global, any_floats(ITEMS, 8), 144 * ITEMS),
     "through shared memory": Case(through_shared, any_floats(ITEMS, 8), 96 * ITEMS, shared_nbytes=32 * THREADS),
     **{
@@ -352,7 +344,6 @@ CASES = {
             fields,
             random_bytes(2 * THREADS, 16),
             32 * THREADS,
-            constants={"ALIGNMENT": alignment},
             fields=FieldAccess(alignment),
             shared_nbytes=32 * THREADS,
         )
@@ -363,19 +354,16 @@ CASES = {
             global_fields,
             random_bytes(THREADS + 4, 16),
             32 * THREADS,
-            constants={"ALIGNMENT": alignment},
             fields=FieldAccess(alignment, "global"),
         )
         for alignment in (1, 2, 4, 8, 16)
     },
-    "copied": Case(
-        copied, random_bytes(3 * THREADS, 32), 96 * THREADS, constants={"BULK": False}, shared_nbytes=16 + 32 * THREADS
-    ),
+    "copied": Case(copied, random_bytes(3 * THREADS, 32), 96 * THREADS, shared_nbytes=16 + 32 * THREADS),
     "copied in bulk": Case(
         copied_in_bulk,
         random_bytes(2 * THREADS, 64),
         128 * THREADS,
-        constants={"BULK": True},
+        bulk=True,
         shared_nbytes=128 + 128 * THREADS,
         hopper=True,
     ),

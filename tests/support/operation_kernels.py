@@ -5,6 +5,9 @@ A kernel reads its inputs at ``source``, applies operations in each lane, and st
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.fields import load1, load2, load4, load16
 from qmm.kernels.lang.primitives import (
     bfloat_floats,
@@ -94,6 +97,7 @@ from qmm.kernels.lang.specialize import unroll
 __all__ = [
     "ITEMS",
     "THREADS",
+    "CaseConstants",
     "as_bfloats",
     "as_bytes",
     "as_halves",
@@ -122,6 +126,20 @@ __all__ = [
 THREADS = 128
 ITEMS = 512
 """What most kernels have inputs for, each for one thread."""
+
+
+@dataclass(frozen=True)
+class CaseConstants(Constants):
+    """What the kernels of cases may name."""
+
+    ALIGNMENT: int = 16
+    """What the addresses of block fields divide by."""
+    BULK: bool = False
+    """Whether barriers are for bulk copies."""
+
+
+c = CaseConstants.placeholder()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels: where a thread is, and memory
@@ -224,10 +242,10 @@ def global_fields(source, target):
 
 
 def store_fields(at, thread, target):
-    store_words(target, load16(at + (thread * ALIGNMENT & 15), 32))  # noqa: F821
-    store_global_word(target + 16, load4(at + (thread * min(4, ALIGNMENT) & 15), 0))  # noqa: F821
-    store_global_word(target + 20, load4(at + (thread * min(4, ALIGNMENT) & 15), 20))  # noqa: F821
-    store_global_word(target + 24, load2(at + (thread * min(2, ALIGNMENT) & 15), 10))  # noqa: F821
+    store_words(target, load16(at + (thread * c.ALIGNMENT & 15), 32))
+    store_global_word(target + 16, load4(at + (thread * min(4, c.ALIGNMENT) & 15), 0))
+    store_global_word(target + 20, load4(at + (thread * min(4, c.ALIGNMENT) & 15), 20))
+    store_global_word(target + 24, load2(at + (thread * min(2, c.ALIGNMENT) & 15), 10))
     store_global_word(target + 28, load1(at + (thread & 15), 3))
 
 
@@ -246,21 +264,21 @@ def copied(source, target):
     if thread == 0:
         mbarrier_init(full, THREADS)
         mbarrier_init(empty, THREADS // 32)
-    fence_mbarrier_init(BULK)  # noqa: F821
+    fence_mbarrier_init(c.BULK)
     sync_cta()
     for i in unroll(2):
         at = source + 32 * (thread + THREADS * i)
         copy16(mine, at)
         copy16(mine + 16, at + 16)
         mbarrier_arrive_after_copies(full)
-        mbarrier_wait(full, i, BULK)  # noqa: F821
+        mbarrier_wait(full, i, c.BULK)
         to = target + 32 * (thread + THREADS * i)
         store_words(to, load_shared16(other))
         store_words(to + 16, load_shared16(other + 16))
         sync_warp()
         if lane_index() == 0:
             mbarrier_arrive(empty)
-        mbarrier_wait(empty, i, BULK)  # noqa: F821
+        mbarrier_wait(empty, i, c.BULK)
     at = source + 32 * (thread + THREADS * 2)
     for i in range(0, 16, 4):
         copy_edge(mine + i, at + i, 4)
@@ -282,7 +300,7 @@ def copied_in_bulk(source, target):
     nbytes = 16 + 16 * (thread & 3)
     if thread == 0:
         mbarrier_init(full, THREADS)
-    fence_mbarrier_init(BULK)  # noqa: F821
+    fence_mbarrier_init(c.BULK)
     sync_cta()
     for i in unroll(2):
         mine = 64 * (thread + THREADS * i)
@@ -290,7 +308,7 @@ def copied_in_bulk(source, target):
         mbarrier_expect_tx(full, nbytes)
         bulk_copy(memory + mine, source + mine, nbytes, full)
         mbarrier_arrive(full)
-        mbarrier_wait(full, i, BULK)  # noqa: F821
+        mbarrier_wait(full, i, c.BULK)
         other = 64 * ((thread ^ 96) + THREADS * i)
         for piece in range(0, nbytes, 16):
             store_words(target + other + piece, load_shared16(memory + other + piece))

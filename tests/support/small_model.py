@@ -37,6 +37,11 @@ class Products:
             self.engine = qmm.Engine(self.path, "cpu")
         return self.engine.matmul("a", np.full(K, number, np.float32))
 
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+        self.engine = None
+
 
 def is_mapped(path: Path) -> bool:
     """Whether this process has a mapping of the file."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from numba import cuda
 from numba.cuda import types
@@ -11,7 +11,7 @@ from numba.cuda.core.errors import RequireLiteralValue
 from numba.cuda.extending import core_models, intrinsic, lower_builtin, register_model
 from numba.cuda.typing.templates import AbstractTemplate, infer_global, signature
 
-from qmm.kernels.lang.fields import FieldAccess
+from qmm.kernels.lang.fields import DEFAULT_FIELDS, FieldAccess
 from qmm.kernels.lang.intrinsics import Intrinsics, Toolkit
 from qmm.kernels.lang.operation import Operation
 
@@ -40,10 +40,9 @@ class CUDATarget:
     name = "cuda"
     absent_masks: frozenset[str] = frozenset()
 
-    def __init__(self, alignment: int, space: Literal["shared", "global"] = "shared") -> None:
-        """Args are what the addresses of block fields divide by, and the memory that blocks lie in: see
-        :mod:`qmm.kernels.lang.fields`."""
-        self._fields = FieldAccess(alignment, space)
+    def __init__(self, fields: FieldAccess = DEFAULT_FIELDS) -> None:
+        """Args are how kernels read block fields."""
+        self._fields = fields
 
     def intrinsic(self, value: object) -> object | None:
         """The target's implementation of an operation; None where ``value`` is not one."""

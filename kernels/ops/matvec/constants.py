@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmm.kernels.formats import Format
+from qmm.kernels.lang.fields import FieldAccess
 from qmm.kernels.ops.layout import COLUMN_TILES
 from qmm.kernels.ops.matvec.config import Schedule
 from qmm.kernels.ops.tiling import PipelineConstants
@@ -108,4 +109,4 @@ def _kernel(name: str, constants: MatvecConstants, threads: int, alignment: int)
     """One kernel for each set of constants, however many schedules have it."""
     from qmm.kernels.ops.matvec.kernel import matvec
 
-    return Kernel(name, matvec, constants, threads, alignment, shared=True)
+    return Kernel(name, matvec, constants, threads, FieldAccess(alignment), shared=True)
