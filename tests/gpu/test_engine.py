@@ -17,6 +17,7 @@ from numba import cuda
 
 import qmm
 from qmm.arrays import kind_of
+from qmm.graph import replay, time_ms
 from qmm.kernels.formats import FORMATS
 
 PLACEMENTS = ("mapped", "device")
@@ -359,11 +360,11 @@ def test_a_replay_repeats_the_product(engine: qmm.Engine, rng: np.random.Generat
     gpu.synchronize(gpu.stream)
     expected = out.copy_to_host()
     out.copy_to_device(np.full((N, 5), np.nan, np.float32))
-    with gpu.replay(work, gpu.stream) as replay:
-        replay()
+    with replay(gpu, work, gpu.stream) as again:
+        again()
         gpu.synchronize(gpu.stream)
     np.testing.assert_array_equal(out.copy_to_host(), expected)
-    times = gpu.time(work, gpu.stream, repeats=3)
+    times = time_ms(gpu, work, gpu.stream, repeats=3)
     assert len(times) == 3
     assert all(0 < time < 1 for time in times)  # milliseconds: two launches of a few microseconds each
 
@@ -389,7 +390,7 @@ def test_a_product_is_prepared_once_however_its_tensor_is_named(path: Path, libr
         x = library.make(rng.standard_normal((2, tensor.k)).astype(np.float32))
         for named in ("q4_k", "q4_k", tensor, model["q4_k"]):
             engine.matmul(named, x)
-        assert len(engine._calls) == 1
+        assert len(engine._calls._calls) == 1
 
 
 def test_calls_with_other_arrays_of_the_same_kind(engine: qmm.Engine, library, rng: np.random.Generator) -> None:

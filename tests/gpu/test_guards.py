@@ -23,17 +23,18 @@ PAGE = mmap.PAGESIZE
 PLACEMENTS = ("mapped", "device")
 
 TOUCH = """
+from qmm.direct import read_bytes
 from qmm.errors import DeviceError
-from qmm.device import GPU
+from qmm.device import Device
 from qmm.verify.guards import DeviceGuard, HostGuard
 
 kind, at = sys.argv[1:]
-gpu = GPU(0)
+gpu = Device(0)
 guard = HostGuard(5000, 0) if kind == "mapped" else DeviceGuard(5000, 0)
 guard.fill(0, guard.nbytes, 7)
 start, nbytes = {"all": (0, guard.nbytes), "below": (-1, 1), "behind": (guard.nbytes, 1)}[at]
 try:
-    print(set(gpu.read_bytes(guard.address + start, nbytes, gpu.stream)), flush=True)
+    print(set(read_bytes(gpu, guard.address + start, nbytes, gpu.stream)), flush=True)
 except DeviceError as error:
     print(error, flush=True)
 """
@@ -143,8 +144,8 @@ def test_a_product_that_reads_one_byte_too_far_is_named(
     from qmm.verify import paranoid
 
     change = (
-        "from qmm.device import GPU; kept = GPU.matmul\n"
-        f"GPU.matmul = lambda self, f, a, m, *rest: kept(self, f, a + ({by} if m == 67 and near(a) else 0), m, *rest)\n"
+        "from qmm import direct; kept = direct.matmul\n"
+        f"direct.matmul = lambda d, f, a, m, *rest: kept(d, f, a + ({by} if m == 67 and near(a) else 0), m, *rest)\n"
         # In the guard alone: the engine's own tensor lies among bytes that may be read.
         f"near = lambda a: a % 4096 == ({'-67 * 11 * 34' if by > 0 else '0'}) % 4096"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import subprocess
 import threading
 from collections import Counter
@@ -233,7 +232,8 @@ BROKEN = """
 import numpy as np, qmm
 from numba import cuda
 from qmm.errors import DeviceError, RegistrationError
-from qmm.device import GPU
+from qmm.device import Device
+from qmm.direct import read_bytes
 
 path, placement = sys.argv[1:]
 x = np.ones((3, 256), np.float32)
@@ -242,9 +242,9 @@ engine = qmm.Engine(model, "cuda", placement)
 x_there, y_there = cuda.to_device(x), cuda.device_array((3, 64), np.float32)
 engine.matmul("a", x)
 plan = engine.plan([("a", x_there, y_there)])
-other = GPU(0)
+other = Device(0)
 try:
-    other.read_bytes(64, 16, other.stream)  # nothing lies there: somebody's kernel fails
+    read_bytes(other, 64, 16, other.stream)  # nothing lies there: somebody's kernel fails
 except DeviceError as error:
     print(error)
 for use in (
