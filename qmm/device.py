@@ -62,7 +62,7 @@ class Device(Resource):
     def __init__(self, number: int) -> None:
         self.number = number = operator.index(number)
         self._process = process.now
-        self._allocated: dict[tuple[str, int], None] = {}
+        self._allocated: dict[tuple[str, int], bool] = {}
         self._workspaces: dict[int, tuple[int, int]] = {}
         self._staging = (0, 0)
         self._thread = threading.local()
@@ -77,10 +77,15 @@ class Device(Resource):
             )
             self._alone = call("cudaGetDeviceCount") == 1
             self.stream = self._allocate("cudaStreamDestroy", "cudaStreamCreateWithFlags", NONBLOCKING)
-        self._zeros = self.allocate(ZERO_NBYTES, "zeros")
-        with self.errors("preparing the device"), current_device(number):
-            call("cudaMemset", self._zeros, 0, ZERO_NBYTES)
-            call("cudaDeviceSynchronize")  # other streams than the default one would not wait for it
+        try:
+            self._zeros = self.allocate(ZERO_NBYTES, "zeros")
+            with self.errors("preparing the device"), current_device(number):
+                call("cudaMemset", self._zeros, 0, ZERO_NBYTES)
+                call("cudaDeviceSynchronize")  # other streams than the default one would not wait for it
+        except BaseException:
+            with suppress(DeviceError):  # the error at hand is the one to show
+                self.close()
+            raise
 
     @property
     def forked(self) -> bool:
@@ -145,12 +150,11 @@ class Device(Resource):
     def _allocate(self, undo: str, function: str, *arguments: int) -> int:
         """The handle or address that a call gives, which the call ``undo`` frees."""
         given = int(call(function, *arguments))
-        self._allocated[undo, given] = None
+        self._allocated[undo, given] = True
         return given
 
     def _free(self, undo: str, given: int) -> None:
-        if (undo, given) in self._allocated:
-            del self._allocated[undo, given]
+        if self._allocated.pop((undo, given), False):
             call(undo, given)
 
     def allocate(self, nbytes: int, what: str) -> int:

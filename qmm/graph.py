@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -76,7 +77,7 @@ def capture(device: Device, work: Callable[[], object], stream: int, batch: int 
         DeviceError: something in it cannot be captured.
     """
     mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-    with device.errors("capturing a graph"), current_device(device.number):
+    with device.errors("capturing a graph"), current_device(device.number), _no_collection():
         call("cudaStreamBeginCapture", stream, mode)
         try:
             for _ in range(batch):
@@ -86,6 +87,18 @@ def capture(device: Device, work: Callable[[], object], stream: int, batch: int 
                 call("cudaGraphDestroy", call("cudaStreamEndCapture", stream))
             raise
         return Graph(device, call("cudaStreamEndCapture", stream))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected in the block: a dropped engine would wait for the device, which ends a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -155,3 +155,32 @@ def test_a_child_that_cannot_start_is_an_error_that_says_so(
     ) as caught:
         probe(mapping)
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_first_contact_that_worked_is_remembered(
+    mapping: FileMapping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    outcomes = [False, True, True, True]  # refused, which this process asks about itself, and then worked
+
+    def tries(mapping: FileMapping, device: int) -> bool:
+        tried.append(device)
+        return outcomes.pop(0)
+
+    monkeypatch.setattr(module, "probe", tries)
+    monkeypatch.setattr(module, "call", lambda function: 13000)
+    monkeypatch.setattr(module, "_known", set())
+    monkeypatch.setenv("QMM_CACHE_DIR", str(tmp_path / "cache"))
+    for _ in range(4):
+        module.first_contact(mapping, 1, "a GPU")
+    assert tried == [1, 1]
+    module._known.clear()  # as in another process
+    module.first_contact(mapping, 2, "a GPU")
+    assert tried == [1, 1]
+    module.first_contact(mapping, 2, "another GPU")
+    assert tried == [1, 1, 2]
+    monkeypatch.setenv("QMM_CACHE_DIR", "")  # nothing is kept on disk
+    module._known.clear()
+    module.first_contact(mapping, 3, "a GPU")
+    module.first_contact(mapping, 3, "a GPU")
+    assert tried == [1, 1, 2, 3]
