@@ -101,12 +101,17 @@ class Emitter:
         found = self.builder.module.globals.get(name)
         return found or ir.Function(self.builder.module, ir.FunctionType(result, arguments), name)
 
-    def table(self, name: str, element: ir.Type, values: Sequence[Any]) -> ir.GlobalVariable:
-        """A constant array of the module, for the CPU; the same for the same name."""
+    @staticmethod
+    def integer(bits: int) -> ir.Type:
+        """The type of whole numbers of so many bits."""
+        return ir.IntType(bits)
+
+    def table(self, name: str, element: ir.Type, values: Sequence[Any], addrspace: int = 0) -> ir.GlobalVariable:
+        """A constant array of the module; the same for the same name. On a GPU ``addrspace`` is 1, global memory."""
         kind = ir.ArrayType(element, len(values))
         found = self.builder.module.globals.get(name)
         if found is None:
-            found = ir.GlobalVariable(self.builder.module, kind, name)
+            found = ir.GlobalVariable(self.builder.module, kind, name, addrspace=addrspace)
             found.linkage = "internal"
             found.global_constant = True
             found.initializer = ir.Constant(kind, list(values))
