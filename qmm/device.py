@@ -74,6 +74,7 @@ class Device(Resource):
                 shared_nbytes=attribute("MaxSharedMemoryPerBlockOptin", number),
                 bulk=attribute("ComputeCapabilityMajor", number) >= 9,
                 l2_nbytes=attribute("L2CacheSize", number),
+                bus_bits=attribute("GlobalMemoryBusWidth", number),
             )
             self._alone = call("cudaGetDeviceCount") == 1
             self.stream = self._allocate("cudaStreamDestroy", "cudaStreamCreateWithFlags", NONBLOCKING)

@@ -50,12 +50,14 @@ class Architecture:
         shared_nbytes: the most shared memory of a CTA.
         bulk: whether it has bulk copies and starts kernels before their predecessors end (sm_90 and later).
         l2_nbytes: the size of its L2 cache.
+        bus_bits: the width of its memory's bus, which tells an H200 from an H100.
     """
 
     sms: int
     shared_nbytes: int
     bulk: bool
     l2_nbytes: int = 0
+    bus_bits: int = 0
 
     def ctas_for(self, wanted: int) -> int:
         """CTAs to launch of a kernel of 16 warps: those wanted, at most as many as the GPU holds at once."""

@@ -9,9 +9,10 @@ import numpy as np
 
 from qmm.kernels.formats import Format
 from qmm.kernels.ops.layout import COLUMN_TILES, WARPS
-from qmm.kernels.ops.matvec.config import Case, Config, Schedule
+from qmm.kernels.ops.matvec.config import Case, Config, Schedule, legal
 from qmm.kernels.ops.op import Architecture
 from qmm.kernels.ops.tiling import LINE_NBYTES, RING_NBYTES, SECTOR_NBYTES, Tiling
+from qmm.kernels.tuning import tuning_for
 
 __all__ = ["choose", "dequantization_tiling", "rule"]
 
@@ -32,7 +33,16 @@ bulk copy (n = 8 on an H100: Q2_K, 14336x4096, 19.3, else 22.1 us; but Q5_K, 409
 
 @functools.lru_cache(maxsize=4096)
 def choose(case: Case, architecture: Architecture) -> Schedule:
-    """The schedule of a product."""
+    """The schedule of a product: with the config that was measured for it, or for one of about its size, on such a GPU
+    (:mod:`qmm.kernels.tuning`); else by :func:`rule`."""
+    tuning = tuning_for(architecture)
+    if tuning is not None:
+        key = case.block_format.name, case.columns, case.int8, case.alignment, case.fusible, case.mapped
+        measured = tuning.find(key, case.m, case.k)
+        if measured is not None:
+            config = Config(**measured.config)
+            if not legal(config, case, architecture):
+                return Schedule.of(case, config, architecture)
     return Schedule.of(case, rule(case, architecture), architecture)
 
 

@@ -1,8 +1,8 @@
 """The product as plainly as it can be written, for reading and for reference: ``y[n, m] = x[n, k] @ W[m, k]^T``.
 
 A thread for each result, which reads its row of W from global memory, block by block, and multiplies by float32
-activations. Neighbouring threads read neighbouring rows, so that nothing is coalesced, and each column reads the weights
-again: it is some hundred times slower than :mod:`qmm.kernels.ops.matvec.kernel`, and computes the same.
+activations. Neighbouring threads read neighbouring rows, so nothing is coalesced, and each column reads the weights
+again: it is far slower than :mod:`qmm.kernels.ops.matvec.kernel`, and computes the same.
 """
 
 from __future__ import annotations
@@ -69,6 +69,15 @@ def plan(block_format: Format, m: int, k: int, weights: WeightLayout, n: int) ->
     """
     row_nbytes, blocks = block_format.row_nbytes(k), block_format.blocks(k)
     kernel = naive_kernel(block_format, alignment_of(weights.alignment | row_nbytes))
-    addresses = {"weights": At("weights"), "x": At("x"), "y": At("y")}
-    launch = LaunchSpec.of(kernel, -(-m * n // THREADS), row_nbytes=row_nbytes, m=m, blocks=blocks, n=n, **addresses)
+    launch = LaunchSpec.of(
+        kernel,
+        -(-m * n // THREADS),
+        weights=At("weights"),
+        row_nbytes=row_nbytes,
+        m=m,
+        blocks=blocks,
+        x=At("x"),
+        n=n,
+        y=At("y"),
+    )
     return Work((launch,))
