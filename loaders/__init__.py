@@ -1,7 +1,7 @@
 """Where the bytes are: the index of a GGUF file, its mapping, and the registration of that mapping with CUDA.
 
-Importing this imports NumPy and nothing else of weight: gguf is imported at the first file, cuda-python at the first
-registration. It never imports kernels.
+Importing this package imports NumPy, and nothing else that takes time: the gguf package is imported when the first file
+is read, cuda-python when the first mapping is registered. README.md beside this file is the tour.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Files that are opened once: what is read of a file, and what is mapped of it, comes from one descriptor.
+"""Files that are opened once: header and mapping come from one descriptor.
 
-A name may lead to another file a moment later: files are replaced by renaming, caches are pruned, a relative path means
-something else after ``os.chdir``. So the name is looked up once. Later uses have the file's identity, and get the
-descriptor that is still open, or open the name again and are told if it leads elsewhere now.
+A path may lead to another file a moment later: files are replaced by renaming, caches are pruned, a relative path means
+something else after ``os.chdir``. So the path is looked up once. Later uses have the file's identity. They get the
+descriptor that is still open, or else open the path again and compare.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class FileIdentity(NamedTuple):
 
 
 class OpenFile(FileIO):
-    """A regular file, open for reading. Closed with its last reference; a Ctrl-C cannot prevent that.
+    """A regular file, open for reading; closed when its last reference goes.
 
     Attributes:
-        path: its name, absolute.
+        path: its absolute path.
         identity: what it was when it was opened.
     """
 
@@ -76,7 +76,7 @@ class OpenFile(FileIO):
 
     @property
     def known(self) -> KnownFile:
-        """What finds it again."""
+        """Its path and identity, to open it again."""
         return KnownFile(self.path, self.identity)
 
     def check(self, error: type[QmmError], path: Path | None = None) -> None:
@@ -84,12 +84,12 @@ class OpenFile(FileIO):
         named = path or self.path
         try:
             now = FileIdentity.of(os.fstat(self.fileno()))
-        except OSError as reason:  # a file system over a network that has lost it
-            raise error(f"{named}: cannot be looked at any more: {reason.strerror}. Open it again.") from reason
+        except OSError as reason:  # a network file system that has lost the file
+            raise error(f"{named}: cannot be checked for changes: {reason.strerror}. Open it again.") from reason
         if now != self.identity:
             raise error(f"{named}: changed since it was opened: {self.identity.difference(now)}. Open it again.")
 
-    # Or FileIO warns that nobody closed it. In C alone: a Ctrl-C at the beginning of a function would leave it open.
+    # FileIO's own finalizer warns of a file that was not closed; here that is the rule.
     __del__ = FileIO.close
 
 
@@ -103,11 +103,11 @@ class KnownFile(NamedTuple):
     identity: FileIdentity
 
     def open(self, error: type[QmmError]) -> OpenFile:
-        """That very file: the one that is still open, or else what the path leads to.
+        """Open the same file: the one that is still open, or else what the path leads to.
 
         Raises:
             FileMissingError, FileAccessError: the path cannot be opened any more.
-            error: it leads to another file now, or the file was written.
+            error: it leads to another file now, or the file was written to.
         """
         file = _open_files.get(self.identity)
         if file is not None:

@@ -84,7 +84,7 @@ class FileMapping(Closing):
 
     @classmethod
     def of(cls, file: OpenFile) -> FileMapping:
-        """The same of a file that is open.
+        """Map an open file, or share the mapping that the process has of it already.
 
         Raises:
             MappingError: It cannot be mapped.
@@ -96,7 +96,7 @@ class FileMapping(Closing):
         return cls(pages, file.path)
 
     def share(self) -> FileMapping:
-        """Another handle on the same mapping, to be closed on its own; the file is not looked up again."""
+        """Another handle on the same mapping, to be closed on its own. The path is not looked up again."""
         return FileMapping(self._open_pages(), self.path)
 
     def __copy__(self) -> FileMapping:
@@ -106,7 +106,7 @@ class FileMapping(Closing):
         return self.share()
 
     def close(self) -> None:
-        """Give up this handle. The last one of a file unmaps it, as soon as no view is left."""
+        """Give up this handle. The last one unmaps the file, as soon as no view is left. Twice is harmless."""
         self._pages = None
 
     def __repr__(self) -> str:
@@ -135,7 +135,7 @@ class FileMapping(Closing):
         return data[start:end]
 
     def require(self, offset: SupportsIndex, nbytes: SupportsIndex) -> tuple[int, int]:
-        """The ``start`` and ``end`` of these bytes, as Python's own integers.
+        """Check a range of bytes; its ``start`` and ``end`` as Python ints.
 
         Raises:
             MappingError: They are not all in the file.
@@ -150,7 +150,7 @@ class FileMapping(Closing):
         return start, end
 
     def fileno(self) -> int:
-        """The descriptor that was mapped, open for as long as the mapping is: the file, whatever its name leads to now.
+        """The file descriptor that was mapped. It stays open while the mapping lives, whatever happens to the path.
 
         Raises:
             ClosedError: The handle was closed.

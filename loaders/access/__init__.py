@@ -1,1 +1,1 @@
-"""How a GPU is given access to a mapped file."""
+"""How a GPU gets access to a mapped file."""

@@ -1,4 +1,4 @@
-"""Arithmetic on byte ranges of a mapping: which pages cover tensors, what is missing, how it is cut. No CUDA here."""
+"""Arithmetic on byte ranges of a mapping: the pages that cover tensors, gaps between ranges, cutting. No CUDA here."""
 
 from __future__ import annotations
 

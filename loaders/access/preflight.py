@@ -1,4 +1,4 @@
-"""Registering a file in a child process first, where it may hang or die and harm nobody; once, and remembered.
+"""Registering a file in a child process first, which may hang or die without harm; once, and remembered.
 
 On some systems a registration does not return (seen with private mappings on an H200 and driver 580, which qmm never
 makes; a file system whose pages the driver cannot lock may do the same). A thread in such a call cannot be stopped, but
@@ -26,18 +26,19 @@ from qmm.loaders.mapping import FileMapping
 __all__ = ["FileSystem", "first_contact", "probe"]
 
 PROBE_NBYTES: Final = 16 << 20
-"""The most bytes of the file that are registered: so many hung where it was seen."""
+"""The most bytes of the file that the child registers: so few were enough to hang."""
 PROBE_SECONDS: Final = 30.0
-"""How long it may take. Most of it is a child's start with CUDA, one second, or five on a slow machine."""
+"""How long the child may take. Its start with CUDA takes most of that: one second, or five on a slow machine."""
 REFUSED: Final = 3
+"""The exit status of a child whose registration was refused."""
 MOUNTS: Final = Path("/proc/self/mountinfo")
 
 _known: set[str] = set()
-"""Where it worked: the texts of the notes that :func:`first_contact` keeps."""
+"""File systems, GPUs and drivers where it worked, as :func:`first_contact` describes them."""
 
 
 class FileSystem(NamedTuple):
-    """Where a file lies: the type, such as ``"ext4"``, the source, such as ``"/dev/sda1"``, and the mount point."""
+    """A file system: its type, such as ``"ext4"``, source, such as ``"/dev/sda1"``, and mount point."""
 
     type: str
     source: str
@@ -45,7 +46,7 @@ class FileSystem(NamedTuple):
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> FileSystem:
-        """That of a file, as proc(5) has it; all ``"unknown"`` where the system does not say."""
+        """Look a file up in /proc/self/mountinfo; all ``"unknown"`` where there is none."""
         found = cls("unknown", "unknown", "unknown")
         real = Path(os.path.realpath(path))
         if MOUNTS.exists():
@@ -62,7 +63,7 @@ class FileSystem(NamedTuple):
 def first_contact(mapping: FileMapping, device: int, gpu: str) -> None:
     """Try registering a file in a child process, unless it worked before on the same file system, GPU and driver.
 
-    That it worked is noted in a file beside the compiled kernels (``QMM_CACHE_DIR``), so that it costs a second once.
+    A success is noted in a file beside the compiled kernels (``QMM_CACHE_DIR``), so that it costs a second only once.
 
     Args:
         mapping: the file.
@@ -91,7 +92,7 @@ def first_contact(mapping: FileMapping, device: int, gpu: str) -> None:
 
 
 def _folder() -> Path | None:
-    """Where the notes are; None where none are to be kept."""
+    """The folder of the notes; None where none are kept."""
     named = os.environ.get("QMM_CACHE_DIR")
     if named is not None:
         return Path(named) / "registering" if named else None
@@ -110,7 +111,7 @@ def probe(mapping: FileMapping, device: int = 0, seconds: float = PROBE_SECONDS)
         seconds: how long it may take; then the child is killed.
 
     Returns:
-        Whether it worked. Where it was refused, this process may ask for itself, and is told why.
+        Whether it worked. Where it was refused, registering in this process says why.
 
     Raises:
         RegistrationError: it did not return, or the child died of it, or could not be started.
@@ -127,8 +128,8 @@ def probe(mapping: FileMapping, device: int = 0, seconds: float = PROBE_SECONDS)
     except subprocess.TimeoutExpired:
         file_system = FileSystem.of(path)
         raise RegistrationError(
-            f"{what}, which had not ended after {seconds:g} s. Memory of this file system ({file_system.type} "
-            f"at {file_system.mount_point}) may be none that the driver can lock. Copy the file to another. {WAY_OUT}"
+            f"{what}, which had not ended after {seconds:g} s. The driver may be unable to lock pages of this file "
+            f"system ({file_system.type} at {file_system.mount_point}). Copy the file to another one. {WAY_OUT}"
         ) from None
     finally:
         _give_up(child)
@@ -144,7 +145,7 @@ def _child_source(file: int, device: int) -> str:
 
 
 def register(file: int, device: int) -> int:
-    """What the child does with a descriptor; its exit status."""
+    """Run in the child: register the beginning of an open file. Returns the exit status."""
     try:
         with FileMapping.open(f"/proc/self/fd/{file}") as mapping:
             HostRegistration.of(mapping, [(0, min(mapping.nbytes, PROBE_NBYTES))], device).close()
@@ -154,7 +155,7 @@ def register(file: int, device: int) -> int:
 
 
 def _give_up(child: subprocess.Popen[str]) -> None:
-    """Kill what still runs. In the middle of a driver's call it may not even die, so it is not waited for long."""
+    """Kill the child if it still runs. In the middle of a driver's call it may not die, so the wait is short."""
     if child.poll() is None:
         child.kill()
         with suppress(subprocess.TimeoutExpired):

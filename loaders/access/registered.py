@@ -1,9 +1,12 @@
 """Registering the pages of a mapped file with CUDA, so that kernels can read them where they are.
 
-What can go wrong, and is held here (each was seen, on an H200 with driver 580): only PROT_READ + MAP_SHARED mappings
-with the ReadOnly flag work, and FileMapping makes no others; registered ranges must not overlap, so all registrations
-of a process share a table of what is registered; one call of 512 GiB or more fails, so it is cut; a refused call leaves
-the runtime's last error set, so it is cleared; the device address may differ from the host's, so it is asked for.
+What can go wrong, and what is done about it (each was seen on an H200 with driver 580):
+
+* Only PROT_READ + MAP_SHARED mappings with the ReadOnly flag work. FileMapping makes no others.
+* Registered ranges must not overlap. All registrations of a process share one table (:mod:`.chunks`).
+* One call of 512 GiB or more fails. Longer ranges are cut.
+* A refused call leaves the runtime's last error set. :func:`qmm.cuda.call` clears it.
+* The device's address may differ from the host's. It is asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from qmm.loaders.mapping import FileMapping
 
 __all__ = ["REQUIRED_ATTRIBUTES", "HostRegistration"]
 
-CHUNK_NBYTES: Final = 256 << 30  # half of what driver 580 refuses in one call
+CHUNK_NBYTES: Final = 256 << 30  # half of the size that driver 580 refuses in one call
 
 REQUIRED_ATTRIBUTES: Final = {
     "CanMapHostMemory": "the device cannot map host memory",
@@ -92,7 +95,7 @@ class HostRegistration(Resource):
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed, or is the parent's of this process."""
+        """Whether it was closed, or belongs to the process that this one was forked from."""
         return self._closed or self._process != process.now
 
     @property
@@ -141,8 +144,9 @@ class HostRegistration(Resource):
         return bases.pop() + wanted.start
 
     def pieces(self, offset: SupportsIndex, nbytes: SupportsIndex) -> list[Span]:
-        """Bytes ``offset`` to ``offset + nbytes`` of the file in parts, each within what one call registered: CUDA's
-        copies take in no more (``cudaErrorInvalidValue``), while kernels do not care.
+        """Bytes ``offset`` to ``offset + nbytes`` of the file in parts, each within one registered chunk.
+
+        A cudaMemcpy that crosses from one chunk to the next fails (cudaErrorInvalidValue); kernels may read across.
 
         Raises:
             RegistrationError, MappingError, ClosedError: as :meth:`address`.
@@ -177,8 +181,9 @@ class HostRegistration(Resource):
 
     def _require_open(self) -> None:
         if self.closed:
-            closed = "is of the process that this one was forked from" if self._process != process.now else "was closed"
-            raise ClosedError(f"{self.path}: the registration {closed}. Register the mapping again.")
+            forked = self._process != process.now
+            why = "belongs to the process that this one was forked from" if forked else "was closed"
+            raise ClosedError(f"{self.path}: the registration {why}. Register the mapping again.")
 
 
 def _check_device(device: int) -> None:

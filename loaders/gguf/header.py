@@ -97,7 +97,7 @@ def quote(name: str) -> str:
 
 
 class ArrayField(NamedTuple):
-    """An array that was passed over: what it holds and where its first element starts."""
+    """An array that was skipped: the type and number of its elements, and the byte offset of the first."""
 
     item: ValueType
     length: int
@@ -105,7 +105,7 @@ class ArrayField(NamedTuple):
 
 
 class TextField(NamedTuple):
-    """A long string that was passed over: its bytes and where the first of them is."""
+    """A long string that was skipped: its size and byte offset."""
 
     nbytes: int
     offset: int
@@ -118,11 +118,12 @@ class HeaderReader:
 
     Attributes:
         path: The file, for messages.
-        known: What finds the file again.
+        known: The file's path and identity, to open it again.
         nbytes: The file's size when it was opened.
-        position: Byte offset of what is read next.
+        position: Byte offset of the next read.
 
-    Every method raises GGUFError, naming the file, the byte and both numbers, when the file cannot hold what it claims.
+    Every method raises GGUFError, with the file, the byte offset and both numbers, where the file cannot hold what it
+    claims.
     """
 
     def __init__(self, file: OpenFile) -> None:
@@ -275,7 +276,7 @@ class HeaderReader:
         elif item == ValueType.ARRAY:
             self._nested += count
             if self._nested > NESTED_LIMIT:
-                self.fail(f"{what} brings the arrays inside arrays to {self._nested}; qmm reads {NESTED_LIMIT}.")
+                self.fail(f"{what} makes {self._nested} arrays inside arrays; qmm reads at most {NESTED_LIMIT}.")
             for _ in range(count):
                 self._skip_array(what, depth + 1)
         else:
@@ -286,7 +287,7 @@ class HeaderReader:
     def _skip_strings(self, count: int, what: str) -> None:
         self._strings += count
         if self._strings > STRING_LIMIT:
-            self.fail(f"{what} brings the strings of the header to {self._strings}; qmm reads at most {STRING_LIMIT}.")
+            self.fail(f"{what} makes {self._strings} strings in the header; qmm reads at most {STRING_LIMIT}.")
         try:
             self.position = skip_strings(self._pread, self.position, count, min(self.nbytes, HEADER_LIMIT))
         except StringOverrunError as overrun:
@@ -305,7 +306,7 @@ class HeaderReader:
             self.fail(f"{what} needs {nbytes} bytes, which makes the header longer than {HEADER_LIMIT} bytes.")
 
     def _fail_shortened(self, what: str) -> NoReturn:
-        self.fail(f"{what} could not be read: the file became shorter than its {self.nbytes} bytes meanwhile.")
+        self.fail(f"{what} could not be read: the file became shorter than its {self.nbytes} bytes while it was read.")
 
     def _advance(self, nbytes: int, what: str) -> int:
         """Move past ``nbytes`` bytes and return where in the window they start."""
@@ -326,5 +327,5 @@ class HeaderReader:
             return os.pread(self._file.fileno(), nbytes, position)
         except OSError as reason:
             raise GGUFError(
-                f"{self.path}: {nbytes} bytes at byte {position} cannot be read: {reason.strerror}. Is the disk well?"
+                f"{self.path}: {nbytes} bytes at byte {position} cannot be read: {reason.strerror}. Check the disk."
             ) from reason

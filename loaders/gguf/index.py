@@ -1,4 +1,4 @@
-"""Where every tensor of a GGUF model lies: the index of its header.
+"""The index of a GGUF model: the type, shape, offset and size of every tensor, from the header alone.
 
     >>> index = GGUFIndex.read("model.gguf")                     # doctest: +SKIP
     >>> index.tensors["blk.0.ffn_up.weight"]                     # doctest: +SKIP
@@ -101,7 +101,7 @@ class GGUFIndex:
         Raises:
             FileMissingError, FileAccessError: The file cannot be opened.
             GGUFError: It is damaged, cut short, big endian or of another version; a shard is missing, belongs to
-                another model, or was replaced meanwhile.
+                another model, or was replaced while the model was read.
         """
         index, _ = read_model(path)
         return index
@@ -126,7 +126,7 @@ def read_model(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> tup
         files.append(file if shard == path else OpenFile.open(shard, GGUFError))
         shards.append(asked if shard == path else _read_file(files[-1]))
         check_shard(shard, shards[-1].metadata, number, count)
-    for opened in files:  # or some may be of the model that was there before, some of the one that replaced it
+    for opened in files:  # if the model was replaced meanwhile, some may be old shards and some new
         opened.known.check_name(GGUFError)
     tensors = {}
     for tensor in (tensor for shard in shards for tensor in shard.tensors):
@@ -238,9 +238,9 @@ def _read_entry(header: HeaderReader, what: str) -> _Entry:
 def _place(
     path: Path, file_nbytes: int, entries: Collection[_Entry], data_start: int, alignment: int
 ) -> list[TensorInfo]:
-    """Check where each tensor lies and turn the table's rows, kept in order, into TensorInfo."""
+    """Check the place of each tensor, and return the table's rows, in order, as TensorInfo."""
     infos: dict[str, TensorInfo] = {}
-    end, above = file_nbytes, ""  # of what lies behind the tensor at hand: nothing yet
+    end, above = file_nbytes, ""  # where the next tensor of the file begins, and its name
     for entry in sorted(entries, key=lambda entry: entry.offset, reverse=True):
         if entry.offset % alignment:
             raise _refusal(
@@ -253,7 +253,7 @@ def _place(
         layout = _layouts().get(entry.type)
         kind = layout.name if layout else f"unknown({entry.type})"
         nbytes = _nbytes(path, entry, layout)
-        if not nbytes:  # without values it is nowhere: at the offset of the next tensor, or behind the file's end
+        if not nbytes:  # without values, its offset may be that of another tensor, or past the end of the file
             infos[entry.name] = TensorInfo(entry.name, kind, entry.ne[::-1], offset, 0, path)
             continue
         if offset + nbytes > file_nbytes:

@@ -1,4 +1,4 @@
-"""The key/value metadata of a GGUF file; arrays and long strings are left there until somebody asks for them."""
+"""The key/value metadata of a GGUF file; arrays and long strings are read when they are asked for."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["Metadata"]
 class Metadata(Mapping[str, Any]):
     """Keys and values in file order.
 
-    Numbers are int, float or bool, strings are str; what is no UTF-8 in them is kept as Python keeps such bytes of file
-    names (``text.encode("utf-8", "surrogateescape")`` gives them back). ``metadata[key]`` of an array or a long string
-    (:meth:`in_file` says which) reads it from the file the first time and keeps it: numbers and bools as a read-only
-    NumPy array of the type stored, strings as list[str], arrays as a list of these. Iterating over values or items
-    therefore reads every one of them; :meth:`type_of` reads none.
+    Numbers are int, float or bool; strings are str, in which bytes that are not UTF-8 are kept as Python keeps them in
+    file names: ``text.encode("utf-8", "surrogateescape")`` gives them back. ``metadata[key]`` of an array or a long
+    string (:meth:`in_file` says which) reads it from the file the first time and keeps it: numbers and bools as a
+    read-only NumPy array of the stored type, strings as list[str], arrays as a list of these. Iterating over values or
+    items therefore reads all of them; :meth:`type_of` reads none.
     """
 
     def __init__(self, file: KnownFile, types: dict[str, str], values: dict[str, Any]) -> None:
@@ -70,9 +70,9 @@ class Metadata(Mapping[str, Any]):
         return self._types[key]
 
     def in_file(self, key: str) -> bool:
-        """Whether the value was not read yet: an array, or a long string, that nobody has asked for.
+        """Whether the value is still in the file only: an array or a long string that was not asked for yet.
 
-        Strings are long from 64 KiB on, and behind 2 MiB of others from 1 KiB on.
+        Strings are long from 64 KiB on, and after 2 MiB of other strings from 1 KiB on.
         """
         return isinstance(self._values[key], ArrayField | TextField)
 

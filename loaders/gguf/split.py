@@ -30,9 +30,10 @@ def split_count(path: Path, metadata: Metadata) -> int:
 
 
 def is_whole(path: Path, metadata: Metadata, count: int, total: int) -> bool:
-    """Whether a file of ``total`` tensors only has the keys left of ``count`` shards that it was made of.
+    """Whether a file of ``total`` tensors holds a whole model, though its keys name ``count`` shards.
 
-    Then ``split.tensors.count`` is its own number of tensors, and it does not lie beside other shards.
+    A file that was merged or requantized from shards keeps their keys. Then ``split.tensors.count`` is its own number
+    of tensors, and the other shards are not beside it.
     """
     if metadata.integer("split.tensors.count", default=-1) != total:
         return False
@@ -65,7 +66,7 @@ def shard_paths(path: Path, count: int) -> tuple[Path, ...]:
             f"{path}: its name says shard {int(match['number'])} of {count}, and they are counted from 1. "
             "Give the file its original name, or fetch it again."
         )
-    # A counterfeit count is bounded by its five digits, and by the first shard that is missing.
+    # A wrong count is bounded by its five digits, and by the first shard that is missing.
     paths = []
     for number in range(1, count + 1):
         paths.append(path.with_name(f"{match['prefix']}-{number:05d}-of-{count:05d}.gguf"))
@@ -77,10 +78,10 @@ def shard_paths(path: Path, count: int) -> tuple[Path, ...]:
 
 
 def check_shard(path: Path, metadata: Metadata, index: int, count: int) -> None:
-    """Check that ``path`` says of itself that it is shard ``index`` (from 0) of ``count``.
+    """Check that the keys of ``path`` say that it is shard ``index`` (from 0) of ``count``.
 
     Raises:
-        GGUFError: It says something else.
+        GGUFError: They say something else.
     """
     theirs = split_count(path, metadata)
     number = metadata.integer("split.no", default=-1)

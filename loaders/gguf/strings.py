@@ -61,7 +61,7 @@ class _Chain:
 
     @property
     def inside(self) -> bool:
-        """Whether a string is left whose header lies whole in the window."""
+        """Whether a string is left, and its header is wholly in the window."""
         return self.left > 0 and self.start <= len(self.window) - LENGTH.size
 
     def walk(self, most: int) -> None:
@@ -124,7 +124,7 @@ def skip_strings(read: Callable[[int, int], bytes], position: int, count: int, e
         StringOverrunError: A string passes ``end``.
     """
     while count:
-        # Not much more than the strings that are left can need: a short array must not pull in what lies behind it.
+        # Hardly more than the remaining strings need: a short array must not read what follows it in the file.
         chain = _Chain(read(position, min(WINDOW_NBYTES, max(4096, 16 * count))), count)
         if not chain.inside:
             raise StringOverrunError(position, 0)

@@ -9,7 +9,7 @@ headers lies: 40,000 cases. `test_models_*` has hypothesis build models from who
 
 QMM_FUZZ=10 runs ten times as many cases, all of them others (the factor seeds them); QMM_FUZZ=0.1 a tenth. A failure
 of the first engine gives the case's number and the file in hexadecimal: `damaged(bases(folder), number)` with the same
-QMM_FUZZ makes it again. Hypothesis prints its smallest example. A case found here becomes a test in test_gguf.py.
+QMM_FUZZ makes it again. Hypothesis prints its smallest example. A case found here becomes a test in test_damage.py.
 """
 
 from __future__ import annotations

@@ -14,7 +14,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["FORMATS", "Array", "BlockFormat", "Value", "nbytes_of", "random_blocks", "small_blocks", "write_gguf"]
+__all__ = [
+    "F32_ROW",
+    "FORMATS",
+    "Array",
+    "BlockFormat",
+    "Value",
+    "nbytes_of",
+    "random_blocks",
+    "small_blocks",
+    "write_gguf",
+]
+
+
+F32_ROW = ("F32", (1, 8), bytes(32))
+"""The smallest tensor that test files have."""
 
 
 class BlockFormat(NamedTuple):
@@ -26,7 +40,8 @@ class BlockFormat(NamedTuple):
     halves: tuple[int, ...] = ()
 
 
-# Numbers, sizes and fields from ggml.h and ggml-common.h (test_gguf.py compares numbers and sizes with gguf.constants).
+# Numbers, sizes and fields from ggml.h and ggml-common.h; tests/loaders/test_index.py compares numbers and sizes with
+# gguf.constants.
 FORMATS: dict[str, BlockFormat] = {
     "F32": BlockFormat(0, 1, 4),
     "F16": BlockFormat(1, 1, 2, (0,)),
