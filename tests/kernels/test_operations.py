@@ -25,10 +25,12 @@ from numba.cuda import types
 from operation_cases import CASES, Case
 from ptx_compile import GROUPS, assemble, compile_kernel, retarget, without_gpu
 
-from qmm.kernels import lang
+from qmm.kernels import lang, ops
 from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.fields import FieldAccess, load1, load2, load4, load16
 from qmm.kernels.lang.operation import Operation, operation
+from qmm.kernels.lang.primitives import half
+from qmm.kernels.lang.ptx.arithmetic import reciprocal
 from qmm.kernels.lang.ptx.barrier import mbarrier_arrive, sync_cta, sync_warp
 from qmm.kernels.lang.ptx.global_memory import load_global_float
 from qmm.kernels.lang.ptx.grid import cta_index
@@ -38,6 +40,7 @@ from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets.cpu import CPU
 from qmm.kernels.lang.targets.cuda import CUDATarget
 from qmm.kernels.lang.targets.emulator import EmulatorError, EmulatorTarget
+from qmm.kernels.runtime.cache import key_of
 from qmm.kernels.runtime.kernel import Kernel
 from qmm.kernels.runtime.launch import ptx
 
@@ -175,11 +178,42 @@ def test_operations_of_a_gpu_are_refused_outside_of_the_emulator() -> None:
 
 
 def test_declaring_operations_and_running_them_imports_no_compiler() -> None:
+    found = pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.")
+    kernels = [module.name for module in found if not module.name.startswith("qmm.kernels.ops.cpu.")]
     modules = sorted({operation.__module__ for operation in OPERATIONS.values()})
-    names = ", ".join([*modules, "qmm.kernels.lang.targets.emulator"])
+    names = ", ".join([*modules, *kernels, "qmm.kernels.lang.targets.emulator"])
     code = f"import sys, {names}; sys.exit(str([m for m in ('numba', 'llvmlite', 'cuda') if m in sys.modules] or ''))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
+
+
+def test_what_tells_kernels_apart_has_an_operation_of_ones_own_whole_and_ours_by_name() -> None:
+    def key_with(lowering: Callable[..., Any] | None, used: Operation) -> str | None:
+        @operation("(float32) -> float32")
+        def double(value):
+            """Twice a number."""
+            return value + value
+
+        if lowering is not None:
+            double.cuda(lowering)
+
+        def kernel(x):
+            return used(double(x))
+
+        return key_of("kernel", {"load": kernel}, (9, 0))
+
+    def fast(e, value):
+        return e.fadd(value, value)
+
+    def slow(e, value):
+        return e.fmul(value, e.constant(e.f32, 2.0))
+
+    keys = [key_with(fast, reciprocal), key_with(slow, reciprocal), key_with(None, reciprocal), key_with(fast, half)]
+    assert None not in keys
+    assert len(set(keys)) == 4
+    assert '"qmm.kernels.lang.ptx.arithmetic:reciprocal"' in str(keys[0])
+    assert "rcp.rn" not in str(keys[0])
+    assert "e.fadd(value, value)" in str(keys[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Lane", "Warp", "named"]
 
+CALL = Operation.__call__.__code__
+
 
 class Lane(greenlet):
     """One thread of a CTA.
@@ -145,7 +147,7 @@ class Warp:
             EmulatorError: other lanes are at another one.
         """
         frame: Any = sys._getframe(3)
-        if frame.f_code is Operation.__call__.__code__:
+        if frame.f_code is CALL:
             frame = frame.f_back
         place = frame.f_code, frame.f_lasti
         if self._count == 0:
