@@ -23,6 +23,7 @@ from cpu_operation_kernels import CPU_CASES, CPUCase
 from numba.core import errors
 from numba.cuda import types
 from operation_cases import CASES, Case
+from operation_kernels import FEW, MANY, ROWS_OF_EIGHT, ROWS_OF_FOUR, SIGNED, SIXTEEN
 from ptx_compile import GROUPS, assemble, compile_kernel, retarget, without_gpu
 
 from qmm.kernels import lang, ops
@@ -37,6 +38,7 @@ from qmm.kernels.lang.ptx.grid import cta_index
 from qmm.kernels.lang.ptx.warp import shuffle_xor_add
 from qmm.kernels.lang.simd import sum_floats
 from qmm.kernels.lang.specialize import specialize
+from qmm.kernels.lang.tables import table
 from qmm.kernels.lang.targets.cpu import CPU
 from qmm.kernels.lang.targets.cuda import CUDATarget
 from qmm.kernels.lang.targets.emulator import EmulatorError, EmulatorTarget
@@ -82,7 +84,8 @@ def operations_of(kernels: Iterable[Callable[..., None]]) -> set[Operation]:
 @pytest.mark.parametrize(("target", "cases"), [("cuda", CASES), ("cpu", CPU_CASES)])
 def test_every_operation_of_a_target_has_a_case(target: str, cases: dict[str, Case] | dict[str, CPUCase]) -> None:
     having = {operation for operation in OPERATIONS.values() if target in operation.lowerings}
-    assert operations_of(case.function for case in cases.values()) == having
+    tables = {SIXTEEN, FEW, MANY, ROWS_OF_FOUR, ROWS_OF_EIGHT}
+    assert operations_of(case.function for case in cases.values()) == having | tables
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,6 +157,30 @@ def test_a_declaration_that_means_nothing_is_refused() -> None:
             @operation(declaration)
             def store(address):
                 """Nothing."""
+
+
+def test_tables_are_what_numpy_takes() -> None:
+    indices = np.arange(16, dtype=np.uint8)
+    words = indices.view(np.uint32)
+    np.testing.assert_array_equal(SIXTEEN(words).view(np.int8), SIGNED[:16])
+    np.testing.assert_array_equal(MANY(words + np.uint32(0xF0F0F0F0)).view(np.int8), SIGNED[indices + 0xF0])
+    np.testing.assert_array_equal(ROWS_OF_FOUR(63, 0, 1, 2).view(np.int8), SIGNED.reshape(64, 4)[[63, 0, 1, 2]].ravel())
+    np.testing.assert_array_equal(ROWS_OF_EIGHT(31, 5).view(np.int8), SIGNED.reshape(32, 8)[[31, 5]].ravel())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((4, 3)), r"not \(4, 3\)"),
+        (np.zeros(0), r"not \(0,\)"),
+        (np.zeros(257), "257 entries"),
+        ([-129, 0], "from -129 to 0"),
+        ([1, 200], "from 1 to 200"),
+    ],
+)
+def test_tables_of_what_is_no_signed_byte_are_refused(values: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        table(values)
 
 
 def test_a_target_without_the_operation_says_so() -> None:

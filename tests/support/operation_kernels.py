@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.fields import load1, load2, load4, load16
 from qmm.kernels.lang.primitives import (
@@ -93,6 +95,7 @@ from qmm.kernels.lang.ptx.warp import (
     sum_words_of_four_lanes,
 )
 from qmm.kernels.lang.specialize import unroll
+from qmm.kernels.lang.tables import table
 
 __all__ = [
     "ITEMS",
@@ -111,6 +114,7 @@ __all__ = [
     "fma_once",
     "global_fields",
     "largest",
+    "looked_up",
     "met",
     "of_floats",
     "of_runs",
@@ -139,6 +143,8 @@ class CaseConstants(Constants):
 
 
 c = CaseConstants.placeholder()
+SIGNED = np.random.default_rng(4).integers(-128, 128, 256).astype(np.int8)
+"""What lookup tables are made of."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,6 +390,23 @@ def of_words(source, target):
         store_global_float(to + 276, unsigned_byte(a))
         store_global_float(to + 280, signed_byte(b >> 24))
         store_global_float(to + 284, unsigned_byte(b >> 24))
+
+
+SIXTEEN, FEW, MANY = table(SIGNED[:16]), table(SIGNED[:5]), table(SIGNED)
+ROWS_OF_FOUR, ROWS_OF_EIGHT = table(SIGNED.reshape(64, 4)), table(SIGNED.reshape(32, 8))
+
+
+def looked_up(source, target):
+    for first in range(0, ITEMS, THREADS):
+        words = load_global16(source + 16 * (first + thread_index()))
+        to = target + 80 * (first + thread_index())
+        store_words(to, SIXTEEN(words & 0x0F0F0F0F))
+        store_words(to + 16, FEW(words & 0x03030303))
+        store_words(to + 32, MANY(words))
+        a = word(words, 0)
+        b = word(words, 1)
+        store_words(to + 48, ROWS_OF_FOUR(a & 63, b & 63, (a >> 8) & 63, b >> 26))
+        store_words(to + 64, ROWS_OF_EIGHT(word(words, 2) & 31, word(words, 3) >> 27))
 
 
 def widened(source, target):
