@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from arithmetic_kernels import FEW, MANY, ROWS_OF_EIGHT, ROWS_OF_FOUR, SIGNED, SIXTEEN
 from cpu_operation_kernels import CPU_CASES, CPUCase
 from numba.core import errors
 from numba.cuda import types
 from operation_cases import CASES, Case
-from operation_kernels import FEW, MANY, ROWS_OF_EIGHT, ROWS_OF_FOUR, SIGNED, SIXTEEN
 from ptx_compile import GROUPS, assemble, compile_kernel, retarget, without_gpu
 
 from qmm.kernels import lang, ops
@@ -69,7 +69,7 @@ def called_by(kernel: Callable[..., None]) -> Iterator[object]:
     """What a kernel calls, itself or through its helpers."""
     for value in inspect.getclosurevars(kernel).globals.values():
         yield value
-        if isinstance(value, FunctionType) and value.__module__ == kernel.__module__:
+        if isinstance(value, FunctionType) and value.__module__.endswith("_kernels"):
             yield from called_by(value)
 
 

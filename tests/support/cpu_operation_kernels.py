@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from operation_kernels import FEW, MANY, ROWS_OF_EIGHT, ROWS_OF_FOUR, SIXTEEN
+from arithmetic_kernels import FEW, MANY, ROWS_OF_EIGHT, ROWS_OF_FOUR, SIXTEEN
 
 from qmm.kernels.lang.fields import load1, load2, load4, load16
 from qmm.kernels.lang.primitives import (

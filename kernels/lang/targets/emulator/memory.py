@@ -1,4 +1,4 @@
-"""The emulator's memory: global memory of exactly the bytes that it was made of, and a CTA's shared memory."""
+"""The emulator's memory: global memory that ends where its regions end, and a CTA's shared memory."""
 
 from __future__ import annotations
 
