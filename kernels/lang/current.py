@@ -19,10 +19,7 @@ def this_lane() -> Any:
     """
     lane = getcurrent()
     if not hasattr(lane, "cta"):
-        raise EmulatorError(
-            "this operation works on the memory and the lanes of a GPU: call it in a kernel, and run that with "
-            "qmm.kernels.lang.targets.emulator.emulate()"
-        )
+        raise _outside()
     return lane
 
 
@@ -32,4 +29,14 @@ def this_cta() -> Any:
     Raises:
         EmulatorError: no kernel is being run.
     """
-    return this_lane().cta
+    try:
+        return getcurrent().cta
+    except AttributeError:
+        raise _outside() from None
+
+
+def _outside() -> EmulatorError:
+    return EmulatorError(
+        "this operation works on the memory and the lanes of a GPU: call it in a kernel, and run that with "
+        "qmm.kernels.lang.targets.emulator.emulate()"
+    )

@@ -174,7 +174,7 @@ class Emitter:
         if volatile:
             constraints += ("," if constraints else "") + "~{memory}"
         kind = ir.FunctionType(result, [argument.type for argument in arguments])
-        made = self.builder.call(ir.InlineAsm(kind, text, constraints, side_effect=volatile), arguments)
+        called = self.builder.call(ir.InlineAsm(kind, text, constraints, side_effect=volatile), arguments)
         if len(kinds) < 2:
-            return made if kinds else None
-        return [self.builder.extract_value(made, i) for i in range(len(kinds))]
+            return called if kinds else None
+        return [self.builder.extract_value(called, i) for i in range(len(kinds))]

@@ -4,8 +4,8 @@
 emulator an address of a GPU. Compiled for the CPU it is an address of the process, which keeps to no alignment.
 
 Compiled for a GPU it is an address of shared memory, where kernels stage the bytes of a row; or of global memory, for
-kernels that read blocks where they lie. A target is made for either, and for what the addresses of fields divide by (an
-n-byte field lies at a multiple of n or of that), which decides how wide the instructions are:
+kernels that read blocks where they lie. A target is told which of the two, and what the addresses of fields divide by
+(an n-byte field lies at a multiple of n or of that), which decides how wide the loads are:
 
 =========  ==================================================  ==================================
 alignment  ``load16`` from shared memory                       formats

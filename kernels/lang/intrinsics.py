@@ -67,7 +67,7 @@ class Intrinsics:
         self._made: dict[tuple[Operation, FieldAccess], Any] = {}
 
     def of(self, operation: Operation, fields: FieldAccess) -> Any:
-        """The intrinsic of an operation; made once for each way to read block fields.
+        """The intrinsic of an operation, one for each way to read block fields.
 
         Raises:
             TypeError: the target has no such operation.
@@ -93,10 +93,10 @@ class Intrinsics:
                 for i, kind in enumerate(kinds):
                     if isinstance(kind, self._toolkit.types.UniTuple):
                         values[i] = [builder.extract_value(values[i], j) for j in range(kind.count)]
-                made = lowering(Emitter(builder, fields), *values)
+                value = lowering(Emitter(builder, fields), *values)
                 if count is not None:
-                    return context.make_tuple(builder, signature.return_type, made)
-                return context.get_dummy_value() if made is None else made
+                    return context.make_tuple(builder, signature.return_type, value)
+                return context.get_dummy_value() if value is None else value
 
             return result(*kinds), lower
 

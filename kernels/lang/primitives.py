@@ -171,11 +171,11 @@ def _(e, q, scale, minimum):
 def _(e, q, scale, minimum):
     def products(a: Any, b: Any) -> Any:
         # Each with the explicit rounding: without it both compilers would fuse them with the difference.
-        made = e.undefined(a.type)
+        result = e.undefined(a.type)
         for i in range(16):
             product = e.ptx("mul.rn.f32 $0, $1, $2;", "=f,f,f", e.part(a, i), e.part(b, i))
-            made = e.insert_element(made, product, e.constant(e.i32, i))
-        return made
+            result = e.insert_element(result, product, e.constant(e.i32, i))
+        return result
 
     return _weights(e, q, scale, minimum, products)
 

@@ -52,7 +52,7 @@ def table(values: npt.ArrayLike) -> Operation:
 def _of_bytes(values: npt.NDArray[np.int8]) -> Operation:
     @operation("(Words) -> Words")
     def look_up(indices):
-        return values[indices.view(np.uint8) % len(values)].view(np.uint32)
+        return values[indices.view(np.uint8).astype(np.intp) % len(values)].view(np.uint32)
 
     @look_up.cuda
     def _(e, indices):

@@ -21,6 +21,7 @@ from qmm.kernels.runtime.kernel import Kernel
 __all__ = ["assembly_of", "bounded", "compiled", "function_of", "link", "signature_of"]
 
 _ENTRY = re.compile(r"\.visible \.entry (\w+)")
+_HEAD = re.compile(r"\.visible \.entry \w+\([^)]*\)\s*(?=\{)")
 
 
 @functools.cache
@@ -45,9 +46,9 @@ def bounded(text: str, threads: int) -> str:
     """A kernel's PTX that says how many threads a CTA has, and that one CTA on an SM is enough: without
     the first it may take more registers than there are, without the second ptxas spills to make room for another.
     ``cuda.compile`` has no option for either."""
-    head, found, body = text.partition("{")
-    assert found and ".entry" in head, "no entry point before the first brace of the PTX"
-    return f"{head}.maxntid {threads}, 1, 1\n.minnctapersm 1\n{{{body}"
+    head = _HEAD.search(text)
+    assert head, "no entry point in the PTX"
+    return f"{text[: head.end()]}.maxntid {threads}, 1, 1\n.minnctapersm 1\n{text[head.end() :]}"
 
 
 def compiled(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, bytes]:

@@ -20,6 +20,7 @@ from qmm.graph import Step, queue_sequence
 from qmm.kernels.formats import FORMATS
 from qmm.kernels.lang.targets.emulator import EmulatorError, Region, Settings
 from qmm.kernels.ops.layout import WARPS
+from qmm.kernels.ops.matvec import naive
 from qmm.kernels.ops.matvec.plan import NEXT_OF_L2, NOTHING, Product, plan
 from qmm.kernels.ops.op import Architecture, WeightLayout
 from qmm.kernels.ops.read import plan_checksum
@@ -51,6 +52,31 @@ def test_expected_reads_by_hand() -> None:
     tiling = Tiling.of(FORMATS["Q8_0"], 2, 1 << 17)
     reads = expected_reads(FORMATS["Q8_0"], tiling, 256 + 2, 2, 32)
     assert reads.tolist() == [1] * 30 + [2] * 16 + [1] * 22
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shift", [0, 6])
+def test_the_naive_product_computes_the_same(name: str, shift: int, rng: np.random.Generator) -> None:
+    m, k, n = 7, 2 * FORMATS[name].block_weights, 3
+    y, weights, _ = run_naive(name, m, k, n, shift, rng)
+    matrix = dequantized(FORMATS[name], bytes(weights.data), m, k).astype(np.float64)
+    x = NAIVE_X[:n, :k].astype(np.float64)
+    np.testing.assert_allclose(y, x @ matrix.T, rtol=0, atol=k * 2.0**-23 * (abs(x) @ abs(matrix).T).max())
+    assert (weights.reads >= n).all()  # each column reads them again, and each lane what a block's lanes share
+
+
+NAIVE_X = np.random.default_rng(5).standard_normal((3, 512)).astype(np.float32)
+
+
+def run_naive(
+    name: str, m: int, k: int, n: int, shift: int, rng: np.random.Generator, faults: frozenset[str] = frozenset()
+) -> tuple[np.ndarray, Region, Region]:
+    device = EmulatedDevice(settings=Settings(faults=faults))
+    weights = device.add("weights", random_blocks(name, (m, k), rng), constant=True, shift=shift)
+    source, target = device.add("x", NAIVE_X[:n, :k].tobytes(), constant=True), device.add("y", 4 * n * m)
+    work = naive.plan(FORMATS[name], m, k, WeightLayout.at(weights.start), n)
+    device.queue(device.prepare(work, "a product"), weights.start, source.start, target.start, 0)
+    return target.array(np.float32).reshape(n, m), weights, source
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -267,6 +293,11 @@ def test_activations_read_too_early_are_found() -> None:
 def test_a_dequantization_that_does_not_wait_is_found() -> None:
     with pytest.raises(EmulatorError, match="copy under way"):
         run_dequantization("Q6_K", 5, 512, shift=2, settings=Settings(faults=frozenset({"waits"})))
+
+
+def test_a_naive_product_without_its_mask_is_found(rng: np.random.Generator) -> None:
+    with pytest.raises(EmulatorError, match="are not within any of"):
+        run_naive("Q4_0", 5, 64, 2, 0, rng, frozenset({"results, naive"}))
 
 
 @pytest.mark.parametrize("mask", ["prefetch, first piece", "prefetch, last piece"])

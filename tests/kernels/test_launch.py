@@ -134,7 +134,7 @@ def used(kernel: Kernel) -> set[str]:
             return kernel.constants.value(name)
 
     read: set[str] = set()
-    build.specialize(kernel.function, Noting(), build.CUDATarget(kernel.alignment))
+    build.specialize(kernel.function, Noting(), build.CUDATarget(kernel.fields))
     return read
 
 
@@ -182,6 +182,8 @@ TEXT = """.version 8.0
 def test_the_threads_of_a_block_are_said_between_a_kernels_head_and_its_body() -> None:
     head, body = TEXT.split("{", 1)
     assert build.bounded(TEXT, 640) == f"{head}.maxntid 640, 1, 1\n.minnctapersm 1\n{{{body}"
+    table = ".global .align 1 .b8 table[2] = {1, 2};\n"
+    assert build.bounded(table + TEXT, 640) == table + build.bounded(TEXT, 640)
 
 
 @pytest.mark.parametrize("text", ["", TEXT.replace(".entry", ".func"), TEXT.partition("{")[0]])

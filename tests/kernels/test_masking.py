@@ -209,8 +209,8 @@ FOUND = {
     "tail of weights": (OUTSIDE, PLAIN),
 }
 """What the absence of a mask shows as, in which formats."""
-ELSEWHERE = {"prefetch, first piece", "prefetch, last piece"}
-"""Masks of what a product prefetches to L2 for the next one: test_emulated_kernels.py."""
+ELSEWHERE = {"prefetch, first piece", "prefetch, last piece", "results, naive"}
+"""Masks of what a product prefetches to L2 for the next one, and of the naive product: test_emulated_kernels.py."""
 
 
 def masks() -> list[tuple[str, str]]:

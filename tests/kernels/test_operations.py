@@ -19,25 +19,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+from arithmetic_kernels import FEW, MANY, ROWS_OF_EIGHT, ROWS_OF_FOUR, SIGNED, SIXTEEN
 from cpu_operation_kernels import CPU_CASES, CPUCase
 from numba.core import errors
 from numba.cuda import types
 from operation_cases import CASES, Case
 from ptx_compile import GROUPS, assemble, compile_kernel, retarget, without_gpu
 
-from qmm.kernels import lang
+from qmm.kernels import lang, ops
 from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.fields import FieldAccess, load1, load2, load4, load16
 from qmm.kernels.lang.operation import Operation, operation
+from qmm.kernels.lang.primitives import half
+from qmm.kernels.lang.ptx.arithmetic import reciprocal
 from qmm.kernels.lang.ptx.barrier import mbarrier_arrive, sync_cta, sync_warp
 from qmm.kernels.lang.ptx.global_memory import load_global_float
 from qmm.kernels.lang.ptx.grid import cta_index
 from qmm.kernels.lang.ptx.warp import shuffle_xor_add
 from qmm.kernels.lang.simd import sum_floats
 from qmm.kernels.lang.specialize import specialize
+from qmm.kernels.lang.tables import table
 from qmm.kernels.lang.targets.cpu import CPU
 from qmm.kernels.lang.targets.cuda import CUDATarget
 from qmm.kernels.lang.targets.emulator import EmulatorError, EmulatorTarget
+from qmm.kernels.runtime.cache import key_of
 from qmm.kernels.runtime.kernel import Kernel
 from qmm.kernels.runtime.launch import ptx
 
@@ -64,7 +69,7 @@ def called_by(kernel: Callable[..., None]) -> Iterator[object]:
     """What a kernel calls, itself or through its helpers."""
     for value in inspect.getclosurevars(kernel).globals.values():
         yield value
-        if isinstance(value, FunctionType) and value.__module__ == kernel.__module__:
+        if isinstance(value, FunctionType) and value.__module__.endswith("_kernels"):
             yield from called_by(value)
 
 
@@ -79,7 +84,8 @@ def operations_of(kernels: Iterable[Callable[..., None]]) -> set[Operation]:
 @pytest.mark.parametrize(("target", "cases"), [("cuda", CASES), ("cpu", CPU_CASES)])
 def test_every_operation_of_a_target_has_a_case(target: str, cases: dict[str, Case] | dict[str, CPUCase]) -> None:
     having = {operation for operation in OPERATIONS.values() if target in operation.lowerings}
-    assert operations_of(case.function for case in cases.values()) == having
+    tables = {SIXTEEN, FEW, MANY, ROWS_OF_FOUR, ROWS_OF_EIGHT}
+    assert operations_of(case.function for case in cases.values()) == having | tables
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,6 +159,30 @@ def test_a_declaration_that_means_nothing_is_refused() -> None:
                 """Nothing."""
 
 
+def test_tables_are_what_numpy_takes() -> None:
+    indices = np.arange(16, dtype=np.uint8)
+    words = indices.view(np.uint32)
+    np.testing.assert_array_equal(SIXTEEN(words).view(np.int8), SIGNED[:16])
+    np.testing.assert_array_equal(MANY(words + np.uint32(0xF0F0F0F0)).view(np.int8), SIGNED[indices + 0xF0])
+    np.testing.assert_array_equal(ROWS_OF_FOUR(63, 0, 1, 2).view(np.int8), SIGNED.reshape(64, 4)[[63, 0, 1, 2]].ravel())
+    np.testing.assert_array_equal(ROWS_OF_EIGHT(31, 5).view(np.int8), SIGNED.reshape(32, 8)[[31, 5]].ravel())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((4, 3)), r"not \(4, 3\)"),
+        (np.zeros(0), r"not \(0,\)"),
+        (np.zeros(257), "257 entries"),
+        ([-129, 0], "from -129 to 0"),
+        ([1, 200], "from 1 to 200"),
+    ],
+)
+def test_tables_of_what_is_no_signed_byte_are_refused(values: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        table(values)
+
+
 def test_a_target_without_the_operation_says_so() -> None:
     with pytest.raises(TypeError, match=r"<operation sum_floats\(Floats\) -> float32> has no lowering for .* 'cuda'"):
         CUDATarget().intrinsic(sum_floats)
@@ -175,11 +205,42 @@ def test_operations_of_a_gpu_are_refused_outside_of_the_emulator() -> None:
 
 
 def test_declaring_operations_and_running_them_imports_no_compiler() -> None:
+    found = pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.")
+    kernels = [module.name for module in found if not module.name.startswith("qmm.kernels.ops.cpu.")]
     modules = sorted({operation.__module__ for operation in OPERATIONS.values()})
-    names = ", ".join([*modules, "qmm.kernels.lang.targets.emulator"])
+    names = ", ".join([*modules, *kernels, "qmm.kernels.lang.targets.emulator"])
     code = f"import sys, {names}; sys.exit(str([m for m in ('numba', 'llvmlite', 'cuda') if m in sys.modules] or ''))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
+
+
+def test_what_tells_kernels_apart_has_an_operation_of_ones_own_whole_and_ours_by_name() -> None:
+    def key_with(lowering: Callable[..., Any] | None, used: Operation) -> str | None:
+        @operation("(float32) -> float32")
+        def double(value):
+            """Twice a number."""
+            return value + value
+
+        if lowering is not None:
+            double.cuda(lowering)
+
+        def kernel(x):
+            return used(double(x))
+
+        return key_of("kernel", {"load": kernel}, (9, 0))
+
+    def fast(e, value):
+        return e.fadd(value, value)
+
+    def slow(e, value):
+        return e.fmul(value, e.constant(e.f32, 2.0))
+
+    keys = [key_with(fast, reciprocal), key_with(slow, reciprocal), key_with(None, reciprocal), key_with(fast, half)]
+    assert None not in keys
+    assert len(set(keys)) == 4
+    assert '"qmm.kernels.lang.ptx.arithmetic:reciprocal"' in str(keys[0])
+    assert "rcp.rn" not in str(keys[0])
+    assert "e.fadd(value, value)" in str(keys[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmm.kernels.lang.constants import Constants
+from qmm.kernels.lang.masks import mask
 from qmm.kernels.lang.specialize import registers, specialize, unroll
 
 SCALE = 3
@@ -46,8 +47,11 @@ class PythonTarget:
 
     name = "python"
 
-    def __init__(self, intrinsics: dict[object, object] | None = None) -> None:
+    def __init__(
+        self, intrinsics: dict[object, object] | None = None, absent_masks: frozenset[str] = frozenset()
+    ) -> None:
         self.intrinsics = intrinsics or {}
+        self.absent_masks = absent_masks
         self.device_functions: list[str] = []
 
     def intrinsic(self, primitive: object) -> object | None:
@@ -577,6 +581,32 @@ def test_a_specialized_function_computes_what_the_plain_one_does(
     assert flat(product, **constants)(x, y, len(x)) == expected
 
 
+def keeps_to_its_rows(n, m):
+    first = mask("first", max(n, 0), n)
+    if mask("rows", n < m) and mask("known", c.COUNT == 3, False):
+        return first
+    return -1
+
+
+def test_a_mask_is_its_value_and_costs_nothing() -> None:
+    written = flat(keeps_to_its_rows, COUNT=3)
+    assert body(written) == "first = max(n, 0)\nif n < m:\n    return first\nreturn -1"
+    assert (written(-2, 4), written(5, 4)) == (0, -1)
+
+
+def test_a_mask_that_is_left_out_is_what_stands_there_without_it() -> None:
+    def without(*names: str) -> str:
+        return body(specialize(keeps_to_its_rows, Knobs(COUNT=3), PythonTarget(absent_masks=frozenset(names))))
+
+    assert without("first") == "first = n\nif n < m:\n    return first\nreturn -1"
+    assert without("rows") == "first = max(n, 0)\nreturn first\nreturn -1"
+    assert without("known") == "first = max(n, 0)\nreturn -1"
+
+
+def masks_by_a_variable(n, m):
+    return mask(n, n < m)
+
+
 def leaves_an_unrolled_loop(n):
     for i in unroll(4):
         if i == n:
@@ -603,6 +633,7 @@ def gives_a_known_number_a_new_value(n):
     [
         (leaves_an_unrolled_loop, "break or continue"),
         (has_an_else, "else of a loop"),
+        (masks_by_a_variable, "a mask without a name of its own"),
         (gives_a_known_number_a_new_value, "new value for i"),
     ],
 )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from arithmetic_kernels import FEW, MANY, ROWS_OF_EIGHT, ROWS_OF_FOUR, SIXTEEN
 
 from qmm.kernels.lang.fields import load1, load2, load4, load16
 from qmm.kernels.lang.primitives import (
@@ -108,6 +109,19 @@ def products(source, target):
         store_float(target, 8 * item + 4, sum_floats(multiply_add(floats, floats, floats)))
 
 
+def looked_up(source, target):
+    for item in range(ITEMS):
+        words = load16(source + 16 * item, 0)
+        to = target + 80 * item
+        store_words(to, 0, SIXTEEN(words & 0x0F0F0F0F))
+        store_words(to, 16, FEW(words & 0x03030303))
+        store_words(to, 32, MANY(words))
+        a = word(words, 0)
+        b = word(words, 1)
+        store_words(to, 48, ROWS_OF_FOUR(a & 63, b & 63, (a >> 8) & 63, b >> 26))
+        store_words(to, 64, ROWS_OF_EIGHT(word(words, 2) & 31, word(words, 3) >> 27))
+
+
 def counted(source, target):
     for item in range(ITEMS):
         store_byte(target, 8 + item, load1(source, 0) + load1(target, 0) + load1(target, 3))
@@ -150,5 +164,6 @@ CPU_CASES = {
     "halves": CPUCase(halves, np.arange(65536, dtype=np.uint16), 132 * 4096, np.float32),
     "runs": CPUCase(runs, numbers(), 192 * ITEMS, np.float32),
     "products": CPUCase(products, small_numbers(), 8 * ITEMS, np.float32),
+    "looked up": CPUCase(looked_up, some_bytes(), 80 * ITEMS),
     "counted": CPUCase(counted, np.full(1, 7, np.uint8), 8 + 2 * ITEMS),
 }

@@ -39,7 +39,7 @@ def mma_s8(a, b, x):
 
 @operation("(Words, Words, Words, float32[4]) -> float32[4]", of_warp=True)
 def mma_s8_more(a, b, x, dots):
-    """Adds what :func:`mma_s8` would make of other runs to what it made; 12,582,912 is in it once."""
+    """Adds the products of other runs to ``dots``, the result of :func:`mma_s8`, which has 12,582,912 in it already."""
     return _dots(a, b, x, np.array(dots, np.float32).view(np.int32))
 
 

@@ -132,7 +132,7 @@ class MBarriers:
         """Start a copy from global to shared memory, all at multiples of 16; what it will write is forbidden now.
 
         Raises:
-            EmulatorError: it may not be made.
+            EmulatorError: it is not allowed.
         """
         if nbytes <= 0 or nbytes & 15:
             raise EmulatorError(f"{who()} copies {nbytes} bytes, no multiple of 16")

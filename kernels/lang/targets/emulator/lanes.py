@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Lane", "Warp", "named"]
 
+CALL = Operation.__call__.__code__
+
 
 class Lane(greenlet):
     """One thread of a CTA.
@@ -75,7 +77,7 @@ class Lane(greenlet):
         mbarriers.deliver(Delivery(copies, mbarriers.at(barrier), 0, self))
 
     def together(self, function: Callable[..., Any], literals: tuple[int, ...], arguments: tuple[Any, ...]) -> Any:
-        """Bring arguments to an instruction of the whole warp.
+        """Take part in an instruction of the whole warp.
 
         Args:
             function: from a sequence of 32 for each argument to the results of the lanes, or None.
@@ -94,7 +96,7 @@ class Lane(greenlet):
         return warp.results[self.index] if warp.results is not None else None
 
     def at_barrier(self, number: int, threads: int, waits: bool) -> None:
-        """Bring a warp to a named barrier.
+        """Come to a named barrier, with the whole warp.
 
         Args:
             number: of the barrier.
@@ -127,7 +129,7 @@ class Lane(greenlet):
 
 
 class Warp:
-    """32 lanes, and what those have brought that are at an instruction which needs all of them."""
+    """32 lanes, and the arguments of those that have come to an instruction which needs all of them."""
 
     def __init__(self) -> None:
         self.lanes: list[Lane] = []
@@ -145,7 +147,7 @@ class Warp:
             EmulatorError: other lanes are at another one.
         """
         frame: Any = sys._getframe(3)
-        if frame.f_code is Operation.__call__.__code__:
+        if frame.f_code is CALL:
             frame = frame.f_back
         place = frame.f_code, frame.f_lasti
         if self._count == 0:
@@ -163,15 +165,15 @@ class Warp:
         return True
 
     def columns(self, instruction: Any, literals: tuple[int, ...]) -> list[Any]:
-        """What the lanes brought, a sequence of 32 for each argument; of literals the one value.
+        """The arguments of the 32 lanes, a sequence of 32 for each; of a literal its value.
 
         Raises:
-            EmulatorError: lanes brought different literals.
+            EmulatorError: lanes have different literals.
         """
         columns: list[Any] = list(zip(*self._arguments, strict=True))
         for i in literals:
             if len(set(columns[i])) > 1:
-                raise EmulatorError(f"{named(instruction)}: lanes of a warp bring different literals {set(columns[i])}")
+                raise EmulatorError(f"{named(instruction)}: lanes of a warp have different literals {set(columns[i])}")
             columns[i] = columns[i][0]
         return columns
 

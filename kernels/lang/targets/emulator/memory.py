@@ -1,4 +1,4 @@
-"""The emulator's memory: global memory of exactly the bytes that it was made of, and a CTA's shared memory."""
+"""The emulator's memory: global memory that ends where its regions end, and a CTA's shared memory."""
 
 from __future__ import annotations
 
@@ -200,7 +200,9 @@ class SharedMemory:
         Raises:
             EmulatorError: they may not be read.
         """
-        at = self.place(address, nbytes, alignment)
+        at = address - self.start
+        if at < 0 or at + nbytes > len(self.data) or address & (alignment - 1):
+            self.place(address, nbytes, alignment)  # says what is wrong
         if self.state.find(FORBIDDEN, at, at + nbytes) >= 0:
             self._forbid("reads", at, nbytes)
         return at
