@@ -17,12 +17,15 @@ from qmm.kernels.lang.operation import operation
 __all__ = [
     "dot_run",
     "fetch_add",
+    "float_of_bits",
     "load_float",
     "load_floats",
+    "max_magnitude",
     "multiply_add",
     "store_byte",
     "store_float",
     "store_floats",
+    "store_rounded",
     "sum_floats",
     "sum_partial",
     "zero_floats",
@@ -193,3 +196,48 @@ def _emit_sum(e: Any, values: Any) -> Any:
         values = e.fadd(low, high)
         half //= 2
     return e.part(values, 0)
+
+
+@operation("(int64, Floats) -> int64")
+def max_magnitude(most, values):
+    """The larger of ``most`` and the largest magnitude among sixteen numbers, as the bits of a float32: so a NaN is
+    larger than everything, and not lost."""
+    return max(int(most), int((values.view(np.uint32) & 0x7FFFFFFF).max()))
+
+
+@max_magnitude.cpu
+def _(e, most, values):
+    words = e.vector_type(e.i32, 16)
+    bits = e.and_(e.bitcast(values, words), e.constant(words, [0x7FFFFFFF] * 16))
+    largest = e.call(e.declared("llvm.vector.reduce.umax.v16i32", e.i32, [words]), [bits])
+    return e.larger(most, e.zext(largest, e.i64))
+
+
+@operation("(int64) -> float32")
+def float_of_bits(bits):
+    """The float32 of these bits."""
+    return np.uint32(bits).view(np.float32)
+
+
+@float_of_bits.cpu
+def _(e, bits):
+    return e.bitcast(e.trunc(bits, e.i32), e.f32)
+
+
+@operation("(int64, int64, Floats) -> float32")
+def store_rounded(address, offset, values):
+    """Stores sixteen numbers within 2**15, rounded to int16 with ties to even; returns their sum."""
+    rounded = np.rint(values)
+    ctypes.memmove(address + offset, rounded.astype(np.int16).tobytes(), 32)
+    return np.float32(rounded.sum())
+
+
+@store_rounded.cpu
+def _(e, address, offset, values):
+    # Beside 1.5 * 2**23 a float32 has no fraction. An instruction that rounds is not to be had on every CPU.
+    large = e.splat(e.constant(e.f32, 1.5 * 2**23), 16)
+    rounded = e.fsub(e.fadd(values, large), large)
+    words = e.fptosi(rounded, e.vector_type(e.i32, 16))
+    _store(e, address, offset, e.trunc(words, e.vector_type(e.i16, 16)))
+    total = e.call(e.declared("llvm.vector.reduce.add.v16i32", e.i32, [words.type]), [words])
+    return e.sitofp(total, e.f32)

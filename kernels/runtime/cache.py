@@ -1,9 +1,8 @@
-"""Linked kernels on disk, so that the second start of a process compiles nothing and imports no compiler.
+"""Machine code of kernels on disk, so that the second start of a process compiles nothing and imports no compiler.
 
-An entry is one file, named by the SHA-256 of its key; the key is JSON text that holds everything the machine code
-depends on: the kernel and what it is specialized with, a digest of this package's source, the versions of the
-compilers, the compute capability. Code from a file runs on the user's GPU, so a file counts only if it is a regular
-one of this user's, which nobody else may write, and its key and digest are right. Any other is a miss, and replaced.
+An entry is one file, named by the SHA-256 of its key (:mod:`qmm.kernels.runtime.keys`). Code from a file runs on the
+user's GPU, or in the user's process, so a file counts only if it is a regular one of this user's, which nobody else may
+write, and its key and digest are right. Any other is a miss, and replaced.
 
 ::
 
@@ -18,27 +17,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
-import json
 import os
 import re
 import stat
 import struct
-import sys
 import time
-import types
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from qmm.folders import cache_folder
-from qmm.kernels.lang.operation import Operation
+from qmm.kernels.runtime.keys import key_of, unchanged_sources
 
-__all__ = ["CachedKernel", "Code", "Store", "digest_of_sources", "key_of", "store"]
+__all__ = ["CachedKernel", "Code", "Store", "store"]
 
 MAGIC = b"qmm\0kern"
 VERSION = 1
@@ -52,24 +45,9 @@ ABANDONED_SECONDS = 3600
 NAMES = re.compile(r"[0-9a-f]{64}\.(kernel|[0-9a-f]{16}\.part)")
 """What is ours in the folder. The user may have named one with other files in it."""
 
-DISTRIBUTIONS = (
-    *("qmm", "numpy", "numba", "llvmlite", "numba-cuda", "cuda-bindings", "cuda-python", "cuda-pathfinder"),
-    *("nvidia-cuda-nvcc", "nvidia-nvjitlink", "nvidia-nvvm"),
-    *("nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12", "nvidia-nvvm-cu12"),
-)
-LIBRARIES = ("builtins", "math", "numpy", "operator")
-"""Modules that the versions tell enough of."""
-
-SETTINGS = ("CONDA_PREFIX", "CUDA_HOME", "CUDA_PATH")
-"""Where a compiler is looked for that no wheel brought."""
-SETTING_PREFIXES = ("NUMBA_CUDA_", "NUMBA_DEBUG", "NUMBA_OPT")
-
-PACKAGE = "qmm.kernels"
-FOLDER = Path(__file__).parents[1]
-
 
 class Code(NamedTuple):
-    """A linked kernel: the name of its entry point, and machine code."""
+    """A kernel: the name of its entry point, and machine code, a cubin or an object file."""
 
     entry: str
     code: bytes
@@ -187,9 +165,9 @@ def _parse(data: bytes, key: str) -> Code | None:
 class CachedKernel:
     """The place of one kernel in the user's cache, whether there is a cache or not."""
 
-    def __init__(self, name: str, constants: Mapping[str, Any], capability: tuple[int, int]) -> None:
-        """Args are the kernel's name, all that it is specialized with, and the compute capability."""
-        self._described = (name, constants, capability)
+    def __init__(self, name: str, constants: Mapping[str, Any], target: object) -> None:
+        """Args are as for :func:`qmm.kernels.runtime.keys.key_of`."""
+        self._described = (name, constants, target)
         self._store = store()
         self._key = key_of(*self._described) if self._store else None
 
@@ -204,7 +182,7 @@ class CachedKernel:
 
     def _unchanged(self) -> bool:
         """Whether the kernel's sources are as they were: code compiled during an edit may be of neither version."""
-        return digest_of_sources(FOLDER) == SOURCES and key_of(*self._described) == self._key
+        return unchanged_sources() and key_of(*self._described) == self._key
 
 
 def store() -> Store | None:
@@ -219,120 +197,3 @@ def store() -> Store | None:
 
 
 _store = functools.cache(Store)  # one for each folder, so that it warns once
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Keys
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _CannotBeDescribedError(Exception):
-    """A kernel is made of something that the text of a key cannot tell from another."""
-
-
-def key_of(name: str, constants: Mapping[str, Any], capability: tuple[int, int]) -> str | None:
-    """Everything that a kernel's machine code depends on, as text; None where text cannot say it.
-
-    Args:
-        name: the kernel's.
-        constants: what it is specialized with: numbers, strings, arrays, functions, and tuples and mappings of them.
-        capability: the compute capability.
-    """
-    if not SOURCES:
-        return None
-    try:
-        kernel = _described(constants, {})
-    except _CannotBeDescribedError:
-        return None
-    settings = {
-        setting: value
-        for setting, value in os.environ.items()
-        if setting in SETTINGS or setting.startswith(SETTING_PREFIXES)
-    }
-    key = {
-        "name": name,
-        "kernel": kernel,
-        "capability": capability,
-        "sources": SOURCES,
-        "versions": _versions(),
-        "settings": settings,
-    }
-    return json.dumps(key, sort_keys=True)
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    """The versions of all that takes part in compiling."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": sys.version}
-    for distribution in DISTRIBUTIONS:
-        with suppress(PackageNotFoundError):
-            found[distribution] = version(distribution)
-    return found
-
-
-def digest_of_sources(folder: Path) -> str:
-    """A digest of the names and texts of all Python files in a folder and below; empty where there are none."""
-    digest = hashlib.sha256()
-    paths = sorted(folder.rglob("*.py"))
-    try:
-        for path in paths:
-            text = path.read_bytes()
-            digest.update(f"{path.relative_to(folder)} {len(text)}\n".encode() + text)
-    except OSError:
-        return ""
-    return digest.hexdigest() if paths else ""
-
-
-# Read together with the modules: what they were made of, though their files may be edited while the process runs.
-SOURCES = digest_of_sources(FOLDER)
-
-
-def _described(value: Any, functions: dict[types.FunctionType, int]) -> Any:
-    """A value as JSON can hold it, the same only for values that make the same kernel. ``functions`` counts those met
-    so far."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(name): _described(inner, functions) for name, inner in value.items()}
-    if isinstance(value, tuple | list):
-        return [_described(inner, functions) for inner in value]
-    if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
-        return {"array": [value.dtype.str, *value.shape], "sha256": hashlib.sha256(value.tobytes()).hexdigest()}
-    if isinstance(value, types.FunctionType):
-        return _described_function(value, functions)
-    if isinstance(value, Operation):
-        return _described_operation(value, functions)
-    if isinstance(value, types.ModuleType) and value.__name__ in LIBRARIES:
-        return {"module": value.__name__}
-    if isinstance(value, type | types.BuiltinFunctionType) and value.__module__ in LIBRARIES:
-        return {"function": f"{value.__module__}:{value.__qualname__}"}
-    raise _CannotBeDescribedError(repr(value))
-
-
-def _described_function(function: types.FunctionType, functions: dict[types.FunctionType, int]) -> Any:
-    """One of this package by its name, since the key has the package's source; any other by all that it is made of."""
-    name = f"{function.__module__}:{function.__qualname__}"
-    ours = function.__module__.startswith(f"{PACKAGE}.")
-    if ours and getattr(sys.modules.get(function.__module__), function.__qualname__, None) is function:
-        return {"function": name}
-    if function in functions:
-        return {"function": name, "number": functions[function]}
-    functions[function] = len(functions)
-    try:
-        source = inspect.getsource(function)  # which is what gets compiled, not the code object
-    except (OSError, TypeError) as reason:
-        raise _CannotBeDescribedError(f"{name} has no source") from reason
-    used = inspect.getclosurevars(function)
-    return {"function": name, "source": source, "uses": _described({**used.globals, **used.nonlocals}, functions)}
-
-
-def _described_operation(operation: Operation, functions: dict[types.FunctionType, int]) -> Any:
-    """One of this package by its name, any other by its types and lowerings."""
-    name = f"{operation.__module__}:{operation.name}"
-    ours = operation.__module__.startswith(f"{PACKAGE}.")
-    if ours and getattr(sys.modules.get(operation.__module__), operation.name, None) is operation:
-        return {"operation": name}
-    made = [operation.arguments, operation.result, operation.lowerings]
-    return {"operation": name, "made": _described(made, functions)}

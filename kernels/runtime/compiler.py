@@ -108,7 +108,7 @@ def _tried(name: str | None, features: str | None) -> str:
     text = " and ".join(f"{setting}={value!r}" for setting, value in given.items())
     what = f"{text}: compiling a kernel for such a CPU and running it here was tried in a child process, which"
     kept = {setting: value for setting, value in os.environ.items() if setting not in settings}
-    command, environment = python(CHILD), {**kept, **given}
+    command, environment = python(CHILD), {**kept, **given, "QMM_CACHE_DIR": ""}  # it is to compile
     try:  # in a session of its own, or a Ctrl-C would be taken for its failure
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, start_new_session=True

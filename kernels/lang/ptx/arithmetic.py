@@ -43,7 +43,7 @@ def scale_floats(values, scale):
     return values * scale
 
 
-@scale_floats.cuda
+@scale_floats.llvm
 def _(e, values, scale):
     return e.fmul(values, e.splat(scale, 16))
 

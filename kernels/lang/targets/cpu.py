@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+import runpy
 from collections.abc import Callable, Collection
 from typing import Any
 
 import numba
-import numpy as np
+from llvmlite import binding, ir
 from numba import extending
-from numba.core import types
+from numba.core import config, types
 from numba.core.errors import RequireLiteralValue
+from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
 from qmm.kernels.lang.fields import DEFAULT_FIELDS
 from qmm.kernels.lang.intrinsics import Intrinsics, Toolkit
 from qmm.kernels.lang.operation import Operation
+from qmm.kernels.runtime.cache import Code
 from qmm.kernels.runtime.compiler import check_cpu, compiling
+from qmm.kernels.runtime.cpu import CPUKernel
 
-__all__ = ["CPU", "CPU_PRODUCTS", "CPUKernel"]
+__all__ = ["CPU", "CPUTarget", "has_usual_settings"]
 
 INTRINSICS = Intrinsics(
     "cpu",
@@ -33,31 +38,15 @@ INTRINSICS = Intrinsics(
         require_literal=RequireLiteralValue,
     ),
 )
-
-
-class CPUKernel:
-    """A function that is compiled at its first call, for arguments of these types.
-
-    Raises:
-        DeviceError: a setting of Numba forbids compiling.
-    """
-
-    def __init__(self, dispatcher: Any) -> None:
-        self._dispatcher = dispatcher
-
-    def __call__(self, *arguments: Any) -> None:
-        """Run it."""
-        # An address that is NumPy's uint64 would become a float64 when an offset is added to it.
-        arguments = tuple([int(value) if isinstance(value, np.integer) else value for value in arguments])
-        if not self._dispatcher.overloads:
-            check_cpu()
-            with compiling():
-                self._dispatcher.compile(tuple(map(numba.typeof, arguments)))
-        self._dispatcher(*arguments)
+SETTINGS = (
+    *("BOUNDSCHECK", "CPU_FEATURES", "CPU_NAME", "DEBUGINFO_DEFAULT", "ENABLE_AVX", "LOOP_VECTORIZE", "OPT"),
+    "SLP_VECTORIZE",
+)
+"""Of Numba: those that change machine code."""
 
 
 class CPUTarget:
-    """Specializes kernels for the CPU that runs them.
+    """Specializes and compiles kernels for the CPU that runs them.
 
     Args:
         fastmath: what LLVM may do to float arithmetic. Nothing, where results must be an oracle's bit for bit.
@@ -67,23 +56,67 @@ class CPUTarget:
     absent_masks: frozenset[str] = frozenset()
 
     def __init__(self, fastmath: Collection[str] = ()) -> None:
-        self._options = {"error_model": "numpy", "nogil": True, "fastmath": set(fastmath)}
+        # Without the wrappers by which Python would call each function, a kernel compiles in two thirds of the time.
+        self._options = {
+            "error_model": "numpy",
+            "fastmath": set(fastmath),
+            "no_cfunc_wrapper": True,
+            "no_cpython_wrapper": True,
+        }
 
     def intrinsic(self, value: object) -> object | None:
         """The target's implementation of an operation; None where ``value`` is not one."""
         return INTRINSICS.of(value, DEFAULT_FIELDS) if isinstance(value, Operation) else None
 
-    def device_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that kernels call."""
+    def device_function(self, function: Callable[..., Any]) -> Any:
+        """A function that kernels call; Python cannot."""
         check_cpu()
         return numba.njit(**self._options)(function)
 
     def kernel(self, function: Callable[..., Any]) -> CPUKernel:
-        """A function that Python calls."""
-        return CPUKernel(self.device_function(function))
+        """A specialized function that Python calls, compiled at its first call in each process."""
+        parameters = tuple(inspect.signature(function).parameters)
+        return CPUKernel(function.__name__, parameters, lambda: self.compiled(function))
+
+    def compiled(self, function: Callable[..., Any]) -> Code:
+        """Machine code of a specialized function of int64 arguments that returns nothing, as :class:`CPUKernel` calls
+        it.
+
+        Raises:
+            DeviceError: a setting of Numba forbids compiling.
+        """
+        dispatcher = self.device_function(function)
+        arguments = (types.int64,) * len(inspect.signature(function).parameters)
+        with compiling():
+            dispatcher.compile(types.void(*arguments))
+            native = dispatcher.overloads[arguments].fndesc.llvm_func_name
+            module = binding.parse_assembly(dispatcher.inspect_llvm(arguments))
+            entry = f"qmm_{function.__name__}"
+            module.link_in(binding.parse_assembly(str(_entry_point(entry, native, len(arguments)))))
+            machine = cpu_target.target_context.codegen()._tm  # Numba says nowhere else what it compiles for
+            return Code(entry, machine.emit_object(module))
+
+
+def _entry_point(name: str, native: str, count: int) -> ir.Module:
+    """A C function that calls one of Numba's. It takes the address of ``count`` arguments, and returns what that does:
+    0, or another number where it raises an exception."""
+    pointer, status, word = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
+    module = ir.Module(name)
+    module.triple = binding.get_process_triple()
+    callee = ir.Function(module, ir.FunctionType(status, [pointer, pointer, *[word] * count]), native)
+    function = ir.Function(module, ir.FunctionType(status, [word.as_pointer()]), name)
+    builder = ir.IRBuilder(function.append_basic_block())
+    # Where a result and an exception would be put.
+    outputs = [builder.bitcast(builder.alloca(pointer), pointer) for _ in range(2)]
+    places = [builder.gep(function.args[0], [ir.Constant(word, i)]) for i in range(count)]
+    builder.ret(builder.call(callee, [*outputs, *map(builder.load, places)]))
+    return module
+
+
+def has_usual_settings() -> bool:
+    """Whether Numba's settings are those of the environment, and none was given another value by the program."""
+    usual = runpy.run_path(config.__file__)
+    return all(usual[name] == getattr(config, name) for name in SETTINGS)
 
 
 CPU = CPUTarget()
-CPU_PRODUCTS = CPUTarget(("contract", "nsz", "reassoc"))
-"""For products: a scale of the activations may be multiplied in where it is shared, which makes Q4_K 9% faster and Q6_K
-3% (14336x4096 on a Zen 4 core). A NaN or an infinity stays one."""

@@ -1,0 +1,160 @@
+"""What tells one kernel's machine code from another's: text that holds everything it depends on.
+
+That is the kernel and what it is specialized with, a digest of this package's source, the versions of the compilers,
+the target, and the settings that change code. Functions of this package are named, since the digest holds their source;
+a user's function is described by its source and by all that it uses. What text cannot tell from something else has no
+key, and is compiled in every process.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import sys
+import types
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qmm.kernels.lang.operation import Operation
+
+__all__ = ["digest_of_sources", "key_of", "unchanged_sources"]
+
+DISTRIBUTIONS = (
+    *("qmm", "numpy", "numba", "llvmlite", "numba-cuda", "cuda-bindings", "cuda-python", "cuda-pathfinder"),
+    *("nvidia-cuda-nvcc", "nvidia-nvjitlink", "nvidia-nvvm"),
+    *("nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12", "nvidia-nvvm-cu12"),
+)
+LIBRARIES = ("builtins", "math", "numpy", "operator")
+"""Modules that the versions tell enough of."""
+
+SETTINGS = ("CONDA_PREFIX", "CUDA_HOME", "CUDA_PATH")
+"""Where a compiler is looked for that no wheel brought."""
+SETTING_PREFIXES = ("NUMBA_CUDA_", "NUMBA_DEBUG", "NUMBA_OPT")
+
+PACKAGE = "qmm.kernels"
+FOLDER = Path(__file__).parents[1]
+
+
+class _CannotBeDescribedError(Exception):
+    """A kernel is made of something that the text of a key cannot tell from another."""
+
+
+def key_of(name: str, constants: Mapping[str, Any], target: object) -> str | None:
+    """Everything that a kernel's machine code depends on, as text; None where text cannot say it.
+
+    Args:
+        name: the kernel's.
+        constants: what it is specialized with: numbers, strings, arrays, functions, and tuples and mappings of them.
+        target: what it is compiled for, as JSON can hold it: a GPU's compute capability, or what
+            :func:`qmm.kernels.runtime.cpu.host` says of the CPU. None where nothing can be said of it.
+    """
+    if not SOURCES or target is None:
+        return None
+    try:
+        kernel = _described(constants, {})
+    except _CannotBeDescribedError:
+        return None
+    settings = {
+        setting: value
+        for setting, value in os.environ.items()
+        if setting in SETTINGS or setting.startswith(SETTING_PREFIXES)
+    }
+    key = {
+        "name": name,
+        "kernel": kernel,
+        "target": target,
+        "sources": SOURCES,
+        "versions": _versions(),
+        "settings": settings,
+    }
+    return json.dumps(key, sort_keys=True)
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """The versions of all that takes part in compiling."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version}
+    for distribution in DISTRIBUTIONS:
+        with suppress(PackageNotFoundError):
+            found[distribution] = version(distribution)
+    return found
+
+
+def digest_of_sources(folder: Path) -> str:
+    """A digest of the names and texts of all Python files in a folder and below; empty where there are none."""
+    digest = hashlib.sha256()
+    paths = sorted(folder.rglob("*.py"))
+    try:
+        for path in paths:
+            text = path.read_bytes()
+            digest.update(f"{path.relative_to(folder)} {len(text)}\n".encode() + text)
+    except OSError:
+        return ""
+    return digest.hexdigest() if paths else ""
+
+
+# Read together with the modules: what they were made of, though their files may be edited while the process runs.
+SOURCES = digest_of_sources(FOLDER)
+
+
+def unchanged_sources() -> bool:
+    """Whether the files of the package are as they were when it was imported."""
+    return digest_of_sources(FOLDER) == SOURCES
+
+
+def _described(value: Any, functions: dict[types.FunctionType, int]) -> Any:
+    """A value as JSON can hold it, the same only for values that make the same kernel. ``functions`` counts those met
+    so far."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _described(inner, functions) for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_described(inner, functions) for inner in value]
+    if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        return {"array": [value.dtype.str, *value.shape], "sha256": hashlib.sha256(value.tobytes()).hexdigest()}
+    if isinstance(value, types.FunctionType):
+        return _described_function(value, functions)
+    if isinstance(value, Operation):
+        return _described_operation(value, functions)
+    if isinstance(value, types.ModuleType) and value.__name__ in LIBRARIES:
+        return {"module": value.__name__}
+    if isinstance(value, type | types.BuiltinFunctionType) and value.__module__ in LIBRARIES:
+        return {"function": f"{value.__module__}:{value.__qualname__}"}
+    raise _CannotBeDescribedError(repr(value))
+
+
+def _described_function(function: types.FunctionType, functions: dict[types.FunctionType, int]) -> Any:
+    """One of this package by its name, since the key has the package's source; any other by all that it is made of."""
+    name = f"{function.__module__}:{function.__qualname__}"
+    ours = function.__module__.startswith(f"{PACKAGE}.")
+    if ours and getattr(sys.modules.get(function.__module__), function.__qualname__, None) is function:
+        return {"function": name}
+    if function in functions:
+        return {"function": name, "number": functions[function]}
+    functions[function] = len(functions)
+    try:
+        source = inspect.getsource(function)  # which is what gets compiled, not the code object
+    except (OSError, TypeError) as reason:
+        raise _CannotBeDescribedError(f"{name} has no source") from reason
+    used = inspect.getclosurevars(function)
+    return {"function": name, "source": source, "uses": _described({**used.globals, **used.nonlocals}, functions)}
+
+
+def _described_operation(operation: Operation, functions: dict[types.FunctionType, int]) -> Any:
+    """One of this package by its name, any other by its types and lowerings."""
+    name = f"{operation.__module__}:{operation.name}"
+    ours = operation.__module__.startswith(f"{PACKAGE}.")
+    if ours and getattr(sys.modules.get(operation.__module__), operation.name, None) is operation:
+        return {"operation": name}
+    made = [operation.arguments, operation.result, operation.lowerings]
+    return {"operation": name, "made": _described(made, functions)}
