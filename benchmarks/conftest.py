@@ -21,7 +21,7 @@ import pytest
 import qmm
 from benchmarks.support.load import ADVICE
 from benchmarks.support.saving import ResultsFile
-from qmm.kernels.ops.cpu.products import available_cpus
+from qmm.kernels.ops.cpu.parallel import available_cpus
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"

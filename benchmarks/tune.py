@@ -34,7 +34,7 @@ from benchmarks.support.rounds import Side, take_turns
 from qmm.device import Device
 from qmm.graph import Step, queue_sequence, replay
 from qmm.kernels.formats import FORMATS
-from qmm.kernels.ops.cpu.products import available_cpus
+from qmm.kernels.ops.cpu.parallel import available_cpus
 from qmm.kernels.ops.matvec.choose import rule
 from qmm.kernels.ops.matvec.config import X_PLACES, Case, Config, Schedule, legal
 from qmm.kernels.ops.matvec.plan import Product, scheduled

@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING
 
 from qmm.kernels.formats import FORMATS
-from qmm.kernels.ops.cpu.products import available_cpus
+from qmm.kernels.ops.cpu.parallel import available_cpus
 from qmm.kernels.ops.matvec.plan import plan
 from qmm.kernels.ops.op import Operand, WeightLayout
 

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import qmm
 import qmm.cli.smoke
 import qmm.device
+import qmm.direct
 import qmm.verify.paranoid
 from qmm.cli.app import app
 from qmm.errors import DeviceError, RegistrationError
@@ -547,19 +548,23 @@ def test_smoke_takes_devices_as_other_commands_do(
     assert asked == [number]
 
 
-class MadeUpGPU:
+class MadeUpDevice:
     """A GPU whose kernels read host memory, as one does at equal addresses."""
 
     stream = 0
 
-    def __init__(self, device: int) -> None:
-        self.device = device
+    def __init__(self, number: int) -> None:
+        self.number = number
 
-    def read_bytes(self, address: int, nbytes: int, stream: int) -> bytes:
-        return ctypes.string_at(address, nbytes)
+    def __enter__(self) -> MadeUpDevice:
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         pass
+
+
+def read_host(device: MadeUpDevice, address: int, nbytes: int, stream: int) -> bytes:
+    return ctypes.string_at(address, nbytes)
 
 
 class MadeUpRegistration:
@@ -597,7 +602,8 @@ def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qmm.cli.smoke, "first_contact", lambda mapping, device, gpu: None)
     monkeypatch.setattr(qmm.cli.smoke, "HostRegistration", MadeUpRegistration)
     monkeypatch.setattr(qmm.cli.smoke, "call", lambda function, address: SimpleNamespace(type=0))
-    monkeypatch.setattr(qmm.device, "GPU", MadeUpGPU)
+    monkeypatch.setattr(qmm.device, "Device", MadeUpDevice)
+    monkeypatch.setattr(qmm.direct, "read_bytes", read_host)
 
 
 @pytest.mark.usefixtures("made_up_gpu")
@@ -640,7 +646,7 @@ def test_smoke_notices_a_file_that_stays_mapped(model: Path) -> None:
 
 @pytest.mark.usefixtures("made_up_gpu")
 def test_smoke_fails_where_a_kernel_reads_other_bytes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MadeUpGPU, "read_bytes", lambda self, address, nbytes, stream: b"\0" * nbytes)
+    monkeypatch.setattr(qmm.direct, "read_bytes", lambda device, address, nbytes, stream: b"\0" * nbytes)
     result = invoke("smoke", model, "--json")
     assert result.code == 1
     assert [step["ok"] for step in result.document["steps"]] == [True] * 6 + [False, None]

@@ -42,9 +42,9 @@ def multiply_for_ever(engine: qmm.Engine, x: np.ndarray, start: Callable[[], obj
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_engine_multiplies_and_closes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A helper that still multiplied then would read an unmapped file, and write into memory that was given back."""
-    from qmm.kernels.ops.cpu import products as cpu
+    from qmm.kernels.ops.cpu import parallel
 
-    monkeypatch.setattr(cpu, "HELPER_NBYTES", 1)
+    monkeypatch.setattr(parallel, "HELPER_NBYTES", 1)
     x = np.ones((256, K), np.float32)
     for number in range(20):
         engine = qmm.Engine(path, "cpu")

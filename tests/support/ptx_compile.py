@@ -34,7 +34,7 @@ from cuda.pathfinder import find_nvidia_binary_utility
 from numba.cuda import compiler, dispatcher
 
 from qmm.kernels.formats import FORMATS
-from qmm.kernels.ops.cpu.products import available_cpus
+from qmm.kernels.ops.cpu.parallel import available_cpus
 from qmm.kernels.ops.dequantize import dequantize_kernel
 from qmm.kernels.ops.matvec.choose import choose, dequantization_tiling
 from qmm.kernels.ops.matvec.config import Case
