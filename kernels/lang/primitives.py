@@ -19,6 +19,7 @@ __all__ = [
     "half_floats",
     "masked",
     "run_weights",
+    "scale_floats",
     "signed_byte",
     "spread_bits",
     "subtract_bytes",
@@ -243,3 +244,14 @@ def _(e, values, count):
     index = e.constant(e.vector_type(e.i32, 16), list(range(16)))
     keep = e.icmp_signed("<", index, e.splat(e.trunc(count, e.i32), 16))
     return e.select(keep, values, e.constant(values.type, [0.0] * 16))
+
+
+@operation("(Floats, float32) -> Floats")
+def scale_floats(values, scale):
+    """Sixteen numbers times one."""
+    return values * scale
+
+
+@scale_floats.llvm
+def _(e, values, scale):
+    return e.fmul(values, e.splat(scale, 16))

@@ -11,6 +11,7 @@ from qmm.kernels.lang.primitives import (
     half_floats,
     masked,
     run_weights,
+    scale_floats,
     signed_byte,
     spread_bits,
     subtract_bytes,
@@ -24,7 +25,6 @@ from qmm.kernels.lang.ptx.arithmetic import (
     pack_halves,
     power_of_two_below,
     reciprocal,
-    scale_floats,
     scaled_byte,
     scaled_bytes,
 )

@@ -19,6 +19,7 @@ from qmm.kernels.lang.primitives import (
     half_floats,
     masked,
     run_weights,
+    scale_floats,
     signed_byte,
     spread_bits,
     subtract_bytes,
@@ -28,12 +29,15 @@ from qmm.kernels.lang.primitives import (
 from qmm.kernels.lang.simd import (
     dot_run,
     fetch_add,
+    float_of_bits,
     load_float,
     load_floats,
+    max_magnitude,
     multiply_add,
     store_byte,
     store_float,
     store_floats,
+    store_rounded,
     sum_floats,
     sum_partial,
     zero_floats,
@@ -109,6 +113,16 @@ def products(source, target):
         store_float(target, 8 * item + 4, sum_floats(multiply_add(floats, floats, floats)))
 
 
+def magnitudes(source, target):
+    for item in range(ITEMS):
+        at = source + SOURCE_NBYTES * item
+        values = load_floats(at, 16)
+        most = max_magnitude(max_magnitude(0, values), load_floats(at, 80))
+        largest = float_of_bits(most)
+        store_float(target, 40 * item, largest)
+        store_float(target, 40 * item + 4, store_rounded(target, 40 * item + 8, scale_floats(values, 1000.0)))
+
+
 def looked_up(source, target):
     for item in range(ITEMS):
         words = load16(source + 16 * item, 0)
@@ -159,11 +173,21 @@ def numbers() -> np.ndarray:
     return made
 
 
+def with_not_a_number() -> np.ndarray:
+    """The same with a NaN or an infinity, or a number half way between two whole ones, here and there."""
+    values = numbers()
+    values[3, 80:84] = np.frombuffer(np.float32(np.nan).tobytes(), np.uint8)
+    values[4, 84:88] = np.frombuffer(np.float32(-np.inf).tobytes(), np.uint8)
+    values[5, 16:24] = np.frombuffer(np.array([0.0025, 0.0035], np.float32).tobytes(), np.uint8)
+    return values
+
+
 CPU_CASES = {
     "fields and words": CPUCase(fields_and_words, some_bytes(), 128 * ITEMS),
     "halves": CPUCase(halves, np.arange(65536, dtype=np.uint16), 132 * 4096, np.float32),
     "runs": CPUCase(runs, numbers(), 192 * ITEMS, np.float32),
     "products": CPUCase(products, small_numbers(), 8 * ITEMS, np.float32),
     "looked up": CPUCase(looked_up, some_bytes(), 80 * ITEMS),
+    "magnitudes": CPUCase(magnitudes, with_not_a_number(), 40 * ITEMS),
     "counted": CPUCase(counted, np.full(1, 7, np.uint8), 8 + 2 * ITEMS),
 }

@@ -16,7 +16,6 @@ __all__ = [
     "pack_halves",
     "power_of_two_below",
     "reciprocal",
-    "scale_floats",
     "scaled_byte",
     "scaled_bytes",
     "zero_words",
@@ -35,17 +34,6 @@ def zero_words():
 @zero_words.cuda
 def _(e):
     return e.constant(e.vector_type(e.i32, 4), [0] * 4)
-
-
-@operation("(Floats, float32) -> Floats")
-def scale_floats(values, scale):
-    """Sixteen numbers times one."""
-    return values * scale
-
-
-@scale_floats.llvm
-def _(e, values, scale):
-    return e.fmul(values, e.splat(scale, 16))
 
 
 @operation("(float32, float32, float32) -> float32")

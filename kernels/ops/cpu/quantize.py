@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from qmm.kernels.lang.constants import Constants
-from qmm.kernels.lang.ptx.arithmetic import scale_floats
+from qmm.kernels.lang.primitives import scale_floats
 from qmm.kernels.lang.simd import (
     float_of_bits,
     load_floats,

@@ -7,8 +7,7 @@ the sixteen activations of its own column at the same places; the tensor cores a
 from __future__ import annotations
 
 from qmm.kernels.lang.masks import mask
-from qmm.kernels.lang.primitives import half_floats, masked
-from qmm.kernels.lang.ptx.arithmetic import scale_floats
+from qmm.kernels.lang.primitives import half_floats, masked, scale_floats
 from qmm.kernels.lang.ptx.mma import mma_tf32
 from qmm.kernels.lang.specialize import registers, unroll
 from qmm.kernels.ops.matvec.columns import c, load_one, load_values
