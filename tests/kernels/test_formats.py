@@ -180,7 +180,7 @@ def test_runs_are_where_the_run_step_says(block_format: Format) -> None:
 @each_format
 def test_pairs_of_runs_are_neighbours_of_one_scale(block_format: Format, rng: np.random.Generator) -> None:
     data = random_blocks(block_format.name, (20, block_format.block_weights), rng)
-    unpack = block_format.constants(product=True)["unpack"]
+    unpack = block_format.constants(product=True).unpack
     scales, minima = [], []
     for start in range(0, len(data), block_format.block_nbytes):
         block = data[start : start + block_format.block_nbytes]
@@ -198,7 +198,7 @@ def test_pairs_of_runs_are_neighbours_of_one_scale(block_format: Format, rng: np
 @each_format
 def test_products_unpack_the_same_weights(block_format: Format, rng: np.random.Generator) -> None:
     data = random_blocks(block_format.name, (20, block_format.block_weights), rng)
-    unpack = block_format.constants(product=True)["unpack"]
+    unpack = block_format.constants(product=True).unpack
     for start in range(0, len(data), block_format.block_nbytes):
         block = data[start : start + block_format.block_nbytes]
         for lane in range(block_format.lanes):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from qmm.kernels.formats import FORMATS, Format
-from qmm.kernels.ops.matvec.plan import BLOCK, scale_blocks_of
-from qmm.kernels.ops.quantize import place_of
+from qmm.kernels.ops.layout import BLOCK, scale_blocks_of
+from qmm.kernels.ops.quantize.kernel import place_of
 
 each_format = pytest.mark.parametrize("block_format", FORMATS.values(), ids=FORMATS)
 
