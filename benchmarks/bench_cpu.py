@@ -26,6 +26,7 @@ from benchmarks.support.load import Load
 from qmm import extras
 from qmm.kernels.formats import FORMATS
 from qmm.kernels.ops.cpu import products as cpu
+from qmm.kernels.ops.cpu.parallel import available_cpus, set_threads
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -34,7 +35,7 @@ pytest.importorskip("libggml", reason=extras.command("bench"))
 
 AIMED_AT = ("Q8_0", "Q4_K", "Q6_K")
 SHAPES = [(14336, 4096), (4096, 4096), (4096, 14336), (2048, 640)]
-CPUS = cpu.available_cpus()
+CPUS = available_cpus()
 THREADS = sorted({1, CPUS})
 KEY = ("format", "shape", "threads")
 COPIES_NBYTES = 1 << 28
@@ -102,11 +103,11 @@ def nmse(actual: np.ndarray, expected: np.ndarray) -> float:
 @pytest.fixture(scope="module", params=cases())
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     name, m, k, threads = request.param
-    cpu.set_threads(threads)
+    set_threads(threads)
     made = Pair(name, m, k, threads)
     yield made
     made.close()
-    cpu.set_threads(CPUS)
+    set_threads(CPUS)
 
 
 @pytest.mark.parametrize("side", ["ggml", "qmm"])

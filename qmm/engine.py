@@ -403,10 +403,7 @@ def _close_all(plans: Iterable[Plan]) -> None:
 
 @functools.cache
 def _cpu() -> ModuleType:
-    """The CPU schedules."""
-    from qmm.kernels.runtime.compiler import check_cpu
-
-    check_cpu()  # Numba cannot even be imported with some settings
+    """The products of the CPU."""
     from qmm.kernels.ops.cpu import products as cpu
 
     return cpu

@@ -20,11 +20,11 @@ SECONDS = 60
 PRODUCTS = """
 import atexit, gc, os, resource, threading, time
 import numpy as np
-from qmm.kernels.ops.cpu import products as cpu
+from qmm.kernels.ops.cpu import parallel, products as cpu
 from qmm.kernels.formats import FORMATS
 
-cpu.HELPER_NBYTES = 1
-cpu.set_threads(3)
+parallel.HELPER_NBYTES = 1
+parallel.set_threads(3)
 form, m, k = FORMATS["Q8_0"], 1000, 1024
 weights = np.random.default_rng(0).integers(0, 64, m * form.row_nbytes(k), np.uint8)
 address, x = weights.ctypes.data, np.ones((1, k), np.float32)
@@ -37,7 +37,7 @@ def product():
 def tasks():
     return len(os.listdir("/proc/self/task"))
 
-helpers = cpu._Threads.helpers.now
+helpers = parallel.Threads.helpers.now
 most, helpers.most = helpers.most, 0
 expected = product()  # compiled, and no helper started
 helpers.most = most
@@ -206,16 +206,16 @@ callers = [threading.Thread(target=multiply) for _ in range(3)]
 for caller in callers: caller.start()
 count = 0
 while any(caller.is_alive() for caller in callers) or count < 10:
-    cpu.set_threads(1 + count % 5)
+    parallel.set_threads(1 + count % 5)
     count += 1
     if count % 10 == 0:
-        cpu.set_threads(3)
+        parallel.set_threads(3)
         child = os.fork()
         if not child:
             fine = all(np.array_equal(product(), expected) for _ in range(5)) and tasks() == 3
             os._exit(0 if fine else 1)
         right.append(os.waitpid(child, 0)[1] == 0)
-cpu.set_threads(1)
+parallel.set_threads(1)
 end = time.monotonic() + 30
 while tasks() > alone and time.monotonic() < end:
     time.sleep(0.01)
