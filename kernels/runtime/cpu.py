@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import inspect
-import operator
 import os
 import struct
 import threading
@@ -18,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+from qmm.children import PerProcess
 from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.runtime.cache import CachedKernel, Code
@@ -56,10 +56,10 @@ class CPUKernel:
         self.key = key
         self._compiled = compiled
         self._parameter_set = frozenset(parameters)
-        self._in_order = operator.itemgetter(*parameters)
         self._pack = struct.Struct(f"{len(parameters)}q").pack
         self._loaded: _Loaded | None = None
-        self._lock = threading.RLock()  # a finalizer may call the kernel in the middle of the compilation
+        # A finalizer may call the kernel in the middle of the compilation.
+        self._lock = PerProcess(threading.RLock)
 
     @classmethod
     def of(cls, name: str, function: Callable[..., None], constants: Constants, *fastmath: str) -> CPUKernel:
@@ -91,17 +91,18 @@ class CPUKernel:
             DeviceError: a setting of Numba forbids compiling.
             RuntimeError: it raised an exception.
         """
+        count = len(positional) + len(named)
         if positional:
-            named = {**dict(zip(self.parameters, positional, strict=False)), **named}
-        if len(named) != len(self.parameters) or not self._parameter_set.issuperset(named):
-            raise TypeError(f"{self.name} takes {', '.join(self.parameters)}; it was given {', '.join(named)}")
+            named = {**named, **dict(zip(self.parameters, positional, strict=False))}
+        if not count == len(named) == len(self.parameters) or not self._parameter_set.issuperset(named):
+            raise TypeError(f"{self.name} takes {', '.join(self.parameters)}; it was given {count}: {', '.join(named)}")
         loaded = self._loaded or self._load()
-        status = loaded.function(self._pack(*self._in_order(named)))
+        status = loaded.function(self._pack(*map(named.__getitem__, self.parameters)))
         if status:
             raise RuntimeError(f"{self.name} raised an exception (status {status} of Numba)")
 
     def _load(self) -> _Loaded:
-        with self._lock:
+        with self._lock.now:
             if self._loaded is None:
                 self._loaded = _Loaded(self._compiled()) if self.key is None else self._cached(self.key)
             return self._loaded

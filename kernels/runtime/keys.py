@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.operation import Operation
 
 __all__ = ["digest_of_sources", "key_of", "unchanged_sources"]
@@ -126,6 +127,8 @@ def _described(value: Any, functions: dict[types.FunctionType, int]) -> Any:
         return _described_function(value, functions)
     if isinstance(value, Operation):
         return _described_operation(value, functions)
+    if isinstance(value, Constants):  # what a kernel reads its constants from; their values are described beside it
+        return {"namespace": f"{type(value).__module__}:{type(value).__qualname__}"}
     if isinstance(value, types.ModuleType) and value.__name__ in LIBRARIES:
         return {"module": value.__name__}
     if isinstance(value, type | types.BuiltinFunctionType) and value.__module__ in LIBRARIES:

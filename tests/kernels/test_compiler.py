@@ -57,8 +57,8 @@ def test_what_compiles_nothing_works_whatever_is_set(model: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def function(x: int) -> int:
-    return x
+def function(x: int) -> None:
+    """A kernel that does nothing."""
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the name of an x86-64 CPU")
@@ -73,7 +73,17 @@ def test_a_cpu_that_cannot_run_kernels_is_tried_once_and_leaves_a_process_that_c
         patch.setattr(compiler, "CHILD", "sys.exit(0)")
         with pytest.raises(DeviceError, match="i686"):
             CPU.device_function(function)
-    assert CPU.device_function(function)(3) == 3
+    CPU.kernel(function)(3)
+
+
+def test_a_child_that_tries_a_cpu_neither_uses_nor_fills_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it compiled might end the next process, and what it found would try nothing."""
+    monkeypatch.setenv("QMM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(numba.config, "CPU_NAME", "a name for this test")
+    monkeypatch.setattr(compiler, "CHILD", "from qmm.kernels.runtime.cache import store; sys.exit(store() is not None)")
+    compiler.check_cpu()
 
 
 def test_a_child_that_cannot_start_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

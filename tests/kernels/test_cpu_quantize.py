@@ -13,7 +13,7 @@ from qmm.kernels.ops.cpu.quantize import CPUActivations, quantize
 
 
 def fields(activations: CPUActivations) -> tuple[np.ndarray, ...]:
-    """Of n rows: ``q (n, k)``, scales ``(n, k / 32)``, sums ``(n, k / 16)`` and units ``(n,)``; or float32 and units."""
+    """``q (n, k)``, scales ``(n, k / 32)``, sums ``(n, k / 16)`` and units ``(n,)``; or float32 values and units."""
     values, n = activations.values, activations.n
     if not activations.int8:
         return values, activations.units
