@@ -12,6 +12,7 @@ code.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -140,11 +141,14 @@ def nodes_of_nothing(gpu: Device) -> Callable[[], None]:
     """NODES kernels, launched as products are, whose blocks have nothing to do."""
     from qmm.kernels.ops.layout import Activations
     from qmm.kernels.ops.op import Operand, Work
-    from qmm.kernels.ops.quantize_plan import specs
+    from qmm.kernels.ops.quantize.plan import quantize_specs
 
-    activations = Activations.of(FORMATS["Q8_0"], 0, 1, True)
-    work = Work(tuple(specs(Operand.contiguous(0, 0), activations, At("workspace"), 0, gpu.architecture)))
-    nothing = gpu.prepare(work, "nothing")
+    activations = Activations.of(FORMATS["Q8_0"], 32, 1, True)
+    (launch,) = quantize_specs(Operand.contiguous(1, 32), activations, At("workspace"), 0, gpu.architecture)
+    idle = dataclasses.replace(
+        launch, ctas=gpu.architecture.sms, arguments={**launch.arguments, "n": 0, "padded": 0, "area": 0, "x": 0}
+    )
+    nothing = gpu.prepare(Work((idle,)), "nothing")
 
     def queue() -> None:
         for _ in range(NODES):
