@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", help="TYPE:MxK:N, or TYPE:MxK:N:mapped")
     parser.add_argument("--bench", action="store_true", help="all cases of bench_matvec")
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     cases = [weight_of(text) for text in given.cases]
     if given.bench:
         from benchmarks.bench_matvec import CASES

@@ -35,12 +35,14 @@ class Prepared:
         work: what was planned.
         launches: one for each of the work's.
         cells: the arguments that are addresses of a call, each with the number of its base and the offset from there.
+        bound: the addresses of the bases that they were set to last.
     """
 
     def __init__(self, work: Work, launches: list[Launch]) -> None:
         """Bind names; the launches are those of the work, in order."""
         self.work = work
         self.launches = launches
+        self.bound: tuple[int, ...] = ()
         self.cells: list[tuple[ctypes.c_int64, int, int]] = [
             (launch.cell(name), BASES.index(value.base), value.offset)
             for launch, spec in zip(launches, work.launches, strict=True)
@@ -284,8 +286,10 @@ class Device(Resource):
         if prepared.work.workspace_nbytes and not workspace:
             workspace = self._workspace(stream, prepared.work.workspace_nbytes)
         bases = (weights, x, y, workspace, self._zeros)  # in the order of BASES
-        for cell, base, offset in prepared.cells:
-            cell.value = bases[base] + offset
+        if bases != prepared.bound:  # else the arguments are those of the call before
+            prepared.bound = bases
+            for cell, base, offset in prepared.cells:
+                cell.value = bases[base] + offset
         for launch in prepared.launches[skip:] if skip else prepared.launches:
             launch.queue(stream)
 
