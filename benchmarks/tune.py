@@ -7,7 +7,7 @@ Candidates are what :func:`qmm.kernels.ops.matvec.config.legal` allows near the 
 lane, tiles at once and units of a stage, then where activations are and how many stages are filled before them. They
 are compiled by all CPUs at once, then timed by turns as in ``bench_matvec``: replays of graphs of products by copies of
 the weight, cold in L2. A case is written where a candidate is faster than the rule's choice by GAIN or more, and the
-products of both are the same to NMSE 1e-12; a case that was written before is replaced.
+products of both are the same but for the order of sums; a case that was written before is replaced.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from qmm.kernels.ops.tiling import MOST_STAGES
 FOLDER = Path(__file__).resolve().parents[1] / "kernels" / "tuning"
 GAIN = 0.015
 ROUNDS = 15
+SAME = 1e-10
+"""NMSE of results whose float32 sums were taken in another order; a wrong weight makes far more."""
 
 
 def shapes_near(case: Case, start: Config, device: Device) -> list[Config]:
@@ -123,7 +125,7 @@ def times_of(placed: Placed, case: Case, configs: Sequence[Config], x: np.ndarra
             device.synchronize(device.stream)
             expected = y if expected is None else expected
             error = float(((y - expected).astype(np.float64) ** 2).sum() / (expected.astype(np.float64) ** 2).sum())
-            assert error < 1e-12 or config.x != configs[0].x, (config, error)
+            assert error < SAME or config.x != configs[0].x, (config, error)
             work = functools.partial(queue_sequence, device, steps, device.stream, workspace, False)
             again = held.enter_context(replay(device, work, device.stream))
             sides.append(Side(str(number), again, lambda: device.synchronize(device.stream), len(steps)))
