@@ -2,15 +2,19 @@
 
 Activations may have been written by a kernel that this one was started before the end of: they are never loaded with
 ``.nc``, which may give what a line of L1 held before.
+
+``load_global16``, ``load_global_float`` and ``store_global_float`` are the CPU's too, so that one helper can serve both.
+There, and in Python outside of the emulator, addresses are those of this process, and no alignment is asked.
 """
 
 from __future__ import annotations
 
+import ctypes
 import struct
 
 import numpy as np
 
-from qmm.kernels.lang.current import this_cta
+from qmm.kernels.lang.current import cta_or_none, this_cta
 from qmm.kernels.lang.operation import operation
 
 __all__ = [
@@ -53,12 +57,19 @@ def _global_words(address: int) -> np.ndarray:
 @operation("(int64) -> Words")
 def load_global16(address):
     """16 bytes, at a multiple of 16, through L1."""
+    if cta_or_none() is None:
+        return np.frombuffer(ctypes.string_at(address, 16), np.uint32)
     return _global_words(address)
 
 
 @load_global16.cuda
 def _(e, address):
     return e.load(e.global_pointer(address, e.vector_type(e.i32, 4)), align=16)
+
+
+@load_global16.cpu
+def _(e, address):
+    return e.unaligned(address, e.constant(e.i64, 0), e.vector_type(e.i32, 4))
 
 
 @operation("(int64) -> Words")
@@ -152,13 +163,19 @@ def _(e, address, values, count):
 @operation("(int64) -> float32")
 def load_global_float(address):
     """The number at a multiple of 4."""
-    data, at = this_cta().memory.read(address, 4, 4)
+    cta = cta_or_none()
+    data, at = (ctypes.string_at(address, 4), 0) if cta is None else cta.memory.read(address, 4, 4)
     return np.float32(_unpack_float(data, at)[0])
 
 
 @load_global_float.cuda
 def _(e, address):
     return e.ptx("ld.global.f32 $0, [$1];", "=f,l", address, volatile=True)
+
+
+@load_global_float.cpu
+def _(e, address):
+    return e.unaligned(address, e.constant(e.i64, 0), e.f32)
 
 
 @operation("(int64) -> float32")
@@ -202,12 +219,21 @@ def _(e, address):
 @operation("(int64, float32) -> None")
 def store_global_float(address, value):
     """Stores a number at a multiple of 4."""
-    this_cta().memory.write(address, _pack_float(value), 4)
+    cta = cta_or_none()
+    if cta is None:
+        ctypes.memmove(address, _pack_float(value), 4)
+    else:
+        cta.memory.write(address, _pack_float(value), 4)
 
 
 @store_global_float.cuda
 def _(e, address, value):
     e.ptx("st.global.f32 [$0], $1;", "l,f", address, value, volatile=True)
+
+
+@store_global_float.cpu
+def _(e, address, value):
+    e.store(value, e.inttoptr(address, e.f32.as_pointer())).align = 1
 
 
 @operation("(int64, float32) -> None")
