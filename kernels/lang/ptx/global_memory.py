@@ -3,7 +3,7 @@
 Activations may have been written by a kernel that this one was started before the end of: they are never loaded with
 ``.nc``, which may give what a line of L1 held before.
 
-``load_global16``, ``load_global_float`` and ``store_global_float`` are the CPU's too, so that one helper can serve both.
+``load_global16``, ``load_global_float`` and ``store_global_float`` are the CPU's too, so that a helper can serve both.
 There, and in Python outside of the emulator, addresses are those of this process, and no alignment is asked.
 """
 
