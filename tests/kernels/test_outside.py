@@ -19,9 +19,9 @@ from qmm.arrays import View
 from qmm.kernels.formats import FORMATS, Format, c
 from qmm.kernels.lang import FieldAccess, mask, table, unroll
 from qmm.kernels.lang.fields import load2, load4, load16
-from qmm.kernels.lang.primitives import float_floats, half, run_weights, spread_bits
+from qmm.kernels.lang.primitives import half, run_weights, spread_bits
 from qmm.kernels.lang.ptx.arithmetic import dot_floats
-from qmm.kernels.lang.ptx.global_memory import load_global16, store_global_float
+from qmm.kernels.lang.ptx.global_memory import load_global_run, store_global_float
 from qmm.kernels.lang.ptx.grid import cta_index, thread_index
 from qmm.kernels.lang.targets.emulator import EmulatorError, Memory, Region, Settings, emulate
 from qmm.kernels.ops.cpu import products
@@ -146,12 +146,8 @@ def dot(row, blocks, x):
             for i in unroll(c.RUNS):
                 q, scale, minimum = runs[i]
                 at = x + 64 * (block * c.BLOCK_RUNS + c.position(lane, i))
-                total += dot_floats(run_weights(q, scale, minimum), sixteen_floats(at))
+                total += dot_floats(run_weights(q, scale, minimum), load_global_run(at))
     return total
-
-
-def sixteen_floats(at):
-    return float_floats(load_global16(at), load_global16(at + 16), load_global16(at + 32), load_global16(at + 48))
 
 
 def matvec_cpu(weights, row_nbytes, m, blocks, x, y):

@@ -27,7 +27,7 @@ from qmm.kernels.lang.primitives import (
     word,
 )
 from qmm.kernels.lang.ptx.arithmetic import dot_floats
-from qmm.kernels.lang.ptx.global_memory import load_global16, load_global_float, store_global_float
+from qmm.kernels.lang.ptx.global_memory import load_global_float, load_global_run, store_global_float
 from qmm.kernels.lang.simd import (
     dot_run,
     fetch_add,
@@ -121,10 +121,10 @@ def as_global_memory(source, target):
     """At any alignment."""
     for item in range(ITEMS):
         at = source + SOURCE_NBYTES * item + item % 16
-        to = target + 28 * item
-        store_words(to, 0, load_global16(at))
-        store_global_float(to + 16, load_global_float(at + 19))
-        store_global_float(to + 20 + item % 4, load_global_float(at + 32))
+        to = target + 76 * item
+        store_floats(to, 0, load_global_run(at))
+        store_global_float(to + 64, load_global_float(at + 19))
+        store_global_float(to + 68 + item % 4, load_global_float(at + 32))
 
 
 def magnitudes(source, target):
@@ -206,7 +206,7 @@ CPU_CASES = {
     "halves": CPUCase(halves, np.arange(65536, dtype=np.uint16), 132 * 4096, np.float32),
     "runs": CPUCase(runs, numbers(), 192 * ITEMS, np.float32),
     "products": CPUCase(products, small_numbers(), 12 * ITEMS, np.float32),
-    "as global memory": CPUCase(as_global_memory, without_a_nan(), 28 * ITEMS),
+    "as global memory": CPUCase(as_global_memory, without_a_nan(), 76 * ITEMS),
     "looked up": CPUCase(looked_up, some_bytes(), 80 * ITEMS),
     "magnitudes": CPUCase(magnitudes, with_not_a_number(), 40 * ITEMS),
     "counted": CPUCase(counted, np.full(1, 7, np.uint8), 8 + 2 * ITEMS),

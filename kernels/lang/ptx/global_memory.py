@@ -3,7 +3,7 @@
 Activations may have been written by a kernel that this one was started before the end of: they are never loaded with
 ``.nc``, which may give what a line of L1 held before.
 
-``load_global16``, ``load_global_float`` and ``store_global_float`` are the CPU's too, so that a helper can serve both.
+``load_global_run``, ``load_global_float`` and ``store_global_float`` are the CPU's too: a helper can serve both.
 There, and in Python outside of the emulator, addresses are those of this process, and no alignment is asked.
 """
 
@@ -27,6 +27,7 @@ __all__ = [
     "load_global_floats",
     "load_global_floats_l2",
     "load_global_half",
+    "load_global_run",
     "store_global_bfloat",
     "store_global_byte",
     "store_global_float",
@@ -57,19 +58,12 @@ def _global_words(address: int) -> np.ndarray:
 @operation("(int64) -> Words")
 def load_global16(address):
     """16 bytes, at a multiple of 16, through L1."""
-    if cta_or_none() is None:
-        return np.frombuffer(ctypes.string_at(address, 16), np.uint32)
     return _global_words(address)
 
 
 @load_global16.cuda
 def _(e, address):
     return e.load(e.global_pointer(address, e.vector_type(e.i32, 4)), align=16)
-
-
-@load_global16.cpu
-def _(e, address):
-    return e.unaligned(address, e.constant(e.i64, 0), e.vector_type(e.i32, 4))
 
 
 @operation("(int64) -> Words")
@@ -121,6 +115,26 @@ def load_global_floats_l2(address):
 def _(e, address):
     words = e.gathered(e.ptx(PAST_L1, "=r,=r,=r,=r,l", address, volatile=True))
     return e.parts(e.bitcast(words, e.vector_type(e.f32, 4)))
+
+
+@operation("(int64) -> Floats")
+def load_global_run(address):
+    """Sixteen numbers at a multiple of 16 bytes, through L1."""
+    cta = cta_or_none()
+    if cta is None:
+        return np.frombuffer(ctypes.string_at(address, 64), np.float32)
+    pieces = [cta.memory.read(address + start, 16, 16) for start in range(0, 64, 16)]
+    return np.concatenate([np.frombuffer(data, np.float32, 4, at) for data, at in pieces])
+
+
+@load_global_run.cuda
+def _(e, address):
+    return e.gathered(e.load_floats(address, 16, e.global_pointer))
+
+
+@load_global_run.cpu
+def _(e, address):
+    return e.unaligned(address, e.constant(e.i64, 0), e.vector_type(e.f32, 16))
 
 
 @operation("(int64, Floats) -> None")
