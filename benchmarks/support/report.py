@@ -1,9 +1,9 @@
-"""What ``bench_matvec`` found, as README's section and as a chart.
+"""What ``bench_matvec`` found: README's short table, all of it in ``benchmarks/README.md``, and a chart.
 
-    python -m benchmarks.support.report            # rewrites the section between README's markers, and the chart
+    python -m benchmarks.support.report            # rewrites what is between the markers of both, and the chart
     python -m benchmarks.support.report --check    # only says whether they are those of the newest results
 
-Both are made from the newest ``bench_matvec-*.json`` in ``benchmarks/results/`` and from nothing else;
+All are made from the newest ``bench_matvec-*.json`` in ``benchmarks/results/`` and from nothing else;
 ``tests/bench/test_report.py`` holds them to it. Ratios and per cent are rounded down, so that nothing is shown as equal
 that is slower. The chart needs matplotlib, which the extra ``bench`` brings.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.support.load import ADVICE
 
-__all__ = ["BEGIN", "END", "GOALS", "Goal", "Results", "main", "newest", "section", "with_section"]
+__all__ = ["BEGIN", "END", "GOALS", "PAGES", "Goal", "Results", "main", "newest", "section", "summary", "with_section"]
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
@@ -282,7 +282,7 @@ def section(results: Results) -> str:
     """Markdown, from one marker to the other, without them."""
     lines = [introduction(results), ""]
     lines += table(["figure", "goal", "reached", "case", "met"], [goal.cells(results) for goal in GOALS])
-    lines += ["", f"![GB/s by type and shape, beside the measured peak](benchmarks/results/{CHART})"]
+    lines += ["", f"![GB/s by type and shape, beside the measured peak](results/{CHART})"]
     for title, body in (
         ("Device memory:", device_table(results, "main")),
         ("Mapped memory, where ggml's CUDA backend multiplies by nothing:", mapped_table(results)),
@@ -294,21 +294,64 @@ def section(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(results: Results) -> str:
+    """Markdown of what README has of it: the shapes that were measured in both placements."""
+    head = results.head
+    beside = f"ggml {head['ggml']}" if head["ggml"] else f"no ggml ({head['ggml_missing']})"
+    text = (
+        f"On an {head['gpu']} (driver {head['driver']}, {head['date'][:10]}, qmm {head['qmm']} beside {beside}), "
+        "device time of a product, the quantization of the activations included, weights cold in L2. GB/s are weight "
+        "bytes over time with one column, *of the peak* what a kernel that only reads gets in the same run; *x ggml* "
+        "is ggml's time over qmm's."
+    )
+    one, several = (mean("main", n)(results) for n in ([1], SEVERAL))
+    least = min((found for part in ("main", "small", "other") if (found := worst(part, ALL)(results))), default=None)
+    if one and several and least:
+        text += (
+            f" Over all large tensors qmm is {down(one[0], 2)} times as fast as ggml with one column and "
+            f"{down(several[0], 2)} times with two to eight (geometric means); the worst of all cases is "
+            f"{down(least[0], 2)} ({least[1]})."
+        )
+    device = results.by_weight("main")
+    mapped = results.by_weight("mapped")
+    header = ["type", "m x k", "device, GB/s", "of the peak", "x ggml, n = 1", "n = 8", "mapped, GB/s", "of the peak"]
+    lines = [
+        [
+            weight[0],
+            f"{weight[1]}x{weight[2]}",
+            cell(device.get(weight, {}), 1, "GB/s"),
+            cell(device.get(weight, {}), 1, "% of peak", percent),
+            *[cell(device.get(weight, {}), n, "x ggml", ratio) for n in (1, 8)],
+            cell(rows, 1, "GB/s"),
+            cell(rows, 1, "% of peak", percent),
+        ]
+        for weight, rows in mapped.items()
+    ]
+    chart = f"![GB/s by type and shape, beside the measured peak](benchmarks/results/{CHART})"
+    filled = textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
+    return "\n".join([filled, "", chart, "", *table(header, lines)]) + "\n"
+
+
+PAGES = {"README.md": summary, "benchmarks/README.md": section}
+"""The text between the markers of each page."""
+
+
 def with_section(markdown: str, text: str) -> str:
-    """README with another section between the markers."""
+    """A page with another text between the markers."""
     if markdown.count(BEGIN) != 1 or markdown.count(END) != 1:
-        raise ValueError(f"README.md must have one line {BEGIN} and one line {END}")
+        raise ValueError(f"the page must have one line {BEGIN} and one line {END}")
     before, rest = markdown.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
 
 
-def differences(results: Results, readme: Path) -> list[str]:
-    """What is not as the results have it."""
+def differences(results: Results, root: Path) -> list[str]:
+    """What is not as the results have it, of the pages below ``root`` and of the chart."""
     found = []
-    markdown = readme.read_text(encoding="utf-8")
-    if with_section(markdown, section(results)) != markdown:
-        found.append(f"{readme.name}'s section is not that of {results.path.name}")
+    for page, text in PAGES.items():
+        markdown = (root / page).read_text(encoding="utf-8")
+        if with_section(markdown, text(results)) != markdown:
+            found.append(f"{page}'s section is not that of {results.path.name}")
     chart = results.path.parent / CHART
     if not chart.exists() or results.digest not in chart.read_text(encoding="utf-8"):
         found.append(f"{chart.name} is not that of {results.path.name}")
@@ -319,22 +362,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is out of date")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="the results' folder")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder that the pages are in")
     options = parser.parse_args(arguments)
     results = newest(options.results)
     if results is None:
         print(f"{options.results} has no results of bench_matvec with a read peak", file=sys.stderr)
         return 1
     if options.check:
-        found = differences(results, options.readme)
+        found = differences(results, options.root)
         print("\n".join(found) or f"as in {results.path.name}")
         return 1 if found else 0
     from benchmarks.support import chart
 
     chart.draw(results, results.path.parent / CHART)
-    markdown = options.readme.read_text(encoding="utf-8")
-    options.readme.write_text(with_section(markdown, section(results)), encoding="utf-8")
-    print(f"written from {results.path.name}: {options.readme}, {results.path.parent / CHART}")
+    for page, text in PAGES.items():
+        path = options.root / page
+        path.write_text(with_section(path.read_text(encoding="utf-8"), text(results)), encoding="utf-8")
+    print(f"written from {results.path.name}: {', '.join(PAGES)}, {results.path.parent / CHART}")
     return 0
 
 

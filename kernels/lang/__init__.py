@@ -1,1 +1,16 @@
-"""What kernels are written in: operations, their meaning in Python, and their lowering on each target."""
+"""What kernels are written in: operations, their meaning in Python, and their lowering on each target.
+
+The names here are those that every kernel and format of one's own needs; operations are in the modules beside
+(:mod:`qmm.kernels.lang.primitives`, :mod:`qmm.kernels.lang.fields`, :mod:`qmm.kernels.lang.simd`,
+:mod:`qmm.kernels.lang.ptx`). No compiler is imported.
+"""
+
+from __future__ import annotations
+
+from qmm.kernels.lang.constants import Constants
+from qmm.kernels.lang.fields import FieldAccess
+from qmm.kernels.lang.masks import mask
+from qmm.kernels.lang.specialize import registers, specialize, unroll
+from qmm.kernels.lang.tables import table
+
+__all__ = ["Constants", "FieldAccess", "mask", "registers", "specialize", "table", "unroll"]

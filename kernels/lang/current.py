@@ -8,7 +8,7 @@ from greenlet import getcurrent
 
 from qmm.errors import EmulatorError
 
-__all__ = ["this_cta", "this_lane"]
+__all__ = ["cta_or_none", "this_cta", "this_lane"]
 
 
 def this_lane() -> Any:
@@ -33,6 +33,11 @@ def this_cta() -> Any:
         return getcurrent().cta
     except AttributeError:
         raise _outside() from None
+
+
+def cta_or_none() -> Any:
+    """The same; None outside of the emulator, where addresses are those of this process."""
+    return getattr(getcurrent(), "cta", None)
 
 
 def _outside() -> EmulatorError:

@@ -91,6 +91,16 @@ class Emitter:
         """The larger of two unsigned whole numbers."""
         return self.builder.select(self.builder.icmp_unsigned(">", b, a), b, a)
 
+    def total(self, values: ir.Value) -> ir.Value:
+        """The sum of a vector of floats, as many as a power of two: of one half with the other, again and again."""
+        half = values.type.count // 2
+        while half:
+            undefined = self.undefined(values.type)
+            low, high = (self.shuffled(values, undefined, part) for part in (range(half), range(half, 2 * half)))
+            values = self.builder.fadd(low, high)
+            half //= 2
+        return self.part(values, 0)
+
     def fmuladd(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         """``a * b + c`` of vectors, fused where the CPU has an instruction for it (``llvm.fma`` would call a library
         where not)."""

@@ -180,22 +180,12 @@ def _sum(values: np.ndarray) -> np.float32:
 
 @sum_partial.cpu
 def _(e, values):
-    return _emit_sum(e, values)
+    return e.total(values)
 
 
 @sum_floats.cpu
 def _(e, values):
-    return _emit_sum(e, values)
-
-
-def _emit_sum(e: Any, values: Any) -> Any:
-    half = values.type.count // 2
-    while half:
-        undefined = e.undefined(values.type)
-        low, high = (e.shuffled(values, undefined, part) for part in (range(half), range(half, 2 * half)))
-        values = e.fadd(low, high)
-        half //= 2
-    return e.part(values, 0)
+    return e.total(values)
 
 
 @operation("(int64, Floats) -> int64")

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from cuda.bindings import nvjitlink
 from numba import cuda
-from numba.cuda import types
+from numba.cuda import dispatcher, types
 
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets.cuda import CUDATarget
@@ -36,10 +38,26 @@ def signature_of(kernel: Kernel) -> Any:
 
 
 def assembly_of(kernel: Kernel, capability: tuple[int, int]) -> str:
-    """A kernel's PTX for a compute capability. On a machine without a GPU, numba.cuda must be told of one."""
+    """A kernel's PTX for a compute capability; no GPU is needed. One thread at a time."""
     function, signature = function_of(kernel), signature_of(kernel)
-    text, _ = cuda.compile(function, signature, cc=capability, device=False, abi="numba", output="ptx")
+    with _some_device(capability):
+        text, _ = cuda.compile(function, signature, cc=capability, device=False, abi="numba", output="ptx")
     return bounded(str(text), kernel.threads)
+
+
+@contextmanager
+def _some_device(capability: tuple[int, int]) -> Iterator[None]:
+    """Numba asks the current device what to compile the functions for that a kernel calls, although the kernel's own
+    capability decides in the end. Where there is no device, it is told of one."""
+    if cuda.is_available():
+        yield
+        return
+    asked = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device = asked
 
 
 def bounded(text: str, threads: int) -> str:

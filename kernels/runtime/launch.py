@@ -59,8 +59,12 @@ def _load(kernel: Kernel, device: int) -> cuda.Function:
 
 
 def ptx(kernel: Kernel, capability: tuple[int, int]) -> str:
-    """A kernel's PTX for a compute capability. On a machine without a GPU, numba.cuda must be told of one."""
-    with compiling():
+    """A kernel's PTX for a compute capability. The compilers are needed, a GPU is not.
+
+    Raises:
+        DeviceError: a setting of Numba forbids compiling.
+    """
+    with _lock.now, compiling():
         return str(_build().assembly_of(kernel, capability))
 
 

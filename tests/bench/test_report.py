@@ -1,4 +1,4 @@
-"""The README's table of GPU figures and the chart are those of the newest results; and the report tells the truth."""
+"""The tables of GPU figures in two READMEs and the chart are those of the newest results; and the report is true."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from benchmarks.support import report
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_readme_and_chart_are_those_of_the_newest_results() -> None:
+def test_pages_and_chart_are_those_of_the_newest_results() -> None:
     results = report.newest(ROOT / "benchmarks" / "results")
     if results is None:
         pytest.skip("no results of bench_matvec with a read peak are there yet")
-    assert report.differences(results, ROOT / "README.md") == []
+    assert report.differences(results, ROOT) == []
 
 
 def write(folder: Path, name: str = "bench_matvec-made-up-1", rows: list[Any] = ROWS, **head: Any) -> Path:
@@ -34,10 +34,12 @@ def results(tmp_path: Path) -> report.Results:
 
 
 @pytest.fixture
-def readme(tmp_path: Path) -> Path:
-    path = tmp_path / "README.md"
-    path.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
-    return path
+def pages(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / page for page in report.PAGES]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+    return paths
 
 
 def with_chart(results: report.Results) -> Path:
@@ -127,20 +129,23 @@ def test_newest_results_of_the_present_form_are_taken(tmp_path: Path) -> None:
 
 
 def test_check_finds_a_changed_figure_and_a_chart_of_other_results(
-    results: report.Results, readme: Path, capsys: pytest.CaptureFixture[str]
+    results: report.Results, pages: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--check", "--results", str(results.path.parent), "--readme", str(readme)]
+    arguments = ["--check", "--results", str(results.path.parent), "--root", str(tmp_path)]
     chart = with_chart(results)
     assert report.main(arguments) == 1
-    readme.write_text(report.with_section(readme.read_text(), report.section(results)))
+    for path, text in zip(pages, report.PAGES.values(), strict=True):
+        path.write_text(report.with_section(path.read_text(), text(results)))
+        assert path.read_text().startswith("before\n")
+        assert path.read_text().endswith("\nafter\n")
     assert report.main(arguments) == 0
-    assert readme.read_text().startswith("before\n")
-    assert readme.read_text().endswith("\nafter\n")
 
-    good = readme.read_text()
-    readme.write_text(good.replace("| 80 % |", "| 81 % |", 1))
-    assert report.main(arguments) == 1
-    readme.write_text(good)
+    for path in pages:
+        good = path.read_text()
+        path.write_text(good.replace("| 80 % |", "| 81 % |", 1))
+        assert report.main(arguments) == 1
+        path.write_text(good)
+    assert report.main(arguments) == 0
     chart.write_text(chart.read_text().replace(results.digest[:8], "00000000"))
     assert report.main(arguments) == 1
     with_chart(results)
@@ -150,15 +155,30 @@ def test_check_finds_a_changed_figure_and_a_chart_of_other_results(
     assert report.main(arguments) == 1
     assert capsys.readouterr().out.splitlines() == [
         "README.md's section is not that of bench_matvec-made-up-1.json",
+        "benchmarks/README.md's section is not that of bench_matvec-made-up-1.json",
         "bench_matvec.svg is not that of bench_matvec-made-up-1.json",
     ]
 
 
-def test_readme_must_have_the_markers_once(results: report.Results) -> None:
+def test_a_page_must_have_the_markers_once(results: report.Results) -> None:
     for markdown in ("none", f"{report.BEGIN}\n{report.END}\n{report.BEGIN}\n{report.END}"):
         with pytest.raises(ValueError, match="must have one line"):
             report.with_section(markdown, report.section(results))
-    report.with_section((ROOT / "README.md").read_text(encoding="utf-8"), report.section(results))
+    for page, text in report.PAGES.items():
+        report.with_section((ROOT / page).read_text(encoding="utf-8"), text(results))
+
+
+def test_the_summary_has_the_shapes_of_both_placements(tmp_path: Path, results: report.Results) -> None:
+    text = report.summary(results)
+    assert text.splitlines()[-1] == "| Q4_K | 40000x4096 | 80 | 80 % | 2.00 | 2.00 | 40 | 80 % |"
+    said = " ".join(text.split())
+    assert "2.00 times as fast as ggml with one column and 1.41 times with two to eight" in said
+    assert "the worst of all cases is 0.50 (Q8_0-40000x4096-n1-device)" in said
+    alone = [row("main", "Q4_K", 40_000, 1, 500.0, None), row("mapped", "Q8_0", 40_000, 1, 1000.0, None, 50.0)]
+    text = report.summary(report.Results.read(write(tmp_path, rows=alone, ggml=None, ggml_missing="nobody built it")))
+    assert text.splitlines()[-1] == "| Q8_0 | 40000x4096 | - | - | - | - | 40 | 80 % |"
+    assert "no ggml (nobody built it)" in " ".join(text.split())
+    assert "as fast as" not in text
 
 
 def test_digest_is_of_the_whole_file(results: report.Results) -> None:

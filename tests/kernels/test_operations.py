@@ -33,7 +33,7 @@ from qmm.kernels.lang.operation import Operation, operation
 from qmm.kernels.lang.primitives import half
 from qmm.kernels.lang.ptx.arithmetic import reciprocal
 from qmm.kernels.lang.ptx.barrier import mbarrier_arrive, sync_cta, sync_warp
-from qmm.kernels.lang.ptx.global_memory import load_global_float
+from qmm.kernels.lang.ptx.global_memory import load_global_half
 from qmm.kernels.lang.ptx.grid import cta_index
 from qmm.kernels.lang.ptx.warp import shuffle_xor_add
 from qmm.kernels.lang.simd import sum_floats
@@ -199,7 +199,7 @@ def shuffle_by_a_variable(distance):
 
 
 def test_operations_of_a_gpu_are_refused_outside_of_the_emulator() -> None:
-    for action in (lambda: load_global_float(1 << 20), cta_index, sync_cta, lambda: mbarrier_arrive(0), sync_warp):
+    for action in (lambda: load_global_half(1 << 20), cta_index, sync_cta, lambda: mbarrier_arrive(0), sync_warp):
         with pytest.raises(EmulatorError, match=r"run that with .*emulate\(\)"):
             action()
 

@@ -35,6 +35,7 @@ from qmm.kernels.lang.ptx.global_memory import (
     load_global_float,
     load_global_floats_l2,
     load_global_half,
+    load_global_run,
     store_global_bfloat,
     store_global_byte,
     store_global_float,
@@ -231,7 +232,7 @@ def dots_of_floats(source, target):
     for first in range(0, ITEMS, THREADS):
         item = first + thread_index()
         at = source + 128 * item
-        store_global_float(target + 4 * item, dot_floats(load_run(at), load_run(at + 64)))
+        store_global_float(target + 4 * item, dot_floats(load_run(at), load_global_run(at + 64)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

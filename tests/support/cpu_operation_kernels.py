@@ -26,6 +26,8 @@ from qmm.kernels.lang.primitives import (
     unsigned_byte,
     word,
 )
+from qmm.kernels.lang.ptx.arithmetic import dot_floats
+from qmm.kernels.lang.ptx.global_memory import load_global_float, load_global_run, store_global_float
 from qmm.kernels.lang.simd import (
     dot_run,
     fetch_add,
@@ -108,9 +110,21 @@ def products(source, target):
         at = source + SOURCE_NBYTES * item
         q = load16(at, 0)
         total = dot_run(dot_run(zero_partial(), q, at + 16, 1.0), q, at + 48, 0.5)
-        store_float(target, 8 * item, sum_partial(total))
+        store_float(target, 12 * item, sum_partial(total))
         floats = multiply_add(zero_floats(), run_weights(q, 1.0, 0.0), run_weights(load16(at, 16), 2.0, 1.0))
-        store_float(target, 8 * item + 4, sum_floats(multiply_add(floats, floats, floats)))
+        store_float(target, 12 * item + 4, sum_floats(multiply_add(floats, floats, floats)))
+        dot = dot_floats(run_weights(q, 1.0, 0.0), run_weights(load16(at, 16), 2.0, 1.0))
+        store_float(target, 12 * item + 8, dot)
+
+
+def as_global_memory(source, target):
+    """At any alignment."""
+    for item in range(ITEMS):
+        at = source + SOURCE_NBYTES * item + item % 16
+        to = target + 76 * item
+        store_floats(to, 0, load_global_run(at))
+        store_global_float(to + 64, load_global_float(at + 19))
+        store_global_float(to + 68 + item % 4, load_global_float(at + 32))
 
 
 def magnitudes(source, target):
@@ -173,6 +187,11 @@ def numbers() -> np.ndarray:
     return made
 
 
+def without_a_nan() -> np.ndarray:
+    """Bytes that are no NaN wherever they are read: signalling ones do not pass through Python's floats unchanged."""
+    return some_bytes() & 0x7F
+
+
 def with_not_a_number() -> np.ndarray:
     """The same with a NaN or an infinity, or a number half way between two whole ones, here and there."""
     values = numbers()
@@ -186,7 +205,8 @@ CPU_CASES = {
     "fields and words": CPUCase(fields_and_words, some_bytes(), 128 * ITEMS),
     "halves": CPUCase(halves, np.arange(65536, dtype=np.uint16), 132 * 4096, np.float32),
     "runs": CPUCase(runs, numbers(), 192 * ITEMS, np.float32),
-    "products": CPUCase(products, small_numbers(), 8 * ITEMS, np.float32),
+    "products": CPUCase(products, small_numbers(), 12 * ITEMS, np.float32),
+    "as global memory": CPUCase(as_global_memory, without_a_nan(), 76 * ITEMS),
     "looked up": CPUCase(looked_up, some_bytes(), 80 * ITEMS),
     "magnitudes": CPUCase(magnitudes, with_not_a_number(), 40 * ITEMS),
     "counted": CPUCase(counted, np.full(1, 7, np.uint8), 8 + 2 * ITEMS),

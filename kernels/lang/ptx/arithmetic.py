@@ -53,7 +53,8 @@ def _fma(e: Any, a: Any, b: Any, c: Any) -> Any:
 
 @operation("(Floats, Floats) -> float32")
 def dot_floats(a, b):
-    """The product of 16 numbers by 16 numbers, fused, in two chains. In Python they are summed in another order."""
+    """The product of 16 numbers by 16 numbers: on a GPU fused, in two chains; on the CPU products, added up by halves.
+    In Python they are summed in another order."""
     return np.dot(a, b)
 
 
@@ -63,6 +64,11 @@ def _(e, a, b):
     for i in range(16):
         chains[i % 2] = _fma(e, e.part(a, i), e.part(b, i), chains[i % 2])
     return e.fadd(*chains)
+
+
+@dot_floats.cpu
+def _(e, a, b):
+    return e.total(e.fmul(a, b))
 
 
 @operation("(float32) -> float32")

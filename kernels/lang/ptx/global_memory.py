@@ -2,15 +2,19 @@
 
 Activations may have been written by a kernel that this one was started before the end of: they are never loaded with
 ``.nc``, which may give what a line of L1 held before.
+
+``load_global_run``, ``load_global_float`` and ``store_global_float`` are the CPU's too: a helper can serve both.
+There, and in Python outside of the emulator, addresses are those of this process, and no alignment is asked.
 """
 
 from __future__ import annotations
 
+import ctypes
 import struct
 
 import numpy as np
 
-from qmm.kernels.lang.current import this_cta
+from qmm.kernels.lang.current import cta_or_none, this_cta
 from qmm.kernels.lang.operation import operation
 
 __all__ = [
@@ -23,6 +27,7 @@ __all__ = [
     "load_global_floats",
     "load_global_floats_l2",
     "load_global_half",
+    "load_global_run",
     "store_global_bfloat",
     "store_global_byte",
     "store_global_float",
@@ -112,6 +117,26 @@ def _(e, address):
     return e.parts(e.bitcast(words, e.vector_type(e.f32, 4)))
 
 
+@operation("(int64) -> Floats")
+def load_global_run(address):
+    """Sixteen numbers at a multiple of 16 bytes, through L1."""
+    cta = cta_or_none()
+    if cta is None:
+        return np.frombuffer(ctypes.string_at(address, 64), np.float32)
+    pieces = [cta.memory.read(address + start, 16, 16) for start in range(0, 64, 16)]
+    return np.concatenate([np.frombuffer(data, np.float32, 4, at) for data, at in pieces])
+
+
+@load_global_run.cuda
+def _(e, address):
+    return e.gathered(e.load_floats(address, 16, e.global_pointer))
+
+
+@load_global_run.cpu
+def _(e, address):
+    return e.unaligned(address, e.constant(e.i64, 0), e.vector_type(e.f32, 16))
+
+
 @operation("(int64, Floats) -> None")
 def store_global_run(address, values):
     """Stores the 16 weights of a run at a multiple of 16 bytes."""
@@ -152,13 +177,19 @@ def _(e, address, values, count):
 @operation("(int64) -> float32")
 def load_global_float(address):
     """The number at a multiple of 4."""
-    data, at = this_cta().memory.read(address, 4, 4)
+    cta = cta_or_none()
+    data, at = (ctypes.string_at(address, 4), 0) if cta is None else cta.memory.read(address, 4, 4)
     return np.float32(_unpack_float(data, at)[0])
 
 
 @load_global_float.cuda
 def _(e, address):
     return e.ptx("ld.global.f32 $0, [$1];", "=f,l", address, volatile=True)
+
+
+@load_global_float.cpu
+def _(e, address):
+    return e.unaligned(address, e.constant(e.i64, 0), e.f32)
 
 
 @operation("(int64) -> float32")
@@ -202,12 +233,21 @@ def _(e, address):
 @operation("(int64, float32) -> None")
 def store_global_float(address, value):
     """Stores a number at a multiple of 4."""
-    this_cta().memory.write(address, _pack_float(value), 4)
+    cta = cta_or_none()
+    if cta is None:
+        ctypes.memmove(address, _pack_float(value), 4)
+    else:
+        cta.memory.write(address, _pack_float(value), 4)
 
 
 @store_global_float.cuda
 def _(e, address, value):
     e.ptx("st.global.f32 [$0], $1;", "l,f", address, value, volatile=True)
+
+
+@store_global_float.cpu
+def _(e, address, value):
+    e.store(value, e.inttoptr(address, e.f32.as_pointer())).align = 1
 
 
 @operation("(int64, float32) -> None")

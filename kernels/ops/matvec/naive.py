@@ -12,9 +12,9 @@ import functools
 from qmm.kernels.formats import Format, c
 from qmm.kernels.lang.fields import FieldAccess
 from qmm.kernels.lang.masks import mask
-from qmm.kernels.lang.primitives import float_floats, run_weights
+from qmm.kernels.lang.primitives import run_weights
 from qmm.kernels.lang.ptx.arithmetic import dot_floats
-from qmm.kernels.lang.ptx.global_memory import load_global16, store_global_float
+from qmm.kernels.lang.ptx.global_memory import load_global_run, store_global_float
 from qmm.kernels.lang.ptx.grid import cta_index, thread_index
 from qmm.kernels.lang.specialize import unroll
 from qmm.kernels.ops.op import At, LaunchSpec, WeightLayout, Work, alignment_of
@@ -39,15 +39,8 @@ def naive(weights, row_nbytes, m, blocks, x, n, y):
                 for i in unroll(c.RUNS):
                     q, scale, minimum = runs[i]
                     run = (column * blocks + block) * c.BLOCK_RUNS + c.position(lane, i)
-                    total += dot_floats(run_weights(q, scale, minimum), load_run(x + 64 * run))
+                    total += dot_floats(run_weights(q, scale, minimum), load_global_run(x + 64 * run))
         store_global_float(y + 4 * item, total)
-
-
-def load_run(address):
-    """Sixteen float32."""
-    return float_floats(
-        load_global16(address), load_global16(address + 16), load_global16(address + 32), load_global16(address + 48)
-    )
 
 
 @functools.cache
