@@ -36,11 +36,13 @@ class Call(NamedTuple):
         prepared: what to queue; None if there are no results.
         residency: of the weight.
         shape: of the results.
+        alias_range: the product's: distances from y to x at which they overlap, and must not.
     """
 
     prepared: Prepared | None
     residency: Residency
     shape: tuple[int, ...]
+    alias_range: tuple[int, int] = (0, 0)
 
 
 class Calls:
@@ -70,7 +72,7 @@ class Calls:
         call = self._calls.get(key)
         if call is None and key not in self._calls:
             call = self._new(key, tensor, mode, kind, x, out, no_alias=True)
-        if call is not None and call.prepared is not None and _overlaps(call.prepared, x_address, y_address):
+        if call is not None and call.alias_range[0] < y_address - x_address < call.alias_range[1]:
             key = (key, "overlapping")
             call = self._calls.get(key) or self._new(key, tensor, mode, kind, x, out, no_alias=False)
         return call, x_address, y_address
@@ -132,19 +134,14 @@ class Calls:
                 )
         int8 = mode == "int8" and not tensor.format.plain
         prepared = self._prepare(tensor, source.operand(), target.operand(), int8, no_alias)
-        return Call(prepared, residency, shape)
+        assert isinstance(prepared.work, Product)
+        return Call(prepared, residency, shape, prepared.work.alias_range)
 
     def _prepare(self, tensor: Tensor, x: Operand, y: Operand, int8: bool, no_alias: bool) -> Prepared:
         layout = self._weights[tensor].layout()
         architecture = self._device.architecture
         product = plan(tensor.format, tensor.m, tensor.k, layout, x, y, int8, architecture, no_alias)
         return self._device.prepare(product, f"the product with {tensor.m} x {tensor.k} {tensor.format.name}")
-
-
-def _overlaps(prepared: Prepared, x: int, y: int) -> bool:
-    product = prepared.work
-    assert isinstance(product, Product)
-    return product.overlaps(x, y)
 
 
 def _signature(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:

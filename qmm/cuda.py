@@ -27,6 +27,7 @@ __all__ = [
     "launch_config",
     "load_function",
     "register_flags",
+    "require_launched",
     "runtime",
 ]
 
@@ -114,25 +115,22 @@ def drive(function: str, *arguments: Any) -> Any:
 
 
 class Function(NamedTuple):
-    """A kernel that is loaded on a device: the driver's handle, and how it is launched there."""
+    """A kernel that is loaded on a device.
+
+    Attributes:
+        handle: the driver's.
+        launch: ``cuLaunchKernelEx(config, handle, packed, 0)``, which returns ``(error,)``. It is called as it is, for
+            its speed, with a configuration of :func:`launch_config` and the address of the addresses of the arguments;
+            :func:`require_launched` says what an error means.
+    """
 
     handle: Any
     launch: Callable[[Any, Any, int, int], tuple[Any]]
 
-    def queue(self, config: Any, packed: int, name: str) -> None:
-        """Put a launch on the stream that ``config`` names.
 
-        Args:
-            config: what :func:`launch_config` made.
-            packed: the address of the addresses of the arguments.
-            name: the kernel's, for messages.
-
-        Raises:
-            CudaCallError: the driver refused.
-        """
-        (error,) = self.launch(config, self.handle, packed, 0)
-        if error:
-            _result(f"cuLaunchKernelEx of {name}", error, [])
+def require_launched(name: str, error: Any) -> None:
+    """Raise CudaCallError if the launch of the kernel of that name failed."""
+    _result(f"cuLaunchKernelEx of {name}", error, [])
 
 
 def load_function(code: bytes, entry: str, shared_nbytes: int) -> Function:

@@ -28,27 +28,54 @@ ANYWHERE = 4
 """cudaMemcpyDefault: the addresses say where they are."""
 
 
+Cells = list[tuple[ctypes.c_int64, int]]
+
+
 class Prepared:
     """Work on a device, ready to be queued again and again: kernels loaded, launches packed.
 
     Attributes:
         work: what was planned.
         launches: one for each of the work's.
-        cells: the arguments that are addresses of a call, each with the number of its base and the offset from there.
-        bound: the addresses of the bases that they were set to last.
+        bound: the addresses of the weights, x, y and workspace that the launches have now.
     """
 
-    def __init__(self, work: Work, launches: list[Launch]) -> None:
-        """Bind names; the launches are those of the work, in order."""
+    def __init__(self, work: Work, launches: list[Launch], zeros: int) -> None:
+        """Bind names; the launches are those of the work, in order, and ``zeros`` is the address of the device's."""
         self.work = work
         self.launches = launches
-        self.bound: tuple[int, ...] = ()
-        self.cells: list[tuple[ctypes.c_int64, int, int]] = [
-            (launch.cell(name), BASES.index(value.base), value.offset)
-            for launch, spec in zip(launches, work.launches, strict=True)
-            for name, value in spec.arguments.items()
-            if isinstance(value, At)
-        ]
+        self.bound: tuple[int, ...] = (0, 0, 0, 0)
+        cells: dict[str, Cells] = {base: [] for base in BASES}
+        for launch, spec in zip(launches, work.launches, strict=True):
+            for name, value in spec.arguments.items():
+                if isinstance(value, At):
+                    cells[value.base].append((launch.cell(name), value.offset))
+        self._weights, self._x, self._y, self._workspace = (cells[base] for base in BASES[:4])
+        for base, address in zip(BASES, (*self.bound, zeros), strict=True):
+            _set(cells[base], address)
+
+    def bind(self, addresses: tuple[int, int, int, int]) -> None:
+        """Have the launches from now on use these addresses, of the weights, x, y and workspace.
+
+        Calls have most of them in common with the call before, whose arguments stay as they are: setting one takes as
+        long as all other of this.
+        """
+        weights, x, y, workspace = addresses
+        before = self.bound
+        if weights != before[0]:
+            _set(self._weights, weights)
+        if x != before[1]:
+            _set(self._x, x)
+        if y != before[2]:
+            _set(self._y, y)
+        if workspace != before[3]:
+            _set(self._workspace, workspace)
+        self.bound = addresses
+
+
+def _set(cells: Cells, address: int) -> None:
+    for cell, offset in cells:
+        cell.value = address + offset
 
 
 class Device(Resource):
@@ -260,7 +287,7 @@ class Device(Resource):
                 bound = {name: value for name, value in spec.arguments.items() if not isinstance(value, At)}
                 bound |= dict.fromkeys(spec.arguments.keys() - bound.keys(), 0)
                 launches.append(Launch(spec.kernel, self.number, spec.ctas, bound, spec.shared_nbytes, spec.early))
-            return Prepared(work, launches)
+            return Prepared(work, launches, self._zeros)
 
     def queue(
         self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int = 0, skip: int = 0
@@ -285,11 +312,9 @@ class Device(Resource):
     def _queue(self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, skip: int) -> None:
         if prepared.work.workspace_nbytes and not workspace:
             workspace = self._workspace(stream, prepared.work.workspace_nbytes)
-        bases = (weights, x, y, workspace, self._zeros)  # in the order of BASES
-        if bases != prepared.bound:  # else the arguments are those of the call before
-            prepared.bound = bases
-            for cell, base, offset in prepared.cells:
-                cell.value = bases[base] + offset
+        addresses = weights, x, y, workspace
+        if addresses != prepared.bound:
+            prepared.bind(addresses)
         for launch in prepared.launches[skip:] if skip else prepared.launches:
             launch.queue(stream)
 

@@ -114,7 +114,7 @@ class Launch:
         start = ctypes.addressof(self._values)
         self._addresses = (ctypes.c_void_p * len(values))(*[start + 8 * i for i in range(len(values))])
         self._packed = ctypes.addressof(self._addresses)
-        self._function = load(kernel, device)
+        self._handle, self._launch = load(kernel, device)
         self._config = cuda.launch_config(ctas, kernel.threads, shared_nbytes, early)
         self._stream: int | None = None
 
@@ -131,4 +131,6 @@ class Launch:
         if stream != self._stream:
             self._config.hStream = stream
             self._stream = stream
-        self._function.queue(self._config, self._packed, self.kernel.name)
+        (error,) = self._launch(self._config, self._handle, self._packed, 0)
+        if error:
+            cuda.require_launched(self.kernel.name, error)

@@ -89,7 +89,7 @@ class EmulatedDevice(Device):
         return nullcontext()
 
     def prepare(self, work: Work, doing: str) -> Prepared:
-        return Prepared(work, [EmulatedLaunch(self, spec) for spec in work.launches])
+        return Prepared(work, [EmulatedLaunch(self, spec) for spec in work.launches], self._zeros)
 
     def allocate(self, nbytes: int, what: str) -> int:
         return self.add(what, nbytes).start
