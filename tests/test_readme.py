@@ -1,4 +1,4 @@
-"""The README's examples run, and its two commands are the ones that CI and the extras stand for."""
+"""The READMEs' examples run, what they name exists, and the two commands are those that CI and the extras stand for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", *(f"{room}/README.md" for room in ("loaders", "kernels", "qmm", "tests", "benchmarks")))
+WITH_EXAMPLES = PAGES[:4]
+pages = pytest.mark.parametrize("page", PAGES)
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +43,11 @@ def test_python_blocks_keep_their_lines() -> None:
     assert python_only(markdown).splitlines() == ["", "", "x = 1", "", "", "", "", "", "y = x", ""]
 
 
-def test_readme_examples_run(readme: str, gemma_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", WITH_EXAMPLES)
+def test_examples_run(page: str, gemma_path: Path, tmp_path: Path) -> None:
     # In one namespace, in a folder where model.gguf is the demo model (blk.0.ffn_up.weight: 2048 x 640, Q5_0).
-    code = python_only(readme)
-    assert code.strip(), "README.md has no ```python example"
+    code = python_only((ROOT / page).read_text(encoding="utf-8"))
+    assert code.strip(), f"{page} has no ```python example"
     (tmp_path / "model.gguf").symlink_to(gemma_path)
     script = tmp_path / "README.py"
     script.write_text(code, encoding="utf-8")
@@ -51,6 +55,24 @@ def test_readme_examples_run(readme: str, gemma_path: Path, tmp_path: Path) -> N
         [sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pages
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    assert [target for target in targets if target and not (ROOT / page).parent.joinpath(target).exists()] == []
+
+
+@pages
+def test_files_that_are_named_exist(page: str) -> None:
+    # By their path from the root or from the page's folder, or in any folder of the page's room by their name alone.
+    room = (ROOT / page).parent
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    named = re.findall(r"`((?:[\w.]+/)*\w+\.(?:py|md)|(?:\w+/)+)`", text)
+    missing = [name for name in named if not any((place / name).exists() for place in (ROOT, room))]
+    missing = [name for name in missing if not any(room.rglob(name.rstrip("/")))]
+    assert missing == []
 
 
 def test_demo_command_is_whole(readme: str) -> None:
