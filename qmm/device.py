@@ -256,8 +256,9 @@ class Device(Resource):
             self._staging = (address, nbytes)
         return address
 
-    def _workspace(self, stream: int, nbytes: int) -> int:
-        """The address of workspace. Each stream has its own, which its later work may overwrite.
+    def workspace(self, stream: int, nbytes: int) -> int:
+        """The address of workspace, for the thread that holds :attr:`lock`. Each stream has its own, which its later
+        work may overwrite.
 
         What becomes too small is kept, since queued work and captured graphs may still use it; each is at least twice
         as large as the one before.
@@ -311,7 +312,7 @@ class Device(Resource):
 
     def _queue(self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, skip: int) -> None:
         if prepared.work.workspace_nbytes and not workspace:
-            workspace = self._workspace(stream, prepared.work.workspace_nbytes)
+            workspace = self.workspace(stream, prepared.work.workspace_nbytes)
         addresses = weights, x, y, workspace
         if addresses != prepared.bound:
             prepared.bind(addresses)

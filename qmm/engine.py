@@ -20,7 +20,7 @@ from qmm.arrays import KINDS, ArrayKind, kind_of, stream_handle
 from qmm.calls import Calls, check_activations, check_input, check_output
 from qmm.children import PerProcess, process
 from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
-from qmm.graph import Plan, Step
+from qmm.graph import Plan, Step, queue_sequence
 from qmm.in_flight import InFlight
 from qmm.loaders.closing import Resource
 from qmm.memory.machine import Choice, choose
@@ -197,8 +197,80 @@ class Engine(Resource):
             raise ArrayError("stream= is for arrays on the GPU; x is in host memory, where the call waits anyway")
         return self._matmul_host(tensor, mode, kind, x, out)
 
-    def _matmul_host(self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any) -> Any:
-        """The same for arrays in host memory; waits for the result."""
+    @untraced
+    def matmul_each(
+        self,
+        tensors: Iterable[str | Tensor],
+        x: Any,
+        outs: Sequence[Any] | None = None,
+        stream: Any = None,
+        *,
+        activations: str | None = None,
+    ) -> list[Any]:
+        """The products of the same activations with several tensors, such as those of Q, K and V.
+
+        ``x`` is quantized once for all tensors that want it the same way; results are those of :meth:`matmul`.
+
+        Args:
+            tensors: their names, or tensors of this engine's model.
+            x: as for :meth:`matmul`.
+            outs: one for each tensor, as for :meth:`matmul`; none of them shares memory with ``x``.
+            stream: as for :meth:`matmul`.
+            activations: as for :meth:`matmul`.
+
+        Returns:
+            ``outs``, or new arrays, in the order of ``tensors``.
+
+        Raises:
+            ArrayError: there are more or fewer ``outs`` than ``tensors``.
+            QmmError: as :meth:`matmul`.
+        """
+        if watched():
+            each: list[Any] = outside(Engine.matmul_each)(self, tensors, x, outs, stream, activations=activations)
+            return each
+        named = [self._tensor(tensor) for tensor in tensors]
+        results = [None] * len(named) if outs is None else list(outs)
+        if len(results) != len(named):
+            raise ArrayError(f"{self.model.path}: {len(named)} products, but {len(results)} outs; pass one for each")
+        mode, kind = activations or self.activations, KINDS[type(x)]
+        if self.gpu is None:
+            check_activations(mode)
+            shared: dict[bool, Any] = {}
+            return [
+                self._matmul_host(tensor, mode, kind, x, out, shared)
+                for tensor, out in zip(named, results, strict=True)
+            ]
+        calls = (
+            [self._calls.find(tensor, mode, kind, x, out) for tensor, out in zip(named, results, strict=True)]
+            if kind.on_gpu
+            else []
+        )
+        if not calls or calls[0][0] is None:  # in host memory
+            return [
+                self.matmul(tensor, x, out, stream, activations=mode)
+                for tensor, out in zip(named, results, strict=True)
+            ]
+        stream = kind.stream(x) if stream is None else stream_handle(stream)
+        steps = []
+        for number, (call, x_address, y_address) in enumerate(calls):
+            assert call is not None
+            if results[number] is None:
+                results[number] = kind.empty(call.shape, x)
+                y_address, _ = kind.signature(results[number])
+            else:
+                kind.written(results[number])
+            if call.prepared is not None:
+                steps.append(Step(call.prepared, call.residency.lease(), x_address, y_address))
+        nbytes = max((step.product.workspace_nbytes for step in steps), default=0)
+        with self.gpu.lock:
+            queue_sequence(self.gpu, steps, stream, self.gpu.workspace(stream, nbytes))
+        return results
+
+    def _matmul_host(
+        self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any, shared: dict[bool, Any] | None = None
+    ) -> Any:
+        """The same for arrays in host memory; waits for the result. On the CPU, ``shared`` has what was made of ``x``
+        for products before."""
         check_activations(mode)
         source = kind.view(x)
         check_input(tensor, source, self.device)
@@ -213,13 +285,20 @@ class Engine(Resource):
             results = kind.in_place(out, (len(values), tensor.m))
             if results is None or np.may_share_memory(results, values):
                 results = np.empty((len(values), tensor.m), np.float32)
-                self._multiply(tensor, values, results, int8)
+                self._multiply(tensor, values, results, int8, shared)
                 kind.from_host(results, out)
             else:
-                self._multiply(tensor, values, results, int8)
+                self._multiply(tensor, values, results, int8, shared)
         return out
 
-    def _multiply(self, tensor: Tensor, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], int8: bool) -> None:
+    def _multiply(
+        self,
+        tensor: Tensor,
+        x: npt.NDArray[np.float32],
+        y: npt.NDArray[np.float32],
+        int8: bool,
+        shared: dict[bool, Any] | None,
+    ) -> None:
         """``y[n, m] = x[n, k] @ W^T``, both row-major in host memory."""
         if not y.size:
             self._weights[tensor].check()
@@ -227,7 +306,10 @@ class Engine(Resource):
             self._calls.multiply_host(tensor, x, y, int8)
         else:
             address = self._weights[tensor].lease()
-            _cpu().matmul(tensor.format, address, tensor.m, tensor.k, x, y, "int8" if int8 else "f16")
+            quantized = {} if shared is None else shared
+            if int8 not in quantized:
+                quantized[int8] = _cpu().quantize(x, int8)
+            _cpu().matmul(tensor.format, address, tensor.m, tensor.k, quantized[int8], y)
 
     @untraced
     def plan(self, products: Iterable[tuple[str | Tensor, Any, Any]], *, activations: str | None = None) -> Plan:

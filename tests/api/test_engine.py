@@ -26,6 +26,7 @@ from qmm.errors import (
     TensorNotFoundError,
     UnsupportedTypeError,
 )
+from qmm.kernels.ops.cpu import products
 
 SHAPES = {
     "first": ("Q8_0", (5, 96)),
@@ -486,3 +487,63 @@ def test_a_plan_is_for_the_gpu(engine: qmm.Engine) -> None:
 def test_every_refusal_is_a_qmm_error() -> None:
     for error in (ArrayError, ClosedError, DeviceError, MappingError, TensorNotFoundError, UnsupportedTypeError):
         assert issubclass(error, QmmError)
+
+
+def test_products_with_the_same_activations_quantize_them_once(
+    engine: qmm.Engine, model: qmm.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [name for name in SHAPES if model[name].k == model["first"].k]
+    assert len(names) > 1
+    x = np.random.default_rng(3).standard_normal((2, 3, model["first"].k), dtype=np.float32)
+    expected = [engine.matmul(name, x) for name in names]
+    kinds: list[bool] = []
+    usual = products.quantize
+
+    def counted(x: Floats, int8: bool) -> Any:
+        kinds.append(int8)
+        return usual(x, int8)
+
+    monkeypatch.setattr(products, "quantize", counted)
+    outs = [np.empty_like(y) for y in expected]
+    assert all(one is other for one, other in zip(engine.matmul_each(names, x, outs), outs, strict=True))
+    assert len(kinds) == len(set(kinds))  # once for each kind of activations
+    for one, other, y in zip(engine.matmul_each(names, x), outs, expected, strict=True):
+        np.testing.assert_array_equal(one, y)
+        np.testing.assert_array_equal(other, y)
+    with pytest.raises(qmm.ArrayError, match=f"{len(names)} products, but 1 outs"):
+        engine.matmul_each(names, x, outs[:1])
+
+
+def test_results_go_straight_to_where_they_are_wanted(engine: qmm.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets: list[int] = []
+    usual = products.matmul
+
+    def noted(block_format: Any, address: int, m: int, k: int, x: Any, out: Floats, *rest: Any) -> None:
+        targets.append(out.ctypes.data)
+        usual(block_format, address, m, k, x, out, *rest)
+
+    monkeypatch.setattr(products, "matmul", noted)
+    tensor = engine.model["first"]
+    x = np.random.default_rng(4).standard_normal((2, tensor.k), dtype=np.float32)
+    y, out = engine.matmul("first", x), np.empty((2, tensor.m), np.float32)
+    engine.matmul("first", x, out)
+    assert targets == [y.ctypes.data, out.ctypes.data]
+    # Where the results' memory is no such matrix, or is that of x, they come by way of another.
+    halves, strided = np.empty((2, tensor.m), np.float16), np.empty((tensor.m, 2), np.float32).T
+    for other in (halves, strided):
+        engine.matmul("first", x, other)
+        np.testing.assert_allclose(other, y, rtol=1e-3)
+    assert not {halves.ctypes.data, strided.ctypes.data} & set(targets[2:])
+
+
+@pytest.mark.parametrize("activations", ["int8", "f16"])
+def test_results_may_take_the_place_of_the_activations(tmp_path: Path, activations: str) -> None:
+    gguf_files.write_gguf(
+        tmp_path / "square.gguf",
+        {"w": ("Q8_0", (64, 64), gguf_files.random_blocks("Q8_0", (64, 64), np.random.default_rng(5)))},
+    )
+    with qmm.Engine(tmp_path / "square.gguf", "cpu", activations=activations) as engine:
+        x = np.random.default_rng(6).standard_normal((3, 64), dtype=np.float32)
+        expected = engine.matmul("w", x)
+        engine.matmul("w", x, x)
+        np.testing.assert_array_equal(x, expected)

@@ -71,6 +71,23 @@ def test_every_format_from_every_placement(engine: qmm.Engine, name: str, rng: n
         assert close_to(engine.matmul(name, x, activations="f16"), x, weights, 1e-6)
 
 
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_products_with_the_same_activations_are_those_of_each(
+    engine: qmm.Engine, n: int, rng: np.random.Generator
+) -> None:
+    names = [name.lower() for name, form in FORMATS.items() if form.block_weights == 256]
+    x = rng.standard_normal((n, 768)).astype(np.float32)
+    on_device = cuda.to_device(x)
+    outs = [cuda.device_array((n, 5), np.float32) for _ in names]
+    given = engine.matmul_each(names, on_device, outs)
+    assert all(one is other for one, other in zip(given, outs, strict=True))
+    made, on_host = engine.matmul_each(names, on_device), engine.matmul_each(names, x)
+    for name, *found in zip(names, given, made, on_host, strict=True):
+        expected = engine.matmul(name, on_device).copy_to_host()
+        for y in found:
+            np.testing.assert_array_equal(np.asarray(y), expected)
+
+
 def test_placements_give_the_same_bits(path: Path, rng: np.random.Generator) -> None:
     with qmm.open(path) as model:
         for name in model:

@@ -97,7 +97,7 @@ class EmulatedDevice(Device):
     def free(self, address: int) -> None:
         self.memory.regions = [region for region in self.memory.regions if region.start != address]
 
-    def _workspace(self, stream: int, nbytes: int) -> int:
+    def workspace(self, stream: int, nbytes: int) -> int:
         # Fresh for each call: what the call before has left there must not be of use.
         return self.allocate(nbytes, "workspace")
 
