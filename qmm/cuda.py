@@ -1,7 +1,7 @@
 """The one place that calls CUDA's runtime and driver, through cuda-python, and turns failures into errors.
 
-An error names the call. CUDA is imported at the first call. Launches go to the driver, with arguments packed once: 4.9
-us on the host (H100), where cuda.core takes 5.0 and Numba four times as much. Streams come as handles of other
+An error names the call. CUDA is imported at the first call. Launches go to the driver, with arguments packed once:
+4.9 us on the host (H100), where cuda.core takes 5.0 and Numba four times as much. Streams come as handles of other
 libraries, which cuda.core would have to wrap first; ``kernels/README.md`` has what else of it was measured.
 """
 

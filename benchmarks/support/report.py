@@ -301,8 +301,8 @@ def summary(results: Results) -> str:
     text = (
         f"On an {head['gpu']} (driver {head['driver']}, {head['date'][:10]}, qmm {head['qmm']} beside {beside}), "
         "device time of a product, the quantization of the activations included, weights cold in L2. GB/s are weight "
-        "bytes over time with one column, *of the peak* what a kernel that only reads gets in the same run; *x ggml* "
-        "is ggml's time over qmm's."
+        "bytes over time with one column, *of the peak* in parts of what a kernel that only reads gets in the same "
+        "run; *x ggml* is ggml's time over qmm's; the copy engine reads the same mapped pages."
     )
     one, several = (mean("main", n)(results) for n in ([1], SEVERAL))
     least = min((found for part in ("main", "small", "other") if (found := worst(part, ALL)(results))), default=None)
@@ -314,7 +314,7 @@ def summary(results: Results) -> str:
         )
     device = results.by_weight("main")
     mapped = results.by_weight("mapped")
-    header = ["type", "m x k", "device, GB/s", "of the peak", "x ggml, n = 1", "n = 8", "mapped, GB/s", "of the peak"]
+    header = ["type", "m x k", "device, GB/s", "of the peak", "x ggml, n = 1", "n = 8", "mapped, GB/s", "copy engine"]
     lines = [
         [
             weight[0],
@@ -323,7 +323,7 @@ def summary(results: Results) -> str:
             cell(device.get(weight, {}), 1, "% of peak", percent),
             *[cell(device.get(weight, {}), n, "x ggml", ratio) for n in (1, 8)],
             cell(rows, 1, "GB/s"),
-            cell(rows, 1, "% of peak", percent),
+            cell(rows, 1, "copy engine GB/s"),
         ]
         for weight, rows in mapped.items()
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -261,14 +260,6 @@ def test_gemma_is_indexed_in_milliseconds(gemma_path: Path) -> None:
         GGUFIndex.read(gemma_path)
         times.append(time.perf_counter() - started)
     assert min(times) < 0.030
-
-
-def test_the_example_of_the_readme_runs(gemma_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (Path(__file__).resolve().parents[2] / "loaders" / "README.md").read_text(encoding="utf-8")
-    _, example, _ = re.split(r"```python\n|```\n\nWith a GPU", readme)
-    (tmp_path / "model.gguf").symlink_to(gemma_path)
-    monkeypatch.chdir(tmp_path)
-    exec(example, {})
 
 
 def test_random_blocks_are_finite_in_every_format(rng: np.random.Generator) -> None:
