@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def x(rng: np.random.Generator) -> Any:
 def closed_plan(engine: qmm.Engine) -> qmm.Plan:
     """What is left of a plan on a GPU; to call it is an error."""
     plan = object.__new__(qmm.Plan)
-    plan._closed, plan._first, plan._engine, plan._steps = True, None, engine, 1
+    plan._closed, plan._name, plan._length, plan._device = True, str(engine.model.path), 1, SimpleNamespace(number=0)
     return plan
 
 
