@@ -1,7 +1,7 @@
 """Dequantization on the GPU: a tensor's weights as float32, bit for bit what ``gguf.quants.dequantize`` gives.
 
-The bytes pass through the same ring as in :mod:`qmm.kernels.ops.matvec.kernel`, and lanes take the same units; a lane
-stores the runs of its unit.
+The ring of pipeline stages and the units of lanes are those of :mod:`qmm.kernels.ops.matvec.kernel`; a lane stores the
+runs of its unit.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def dequantize_kernel(block_format: Format, tiling: Tiling, bulk: bool) -> Kerne
 
 
 def plan(block_format: Format, m: int, k: int, weights: WeightLayout, architecture: Architecture) -> Work:
-    """The work of dequantizing a tensor to ``(m, k)`` float32, row-major at a multiple of 16 bytes, none of them 0."""
+    """The work of dequantizing a tensor to ``(m, k)`` float32, row-major at a multiple of 16 bytes; m and k are at
+    least 1."""
     row_nbytes = block_format.row_nbytes(k)
     tiling = dequantization_tiling(block_format, alignment_of(weights.alignment | row_nbytes), architecture)
     ctas = min(architecture.sms, -(-m // tiling.rows))

@@ -1,6 +1,6 @@
-"""Where quantized activations lie: between the kernel that makes them and the products that read them.
+"""The layout of quantized activations, which one kernel writes and products read.
 
-Plain numbers, which kernels are specialized with and the host plans by. Nothing here imports Numba.
+Plain numbers, for the kernels as compile-time constants and for the planners. Nothing here imports Numba.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ __all__ = ["BLOCK", "COLUMN_TILES", "WARPS", "ZERO_NBYTES", "Activations", "scal
 BLOCK: Final = 32
 """Activations that share one scale (:mod:`qmm.kernels.ops.quantize`)."""
 COLUMN_TILES: Final = (1, 2, 4, 8)
-"""Column counts that a kernel is compiled for; others take the next one and leave its last columns out."""
+"""Column counts that kernels are compiled for; other counts use the next larger one."""
 WARPS: Final = 16
-"""Warps of a CTA of those kernels that do not read weights."""
+"""Warps of a CTA of kernels that do not read weights."""
 ZERO_NBYTES: Final = 4096
-"""Zeros that stand for blocks past the end of a row, and for activations that a lane leaves out."""
+"""Zero bytes, read in place of blocks past the end of a row and of activations that a lane does not use."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Where the activations of up to ``columns`` columns lie, once quantized, in one piece of memory.
+    """The layout of up to ``columns`` columns of quantized activations, in one piece of memory.
 
     First the values, ``(scale blocks, 2, columns, 16)`` int8 or float16, then float32 scales ``(scale blocks,
     columns)``, then the sums of each block's or run's values, ``(sums, scale blocks, columns)`` float32. A scale block
-    is 32 values. Those of four weight blocks, which a quad of lanes takes at once, alternate: weight block ``4 g + t``
-    of ``s`` scale blocks has the j-th of them at ``(g * s + j) * 4 + t``. So a quad reads neighbouring words.
+    is 32 values. The scale blocks of four weight blocks, which a quad of lanes takes at once, alternate: the j-th of
+    the ``s`` scale blocks of weight block ``4 g + t`` is at ``(g * s + j) * 4 + t``. So a quad reads neighbouring
+    words.
 
     Attributes:
         columns: one of COLUMN_TILES.
@@ -47,8 +48,8 @@ class Activations:
 
     @classmethod
     def of(cls, block_format: Format, k: int, columns: int, int8: bool) -> Activations:
-        """Those of rows of ``k`` for a format: with sums if it has minima, one of each block where its runs share them
-        in pairs."""
+        """The layout of rows of ``k`` for a format: with sums if it has minima, one for each scale block if pairs of
+        runs share a minimum, else one for each run."""
         sums = 1 if block_format.pairs and not block_format.run_minima else 2
         spread = max(1, block_format.block_weights // BLOCK)
         wanted = sums if int8 and block_format.has_minimum else 0
@@ -74,7 +75,8 @@ class Activations:
         return 2 if self.int8 and block_format.pairs else 1
 
     def run_step(self, block_format: Format) -> int:
-        """The format's, unless lanes that read zeros instead of activations would reach past the zeros with it."""
+        """The format's run step, or 0 if lanes that read zeros in place of activations would reach past the zeros with
+        it."""
         at_once = self.at_once(block_format)
         step = block_format.run_step(at_once)
         reach = 4 * step * (block_format.runs // at_once - 1) * self.run_nbytes
@@ -82,7 +84,7 @@ class Activations:
 
 
 def scale_blocks_of(block_format: Format, k: int) -> int:
-    """Scale blocks of a row of ``k`` activations, filled up to four weight blocks, and to four: then all that belongs
-    to them is a multiple of 16 bytes."""
+    """Scale blocks of a row of ``k`` activations, rounded up to four weight blocks and to four scale blocks, so that
+    the size of each part is a multiple of 16 bytes."""
     weights = -(-block_format.blocks(k) // 4) * 4 * block_format.block_weights
     return -(-weights // (4 * BLOCK)) * 4

@@ -1,10 +1,10 @@
-"""What an operation is to its host: launches, planned from numbers alone.
+"""Ops: planners of kernel launches.
 
-An op is a pure planner. From shapes, a format and an :class:`Architecture` it makes :class:`Work`: which kernels, with
-which arguments, and how much workspace. It allocates nothing and asks CUDA nothing, so all of it is tested without a
-GPU; :class:`qmm.device.Device` executes. Arguments are named, as in the kernel's own signature. Those that are
-addresses of a particular call are :class:`At` some base, which is bound when the work is queued: so the same work
-serves any arrays of the same layout, and weights that have moved.
+An op is a pure planner. From shapes, a format and an :class:`Architecture` it plans :class:`Work`: which kernels, with
+which arguments, and how much workspace. It allocates nothing and calls nothing of CUDA, so it is tested without a GPU;
+:class:`qmm.device.Device` executes. Arguments are named as in the kernel's signature. An address that differs from call
+to call is :class:`At` an offset from a base, which is bound when the work is queued: so one plan serves all arrays of
+the same layout, and weights that have moved.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 BASES = ("weights", "x", "y", "workspace", "zeros")
-"""What an address may be counted from: a tensor's first byte, the first element of the activations and of the results,
-temporary memory of the call, and device memory that is zero."""
+"""The bases of addresses: a tensor's first byte, the first element of the activations and of the results, the call's
+workspace, and device memory that is zero."""
 WORKSPACE_ALIGNMENT = 256
 CTAS_PER_SM = 4
 """CTAs of 16 warps that fill the 64 warps of an SM."""
@@ -43,14 +43,14 @@ ITEM_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Architecture:
-    """What plans depend on of a GPU.
+    """The properties of a GPU that plans depend on.
 
     Attributes:
-        sms: how many streaming multiprocessors it has.
+        sms: how many SMs it has.
         shared_nbytes: the most shared memory of a CTA.
         bulk: whether it has bulk copies and starts kernels before their predecessors end (sm_90 and later).
         l2_nbytes: the size of its L2 cache.
-        bus_bits: the width of its memory's bus, which tells an H200 from an H100.
+        bus_bits: the width of its memory bus, which tells an H200 from an H100.
     """
 
     sms: int
@@ -60,7 +60,7 @@ class Architecture:
     bus_bits: int = 0
 
     def ctas_for(self, wanted: int) -> int:
-        """CTAs to launch of a kernel of 16 warps: those wanted, at most as many as the GPU holds at once."""
+        """CTAs of 16 warps to launch: ``wanted``, but at most as many as the GPU holds at once."""
         return max(1, min(wanted, self.sms * CTAS_PER_SM))
 
 
@@ -96,7 +96,7 @@ class LaunchSpec:
         """A launch with its arguments by name.
 
         Raises:
-            TypeError: the arguments are not those that the kernel has; the message names them.
+            TypeError: arguments are missing or unknown; the message names them.
         """
         kernel.check(arguments)
         return cls(kernel, ctas, arguments, shared_nbytes, early)
@@ -104,7 +104,7 @@ class LaunchSpec:
 
 @dataclass(frozen=True)
 class Work:
-    """What a call takes: its launches, in order.
+    """The launches of a call, in order, and the workspace they need.
 
     Attributes:
         launches: see :class:`LaunchSpec`.
@@ -116,8 +116,8 @@ class Work:
 
 
 class Slab(NamedTuple):
-    """A part of an array that is two-dimensional in memory: ``rows`` of them from row ``first``, beginning ``offset``
-    bytes from the array's first element; strides in bytes."""
+    """A part of an array that is two-dimensional in memory: ``rows`` rows from row ``first`` on, ``offset`` bytes from
+    the array's first element; strides in bytes."""
 
     first: int
     rows: int
@@ -128,7 +128,7 @@ class Slab(NamedTuple):
 
 @dataclass(frozen=True)
 class Operand:
-    """Activations or results as a matrix whose rows are the last axis of an array, wherever that lies.
+    """Activations or results as a matrix: its rows are the last axis of an array.
 
     Attributes:
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
@@ -158,7 +158,7 @@ class Operand:
 
     @property
     def dense(self) -> bool:
-        """Whether it is float32, row-major and without gaps: a kernel may store its results there as they come."""
+        """Whether it is float32, row-major and without gaps: a kernel may store its results there directly."""
         (first, *others) = self.slabs
         gapless = first.column_stride == 4 or self.columns == 1
         followed = first.row_stride == 4 * self.columns or first.rows == 1
@@ -170,11 +170,11 @@ class Operand:
 
 
 class WeightLayout(NamedTuple):
-    """What a plan depends on of where a weight lies.
+    """The properties of a weight's memory that plans depend on.
 
     Attributes:
-        alignment: what the address of its first byte divides by, a power of two up to 16.
-        mapped: whether it is read through the link to the host, by whose caches nothing passes.
+        alignment: of its first byte, a power of two up to 16.
+        mapped: whether it is read over the link to the host, uncached.
     """
 
     alignment: int
@@ -192,5 +192,5 @@ def alignment_of(number: int) -> int:
 
 
 def rounded(nbytes: int) -> int:
-    """Up to a multiple of 256: what each part of a workspace begins at."""
+    """``nbytes`` rounded up to a multiple of 256, at which the parts of a workspace begin."""
     return -(-nbytes // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT

@@ -1,13 +1,13 @@
-"""The ring of stages through which a weight's bytes pass on the GPU, and the warps that fill it.
+"""The ring of pipeline stages in shared memory for a weight's bytes, and the producer warps that fill it.
 
-A stage holds one chunk of each row of a tile. Some warps of a CTA, the producers, do nothing but start copies, as far
-ahead as there are stages; the others wait for a stage to be full, read it, and give it back. Both directions are
-barriers in shared memory (``mbarrier``), so warps need not keep step with each other.
+A stage holds one chunk of each row of a tile. Producer warps only start copies, as far ahead as there are stages;
+consumer warps wait for a stage to be full, read it and release it. Both directions are mbarriers in shared memory, so
+warps need not run in lockstep.
 
 From compute capability 9.0 on (BULK) a lane copies a row's part with one instruction; before, the warp copies it 16
-bytes a lane. Either way copies are 16 bytes at a multiple of 16, and may take in the end of a neighbouring row. At the
-tensor's first and last bytes, where 16 bytes would reach outside, that part is copied in small pieces instead: no byte
-outside the tensor is touched.
+bytes a lane. Either way copies are 16 bytes at a multiple of 16, and may include the end of a neighbouring row. Where
+16 bytes would reach outside the tensor, at its first and last bytes, smaller pieces are copied: no byte outside the
+tensor is read.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ c = PipelineConstants.placeholder()
 def prepare(barriers, thread):
     """Initializes the barriers: for each stage "full" and "empty".
 
-    Each lane arrives for itself. One that did so for its warp, after a ``sync_warp``, was as right and no faster
-    (H100, 40 products: the others' times in parts of its 0.996 on geometric mean, F16, 4096x14336, n = 8, 1.09), but
-    compute-sanitizer's racecheck took it for a race.
+    Every lane arrives. One arrival for each warp after a ``sync_warp`` is correct too, but no faster (H100, 40
+    products: lane arrivals take 0.996 of its time on geometric mean), and compute-sanitizer's racecheck reports it as a
+    race.
     """
     if thread < c.STAGES:
         mbarrier_init(barriers + 8 * thread, 32 * c.PRODUCERS)
@@ -43,8 +43,8 @@ def prepare(barriers, thread):
 
 
 def produce(ring, barriers, weights, row_nbytes, m, chunks, row, chunk, row_step, item, count, producer, lane):
-    """Copies up to ``count`` chunks of the CTA's rows, beginning with its ``item``-th; what comes after them. Each
-    producer copies its share of every chunk."""
+    """Copies up to ``count`` chunks of the CTA's rows, beginning with its ``item``-th. Each producer warp copies its
+    share of every chunk. Returns the row and chunk that come next."""
     end = weights + m * row_nbytes
     stage = item % c.STAGES
     parity = (item // c.STAGES & 1) ^ 1
@@ -65,8 +65,8 @@ def produce(ring, barriers, weights, row_nbytes, m, chunks, row, chunk, row_step
 
 
 def prefetch_rows(weights, row_nbytes, rows, nbytes, lane):
-    """Has the first ``nbytes`` of each of some rows brought into L2, but for what shares 16 bytes with other rows. A
-    warp of each CTA takes its share of them."""
+    """Prefetches the first ``nbytes`` of each of ``rows`` rows to L2, except 16-byte pieces shared with other rows. One
+    warp of each CTA takes its share of the rows."""
     row = lane * cta_count() + cta_index()
     while row < rows:
         start = weights + row * row_nbytes
@@ -78,7 +78,7 @@ def prefetch_rows(weights, row_nbytes, rows, nbytes, lane):
 
 
 def following(row, chunk, chunks, row_step):
-    """The chunk that a CTA takes after this one: the rows' next, or the first of its next rows."""
+    """The row and chunk that a CTA takes next: the next chunk of these rows, or the first of its next rows."""
     chunk += 1
     if chunk == chunks:
         return row + row_step, 0
@@ -86,11 +86,9 @@ def following(row, chunk, chunks, row_step):
 
 
 def fetch_bulk(stage, full, weights, end, row_nbytes, row, m, chunk, producer, lane):
-    """Starts copying one chunk of ROWS rows into a stage, a row a lane.
+    """Starts copying one chunk of ROWS rows into a stage, a row a lane, addresses kept modulo LINE.
 
-    A bulk copy takes its warp about 50 cycles, and lanes take turns; hence several producers.
-
-    Bytes keep their place modulo LINE: see :mod:`qmm.kernels.ops.tiling`.
+    A bulk copy takes its warp about 50 cycles, one lane after the other; hence several producer warps.
     """
     for i in unroll((c.ROWS + 32 * c.PRODUCERS - 1) // (32 * c.PRODUCERS)):
         line = (lane + 32 * i) * c.PRODUCERS + producer
@@ -116,7 +114,7 @@ def fetch_bulk(stage, full, weights, end, row_nbytes, row, m, chunk, producer, l
 
 
 def fetch(stage, full, weights, end, row_nbytes, row, m, chunk, producer, lane):
-    """The same by 16 bytes a lane, row after row."""
+    """The same with copies of 16 bytes a lane, row after row."""
     for line in range(producer, mask("rows, by 16", min(c.ROWS, m - row), c.ROWS), c.PRODUCERS):
         begin = weights + (row + line) * row_nbytes
         start = begin + chunk * c.CHUNK_NBYTES
@@ -136,7 +134,7 @@ def fetch(stage, full, weights, end, row_nbytes, row, m, chunk, producer, lane):
 
 
 def copy_edges(target, source, weights, end):
-    """Copies those of 16 bytes that belong to the tensor."""
+    """Copies those of 16 bytes that lie in the tensor."""
     i = 0
     while i < 16:
         if mask("edge before", source + i >= weights) and mask("edge after", source + i < end):

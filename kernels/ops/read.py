@@ -1,7 +1,7 @@
-"""The smallest kernels there are: bytes read where they lie.
+"""Kernels that only read bytes.
 
-``qmm smoke`` shows with :func:`read` that a GPU sees a mapped file. With :func:`checksum` the benchmarks measure how
-fast a GPU can read at all, from its own memory or through a link: no product can be faster than that.
+``qmm smoke`` shows with :func:`read` that a GPU can read a mapped file. With :func:`checksum` the benchmarks measure
+the bandwidth of reading, from the GPU's memory or over a link: no product can be faster.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ __all__ = ["checksum", "checksum_kernel", "plan", "plan_checksum", "read", "read
 
 @dataclass(frozen=True)
 class ReadConstants(Constants):
-    """What these kernels are specialized with."""
+    """The compile-time constants of these kernels."""
 
     WARPS: int
     """Warps of a CTA."""
     IN_FLIGHT: int
-    """Loads of a thread under way at once."""
+    """Loads of a thread in flight."""
 
 
 c = ReadConstants.placeholder()
 
 
 def read(source, nbytes, target):
-    """Copies ``nbytes`` bytes to device memory, a byte a thread, reading none beyond."""
+    """Copies ``nbytes`` bytes to device memory, a byte a thread."""
     item = cta_index() * (c.WARPS * 32) + thread_index()
     while item < nbytes:
         store_global_byte(target + item, load_global_byte(source + item))
@@ -51,10 +51,9 @@ def read(source, nbytes, target):
 def checksum(source, nbytes, target):
     """Reads 16-byte pieces at ``source``, a multiple of 16, and stores an exclusive or of 4 bytes for each thread.
 
-    A CTA reads a tile, ``16 * 32 * WARPS * IN_FLIGHT`` bytes that lie together, with IN_FLIGHT loads a thread under
-    way at once; the grid walks over the tiles. The last bytes that are no whole piece are left out; none beyond is
-    read. All that is stored, taken together by exclusive or, is that of the 32-bit words of the pieces: so a test can
-    tell that each was read.
+    A CTA reads a tile of ``16 * 32 * WARPS * IN_FLIGHT`` contiguous bytes with IN_FLIGHT loads a thread in flight; the
+    grid strides over the tiles. Last bytes that do not fill a piece are not read. The exclusive or of all stored words
+    is that of the pieces' 32-bit words, so a test can tell that each piece was read.
     """
     pieces = nbytes >> 4
     thread = thread_index()
@@ -67,7 +66,7 @@ def checksum(source, nbytes, target):
         for i in unroll(c.IN_FLIGHT):
             total[0] = total[0] ^ piece[i]
         item += cta_count() * (c.WARPS * 32 * c.IN_FLIGHT)
-    for i in unroll(c.IN_FLIGHT):  # of the last tile, what there is
+    for i in unroll(c.IN_FLIGHT):  # what there is of the last tile
         if item + c.WARPS * 32 * i < pieces:
             total[0] = total[0] ^ load_global16_no_allocate(source + (item + c.WARPS * 32 * i) * 16)
     place = target + (cta_index() * (c.WARPS * 32) + thread) * 4
@@ -76,13 +75,13 @@ def checksum(source, nbytes, target):
 
 @functools.cache
 def read_kernel() -> Kernel:
-    """A copy of bytes to device memory by a kernel, from wherever they lie."""
+    """The kernel that copies bytes to device memory."""
     return Kernel("read", read, ReadConstants(WARPS=WARPS, IN_FLIGHT=1), 32 * WARPS)
 
 
 @functools.cache
 def checksum_kernel(in_flight: int) -> Kernel:
-    """A reading of memory for its own sake, with ``in_flight`` loads of 16 bytes a thread under way at once."""
+    """The kernel that only reads, with ``in_flight`` loads of 16 bytes a thread in flight."""
     return Kernel(f"checksum_{in_flight}", checksum, ReadConstants(WARPS=WARPS, IN_FLIGHT=in_flight), 32 * WARPS)
 
 

@@ -1,6 +1,6 @@
-"""How kernels that read weights on the GPU are cut: which lane takes what, and how bytes pass through shared memory.
+"""Tilings of the GPU kernels that read weights: what each lane takes, and how shared memory is laid out.
 
-Plain numbers, which kernels are specialized with and the host plans by. Nothing here imports Numba.
+Plain numbers, for the kernels as compile-time constants and for the planners. Nothing here imports Numba.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ __all__ = [
 ]
 
 PRODUCERS: Final = 3
-"""Warps that copy weights. One alone takes 50 cycles for each row of a stage, and was the limit: Q4_K, 14336x4096,
-n = 1 on an H200: 17.7 us with one, 14.7 with three."""
+"""Producer warps, which copy weights. One takes 50 cycles for each row of a stage, and was the limit (Q4_K, 14336x4096,
+n = 1 on an H200: 17.7 us with one, 14.7 with three)."""
 BARRIERS_NBYTES: Final = 256
 """Shared memory for mbarriers, at its beginning."""
 FULL, EMPTY = 0, 64
-"""Where there are, from its beginning on, the mbarriers "full" and "empty" of each stage, 8 bytes each."""
+"""Offsets in shared memory of the mbarriers "full" and "empty" of the stages, 8 bytes each."""
 SUMS_FULL, SUMS_EMPTY, OF_X = 128, 144, 160
-"""The same of the two buffers of the warps' sums, and the mbarrier of the activations."""
+"""The same for the epilogue's two buffers of partial sums; and for the activations."""
 MOST_STAGES: Final = 8
 RING_NBYTES: Final = 160 << 10
-"""The most shared memory of a ring. What is under way hides the latency of memory, and what is in the ring already when
-the activations arrive hides the time that they take (4096x14336, n = 1 on an H100: Q4_K 13.1, with 144 KB 14.2; but
-Q6_K 20.2, with 200 KB 22.2)."""
+"""The most shared memory of a ring. Copies in flight hide the latency of memory, and stages that are full already hide
+the loading of activations (4096x14336, n = 1 on an H100: Q4_K 13.1, with 144 KB 14.2; but Q6_K 20.2, with 200 KB
+22.2)."""
 SECTOR_NBYTES: Final = 32
-"""Bytes keep their place modulo this on their way from the GPU's memory: what moves is sectors. Where the halves of one
-went to different sectors of shared memory, it was transferred twice (cp.async, Q6_K, 4096x4096, mapped: 647,168 sectors
-read instead of 430,080)."""
+"""Copies from the GPU's memory keep addresses modulo this, the size of a sector: a sector whose halves went to
+different sectors of shared memory was transferred twice (cp.async, Q6_K, 4096x4096, mapped: 647,168 sectors read
+instead of 430,080)."""
 LINE_NBYTES: Final = 128
-"""The same on the way from host memory: a request asks for what lies in one such line of shared memory, and split ones
-fill the link less (H100, modulo 32: Q4_K 95% of what a plain reading gets, Q6_K 72%)."""
+"""The same for copies from host memory. A request covers one line of shared memory, and split requests use less of the
+link's bandwidth (H100, modulo 32: Q4_K 95% of a plain copy's, Q6_K 72%)."""
 
 
 @dataclass(frozen=True)
 class PipelineConstants(FormatConstants):
-    """What kernels are specialized with that read weights through a ring of pipeline stages."""
+    """The compile-time constants of kernels that read weights through a ring of pipeline stages."""
 
     ALIGNMENT: int
-    """What the address of every row divides by."""
+    """The alignment of every row, in bytes."""
     BARRIERS_NBYTES: int
     """Shared memory for mbarriers."""
     BULK: bool
@@ -64,15 +64,15 @@ class PipelineConstants(FormatConstants):
     CHUNK_BLOCKS: int
     """Blocks of a row in a stage."""
     CHUNK_NBYTES: int
-    """Their bytes."""
+    """Bytes of a row in a stage."""
     EDGE: int
-    """Bytes that are copied at once at a tensor's first and last bytes."""
+    """Bytes of a copy at a tensor's first and last bytes."""
     K_WARPS: int
     """Consumer warps that share a row."""
     LANE_ROWS: int
     """Rows of a lane."""
     LINE: int
-    """Bytes keep their place modulo this."""
+    """Copies to shared memory keep addresses modulo this."""
     PITCH: int
     """Bytes from one row of a stage to the next."""
     PRODUCERS: int
@@ -86,7 +86,7 @@ class PipelineConstants(FormatConstants):
     TILE_ROWS: int
     """Rows of a consumer warp."""
     UNITS: int
-    """Units, each what a lane loads at once, that a consumer warp takes of a stage."""
+    """Units that a consumer warp takes of a stage. A lane loads a unit at once."""
     WARPS: int
     """Consumer warps."""
     ZERO_NBYTES: int
@@ -97,9 +97,9 @@ class PipelineConstants(FormatConstants):
 class Tiling:
     """How the warps of a CTA share the rows of a format.
 
-    The CTA takes ``row_warps`` tiles of ``8 * lane_rows`` rows at once, ``k_warps`` warps to a tile. A warp takes one
-    unit (what a lane loads at once) of four neighbouring blocks in each row, the next warp the next unit. A chunk, what
-    a stage holds of each row, gives every warp ``units`` of these steps.
+    The CTA takes ``row_warps`` tiles of ``8 * lane_rows`` rows at once, ``k_warps`` warps to a tile. In one step a
+    warp takes one unit (what a lane loads at once) of four neighbouring blocks in each row, and the next warp takes the
+    next unit. A chunk is the part of a row in a stage: ``units`` steps for every warp.
 
     Attributes:
         warps: consumer warps.
@@ -107,10 +107,10 @@ class Tiling:
         row_warps: tiles at once.
         units: steps of a warp in a stage.
         chunk_blocks: blocks of a row in a stage.
-        line: bytes keep their place modulo this.
+        line: copies to shared memory keep addresses modulo this.
         pitch: bytes from one row of a stage to the next.
         stages: pipeline stages.
-        alignment: what the address of every row divides by.
+        alignment: of every row, in bytes.
     """
 
     warps: int
@@ -135,7 +135,8 @@ class Tiling:
         row_warps: int = 1,
         units: int = 1,
     ) -> Tiling:
-        """The tiling of a format whose rows start at multiples of ``alignment`` bytes, in a ring of that size."""
+        """The tiling of a format whose rows start at multiples of ``alignment`` bytes, with as many stages as the ring
+        holds."""
         one_stage = cls.with_stages(block_format, alignment, 1, line, warps, lane_rows, row_warps, units)
         stages = max(2, min(MOST_STAGES, ring_nbytes // one_stage.stage_nbytes))
         return cls.with_stages(block_format, alignment, stages, line, warps, lane_rows, row_warps, units)
@@ -152,7 +153,7 @@ class Tiling:
         row_warps: int,
         units: int,
     ) -> Tiling:
-        """The same with so many stages."""
+        """The tiling with so many stages."""
         k_warps = warps // row_warps
         units = max(units, -(-block_format.lanes // k_warps))  # a chunk is whole quads of blocks
         chunk_blocks = 4 * k_warps * units // block_format.lanes
@@ -161,7 +162,7 @@ class Tiling:
         return cls(warps, lane_rows, row_warps, units, chunk_blocks, line, pitch, stages, alignment)
 
     def ring_within(self, shared_nbytes: int, columns: int) -> int:
-        """What there is for the ring where a CTA has so much shared memory."""
+        """Bytes left for the ring where a CTA has so much shared memory."""
         return min(RING_NBYTES, shared_nbytes - self.shared_nbytes(columns) + self.stages * self.stage_nbytes)
 
     @property
@@ -189,9 +190,9 @@ class Tiling:
         return self.rows * self.pitch
 
     def shared_nbytes(self, columns: int) -> int:
-        """Shared memory up to the end of the ring: mbarriers, zeros, twice the sums of the warps, stages.
+        """Shared memory up to the end of the ring: mbarriers, zeros, two buffers of partial sums, stages.
 
-        The last 16: unaligned loads look up to 4 bytes past a field, copies of activations end at a multiple of 16.
+        And 16 bytes: unaligned loads read up to 4 bytes past a field, copies of activations end at a multiple of 16.
         """
         sums = 2 * self.k_warps * self.rows * columns * 4
         return BARRIERS_NBYTES + ZERO_NBYTES + sums + self.stages * self.stage_nbytes + 16
@@ -223,7 +224,7 @@ class Tiling:
 
 @functools.lru_cache(maxsize=4096)
 def _pitch(block_format: Format, chunk_nbytes: int, line: int, alignment: int) -> int:
-    """Bytes from one row of a stage to the next, whole lines, chosen so that lanes meet in few memory banks."""
+    """Bytes from one row of a stage to the next, whole lines, with the fewest bank conflicts."""
     least = -(-(line - 1 + chunk_nbytes) // line) * line
     return min(
         (least + line * i for i in range(128 // line)), key=lambda pitch: _cycles(block_format, pitch, alignment)
@@ -231,7 +232,7 @@ def _pitch(block_format: Format, chunk_nbytes: int, line: int, alignment: int) -
 
 
 def _cycles(block_format: Format, pitch: int, alignment: int) -> int:
-    """Cycles that a wide load of a warp takes: lane ``4 g + t`` reads row g, block t."""
+    """Cycles of a warp's wide load, by bank conflicts: lane ``4 g + t`` reads row g, block t."""
     width = 16 if alignment >= 16 else 4
     together = 32 * 4 // width
     addresses = [(lane >> 2) * pitch + (lane & 3) * block_format.block_nbytes for lane in range(32)]

@@ -180,7 +180,7 @@ def test_a_class_that_only_looks_like_a_tensor_is_refused() -> None:
     class Tensor:
         shape = (4,)
 
-    with pytest.raises(ArrayError, match="no array that qmm knows"):
+    with pytest.raises(ArrayError, match="not an array that qmm supports"):
         kind_of(Tensor())
 
 

@@ -232,6 +232,6 @@ def test_the_number_of_threads_is_any_whole_number_above_zero() -> None:
             with pytest.raises(ValueError, match=f"not {count}"):
                 parallel.set_threads(count)
         for other in (2.0, "2", None):
-            with pytest.raises(TypeError, match=f"whole number, not {other!r}"):
+            with pytest.raises(TypeError, match=f"an integer, not {other!r}"):
                 parallel.set_threads(other)  # type: ignore[arg-type]
         assert parallel.Threads.helpers.now.most == 2

@@ -247,7 +247,7 @@ def test_scale_blocks_fill_up_four_weight_blocks(block_format: Format) -> None:
 def test_lanes_that_leave_activations_out_read_zeros(block_format: Format, columns: int) -> None:
     for int8 in modes(block_format):
         activations = Activations.of(block_format, 4 * block_format.block_weights, columns, int8)
-        # consume(): such a lane looks from `nowhere` on, which is 64 bytes into the zeros; its address does not depend
+        # consume(): such a lane looks from `zero_x` on, which is 64 bytes into the zeros; its address does not depend
         # on its place, but what is added to it for the i-th run or pair of a unit does: 4 * RUN_STEP * i * RUN_NBYTES,
         # and RUN_NBYTES for the other run; then 32 bytes for each pair of columns, of which it loads 16. Plain weights
         # look at the first 32 bytes.
@@ -292,7 +292,7 @@ ILLEGAL = {
     "warps = 12 is no power of two": {"warps": 12},
     "8 warps cannot share 16 tiles": {"warps": 8, "row_warps": 16},
     "a lane takes 2 or 4 rows, not 3": {"lane_rows": 3},
-    "bytes keep their place modulo 32 or 128, not 64": {"line": 64},
+    "line is 32 or 128 bytes, not 64": {"line": 64},
     "a ring has 2 to 8 stages, not 9": {"stages": 9},
     "3 of 2 stages cannot be filled first": {"stages": 2, "first_stages": 3},
     "activations are in one of fused, bulk, copied, global, not 'somewhere'": {"x": "somewhere"},
@@ -312,7 +312,9 @@ def test_what_the_kernels_could_not_do_is_not_legal(reason: str) -> None:
 def test_what_a_gpu_or_a_case_has_not_is_not_legal() -> None:
     config = rule(USUAL, HOPPER)
     assert legal(replace(config, x="bulk"), USUAL, AMPERE) == "the GPU has no bulk copies"
-    assert "cannot be quantized by a CTA" in legal(replace(config, x="fused"), replace(USUAL, fusible=False), HOPPER)
+    assert "a CTA cannot quantize its activations" in legal(
+        replace(config, x="fused"), replace(USUAL, fusible=False), HOPPER
+    )
     small = replace(HOPPER, shared_nbytes=48 << 10)
     assert re.fullmatch(r"\d+ bytes of shared memory, and a CTA has at most 49152", legal(config, USUAL, small))
 

@@ -18,13 +18,13 @@ from emulated_device import HOPPER, USUAL, EmulatedDevice
 from gguf_files import random_blocks
 
 from qmm import direct
-from qmm.arrays import ITEM_NBYTES, View
+from qmm.arrays import View
 from qmm.kernels.formats import FORMATS, Format
 from qmm.kernels.lang.targets.emulator import Memory, Region, Settings
 from qmm.kernels.ops.matvec.choose import choose, dequantization_tiling
 from qmm.kernels.ops.matvec.config import Config, Schedule
 from qmm.kernels.ops.matvec.plan import case_of, scheduled
-from qmm.kernels.ops.op import Architecture, WeightLayout, alignment_of
+from qmm.kernels.ops.op import ITEM_NBYTES, Architecture, WeightLayout, alignment_of
 from qmm.kernels.ops.tiling import Tiling
 
 __all__ = ["Outcome", "dequantized", "expected_reads", "run_dequantization", "run_product"]

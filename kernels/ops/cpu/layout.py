@@ -1,8 +1,8 @@
-"""Where quantized activations lie on the CPU.
+"""The layout of quantized activations on the CPU.
 
-For each 32 values of a row one scale block: their scale, the sums of its two runs, and their 32 ``q``, all together, so
-that a product follows one address a column. ``q`` are int16, although their values fit int8: the multiply-add of pairs
-takes int16, and widening them once beats widening them for every row (4.3 against 4.5 ms for 14336x4096 Q4_K on a Zen 4
+Each 32 values of a row are a scale block: their scale, the sums of the two runs, and the 32 ``q``, contiguous, so that
+a product follows one address a column. ``q`` are int16, although their values fit int8: the multiply-add of pairs takes
+int16, and widening them once beats widening them for every row (4.3 against 4.5 ms for 14336x4096 Q4_K on a Zen 4
 core).
 
 ::
@@ -33,4 +33,4 @@ ScaleBlock = np.dtype(
         "itemsize": SCALE_BLOCK_NBYTES,
     }
 )
-"""A scale block, as NumPy sees it."""
+"""The NumPy dtype of a scale block."""

@@ -1,4 +1,4 @@
-"""Products, and dequantization, on the CPU: which kernel, and what it is called with."""
+"""Products and dequantization on the CPU: the kernel and its arguments."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["dequantize", "dequantize_kernel", "matmul", "product_kernel"]
 COLUMN_TILE = 4
 """The most columns that a kernel multiplies at once. Six took longer than four and two, and 11 s to compile (Q4_K)."""
 FAST = ("contract", "nsz", "reassoc")
-"""For products: a scale of the activations may be multiplied in where it is shared, which makes Q4_K 9% faster and Q6_K
-3% (14336x4096 on a Zen 4 core). A NaN or an infinity stays one."""
+"""LLVM's fast-math flags of products: common scales of the activations may be factored out, which makes Q4_K 9% faster
+and Q6_K 3% (14336x4096 on a Zen 4 core). NaN and infinities are kept."""
 
 
 @functools.cache
@@ -28,15 +28,15 @@ def product_kernel(block_format: Format, int8: bool, columns: int) -> CPUKernel:
     """The product with rows of a format.
 
     Args:
-        block_format: what the blocks are.
+        block_format: of the weight.
         int8: whether activations are quantized.
-        columns: how many there are: exactly so many, or COLUMN_TILE for that and all more.
+        columns: the exact number, or COLUMN_TILE for that and any larger number.
     """
     constants = ProductConstants(
         **block_format.constants(product=True).described(),
         INT8=int8,
         COLUMNS=columns,
-        # With two runs in a lane one sum for both would be late (Q8_0, four columns: 0.75 ms, else 0.60).
+        # One chain for two runs of a lane waits for its additions (Q8_0, four columns: 0.75 ms, else 0.60).
         CHAINS=block_format.runs if columns == 1 or block_format.runs <= 2 else 1,
         OFFSET_CHAINS=block_format.runs if columns == 1 else 1,
         MANY=columns == COLUMN_TILE,
@@ -61,17 +61,17 @@ def matmul(
     out: np.ndarray[Any, Any],
     activations: str = "int8",
 ) -> None:
-    """``out[n, m] = x[n, k] @ W[m, k]^T`` off the blocks at ``address``.
+    """``out[n, m] = x[n, k] @ W[m, k]^T`` from the blocks at ``address``.
 
     Args:
-        block_format: what the blocks are.
+        block_format: of the weight.
         address: of the first block; ``m`` rows of ``block_format.row_nbytes(k)`` bytes follow, and none beyond is read.
         m: rows of the weight.
         k: weights a row.
-        x: ``(n, k)`` as for :func:`qmm.kernels.ops.cpu.quantize.quantize`, or what that made of them.
-        out: ``(n, m)`` float32, the numbers of a row beside each other; overwritten.
+        x: ``(n, k)`` as for :func:`qmm.kernels.ops.cpu.quantize.quantize`, or its result.
+        out: ``(n, m)`` float32, rows contiguous; overwritten.
         activations: ``"int8"`` or ``"f16"``, which on the CPU keeps the activations in float32. Plain formats always
-            take the latter. It counts for what is not :class:`CPUActivations` yet.
+            take the latter. Ignored if ``x`` is :class:`CPUActivations`.
 
     Raises:
         ValueError: ``x`` or ``out`` has another shape or layout, or activations for a plain format were quantized.
@@ -99,8 +99,8 @@ def matmul(
     }
 
     def work(span: int, next_row: int) -> None:
-        scratch = np.empty(64, np.uint8)
-        kernel(**arguments, scratch=address_of(scratch), span=span, next_row=next_row)
+        tail_block = np.empty(64, np.uint8)
+        kernel(**arguments, tail_block=address_of(tail_block), span=span, next_row=next_row)
 
     over_rows(m, m * row_nbytes * x.n, work)
 
@@ -111,7 +111,7 @@ def _check(block_format: Format, m: int, k: int, x: CPUActivations, out: np.ndar
         raise ValueError(f"{block_format.name} of k = {k} cannot be multiplied by {kind} activations of k = {x.k}")
     if out.shape != (x.n, m) or out.dtype != np.float32 or (m > 1 and out.strides[1] != 4):
         raise ValueError(
-            f"results are ({x.n}, {m}) float32 with the numbers of a row beside each other, not "
+            f"results are ({x.n}, {m}) float32 with contiguous rows, not "
             f"{out.shape} {out.dtype} with strides {out.strides}"
         )
 
@@ -122,7 +122,7 @@ def dequantize(
     """The weights at ``address`` as float32, bit for bit what ``gguf.quants.dequantize`` gives.
 
     Args:
-        block_format: what the blocks are.
+        block_format: of the weight.
         address: of the first block.
         m: rows.
         k: weights a row.
@@ -134,11 +134,11 @@ def dequantize(
     arguments = {"weights": address, "row_nbytes": row_nbytes, "m": m, "blocks": block_format.blocks(k), "k": k}
 
     def work(span: int, next_row: int) -> None:
-        scratch, tail = np.empty(64, np.uint8), np.empty(64, np.uint8)
+        tail_block, tail_floats = np.empty(64, np.uint8), np.empty(64, np.uint8)
         kernel(
             **arguments,
-            scratch=address_of(scratch),
-            tail=address_of(tail),
+            tail_block=address_of(tail_block),
+            tail_floats=address_of(tail_floats),
             y=address_of(out),
             span=span,
             next_row=next_row,

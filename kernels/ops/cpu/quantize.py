@@ -1,16 +1,16 @@
-"""Activations on the CPU, as products take them.
+"""The quantization of activations on the CPU.
 
 ``int8``
     For each 32 values one scale ``d = max|x| / 127`` and ``q = round(x / d)``, as in ggml's Q8_1, and for each run of
     16 ``d`` times the sum of its ``q``. Where ``1 / d`` would overflow, ``d`` is a subnormal number, rounded up so that
     no ``q`` passes 127, and ``x`` and ``d`` are lifted by 2**24 before they are divided.
 ``f16``
-    float32, unquantized (float16 is what the GPU has in its place).
+    float32, unquantized (float16 on the GPU).
 
-Either way a row whose largest magnitude is near the ends of float32 is in units of a power of two: else sums would
-overflow on their way, or scales and products lose digits. So beside a value from 2**96 on, a block whose largest is
-below 2**-112 loses digits. A block with a NaN gets the scale NaN, one with an infinity the scale infinity: the product
-then says so.
+Either way a row whose largest magnitude is below 2**-96, or 2**96 and more, is stored in units of a power of two: else
+sums would overflow, or scales and products lose digits. So in a row with a value of 2**96 or more, a block whose
+largest magnitude is below 2**-112 loses digits. A block with a NaN gets the scale NaN, a block with an infinity the
+scale infinity, and so do the products.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def quantize_rows(x, x_pitch, runs, n, values, pitch, units):
 
 
 def quantize_block(x, target, factor):
-    """One scale block: see the module's text."""
+    """One scale block, as the module's docstring says."""
     first, second = load_floats(x, 0), load_floats(x, 64)
     largest = max_magnitude(max_magnitude(0, first), second)
     d = float_of_bits(largest) * factor / 127.0
@@ -88,7 +88,7 @@ def quantize_block(x, target, factor):
 
 
 def scale_rows(values, pitch, runs, n, units):
-    """Puts ``n`` rows of ``runs`` runs of float32 in their units, in place."""
+    """Scales ``n`` rows of ``runs`` runs of float32 to their units, in place."""
     for row in range(n):
         at = values + row * pitch
         factor = factor_of(at, runs)
@@ -99,7 +99,7 @@ def scale_rows(values, pitch, runs, n, units):
 
 
 def factor_of(x, runs):
-    """What a row is multiplied by, a power of two."""
+    """The power of two that a row is multiplied by."""
     most = 0
     for run in range(runs):
         most = max_magnitude(most, load_floats(x, run * 64))
@@ -115,9 +115,9 @@ def factor_of(x, runs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False, slots=True)  # made for every product: frozen, it would take 2 us
+@dataclass(eq=False, slots=True)  # created for every product: frozen, it would take 2 us
 class CPUActivations:
-    """Activations that any number of products may share. They lie in memory of their own.
+    """Activations that any number of products may share, in their own memory.
 
     Attributes:
         int8: whether they are quantized.
@@ -152,7 +152,7 @@ class CPUActivations:
 
     @property
     def units(self) -> np.ndarray[Any, Any]:
-        """``(n,)`` float32, powers of two: what products with a row are to be multiplied by."""
+        """``(n,)`` float32, powers of two: the products of a row are multiplied by its unit."""
         return self._memory[self.n * self.pitch :].view(np.float32)
 
 
@@ -168,12 +168,14 @@ def quantize(x: np.ndarray[Any, Any], int8: bool) -> CPUActivations:
         TypeError: ``x`` is of another dtype.
     """
     n, k = x.shape
-    made = CPUActivations.empty(int8, n, k)
+    activations = CPUActivations.empty(int8, n, k)
     runs = -(-k // 16)
     if not int8:
-        _widen(x, made.values)
-        _scale_kernel()(values=made.address, pitch=made.pitch, runs=runs, n=n, units=made.units_address)
-        return made
+        _widen(x, activations.values)
+        _scale_kernel()(
+            values=activations.address, pitch=activations.pitch, runs=runs, n=n, units=activations.units_address
+        )
+        return activations
     if x.dtype != np.float32 or x.strides[1] != 4:
         wide = np.empty((n, k), np.float32)
         _widen(x, wide)
@@ -183,11 +185,11 @@ def quantize(x: np.ndarray[Any, Any], int8: bool) -> CPUActivations:
         x_pitch=x.strides[0],
         runs=runs,
         n=n,
-        values=made.address,
-        pitch=made.pitch,
-        units=made.units_address,
+        values=activations.address,
+        pitch=activations.pitch,
+        units=activations.units_address,
     )
-    return made
+    return activations
 
 
 def _widen(x: np.ndarray[Any, Any], target: np.ndarray[Any, Any]) -> None:
@@ -215,6 +217,7 @@ def _scale_kernel() -> CPUKernel:
 
 
 def address_of(array: np.ndarray[Any, Any]) -> int:
-    """Of an array's first element. ``array.ctypes`` would import a module, which a finalizer at exit cannot."""
+    """The address of an array's first element. ``array.ctypes`` would import a module, which a finalizer at exit
+    cannot."""
     address: int = array.__array_interface__["data"][0]
     return address

@@ -1,7 +1,7 @@
-"""Threads that help with a product, as many as the system grants.
+"""Helper threads of products.
 
-A product offers shares of its work in a queue and does its own at once. When that is done it withdraws the shares that
-no helper has begun, and waits for the others only: a helper that wakes late holds up no small product.
+A product puts shares of its work in a queue and starts at once itself. When its rows are done it withdraws the shares
+that no helper has begun and waits for the others: a helper that wakes late does not delay a small product.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Share:
 
 
 class Helpers:
-    """At most ``most`` daemon threads, started when they are first wanted."""
+    """Up to ``most`` daemon threads, started when first needed."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -72,7 +72,7 @@ class Helpers:
                 self._offered.put(share)
             work()
         finally:
-            # Through every KeyboardInterrupt: a thread still at work would use memory that the caller gives back.
+            # Even after a KeyboardInterrupt: a thread that still runs would use memory that the caller frees.
             while unfinished:
                 try:
                     while unfinished:
@@ -87,23 +87,23 @@ class Helpers:
                 raise share.error
 
     def dismiss(self) -> None:
-        """End the threads, when they have done the shares that are offered."""
+        """End the threads once they have done the shares in the queue."""
         self._offered.put(None)
 
     def _start(self, wanted: int) -> int:
-        """See that there are so many threads; returns how many there are. One that the system refuses (a limit on
-        threads) is tried again for the next product."""
+        """Start threads until there are ``wanted``; returns how many there are. If the system refuses one (a limit on
+        threads), the next product tries again."""
         if sys.is_finalizing():
             return 0  # no other thread runs any more
-        # Where another product is starting some, or this one is of a finalizer in the middle of that, those that are
-        # there will do.
+        # If another product is starting some, or this product runs in a finalizer that interrupted that, do with those
+        # that exist.
         if len(self._threads) < wanted and self._starting.acquire(blocking=False):
             try:
                 while len(self._threads) < wanted:
                     thread = threading.Thread(target=self._serve, name="qmm helper", daemon=True)
                     thread.start()
                     self._threads.append(thread)
-            except (RuntimeError, MemoryError):  # the product does with fewer
+            except (RuntimeError, MemoryError):  # the product uses fewer
                 pass
             finally:
                 self._starting.release()

@@ -1,7 +1,7 @@
-"""How the activations come to the shared memory of a CTA: quantized by its own warps, or copied by them.
+"""How consumer warps quantize the activations to the shared memory of their CTA, or copy them there.
 
-Consumer warps do it. As soon as their loads are under way they say so at a barrier (ANNOUNCED), for which the producer
-warps wait before they go on: the activations would queue up behind the weights.
+Producer warps wait at a barrier (X_REQUESTED) until the first of these loads are in flight: else activations would
+queue up behind the weights.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from qmm.kernels.lang.specialize import registers, unroll
 from qmm.kernels.ops.matvec.columns import c
 from qmm.kernels.ops.quantize.kernel import f16_scale, int8_scale, place_of
 
-__all__ = ["ANNOUNCED", "copy_activations", "quantize_block"]
+__all__ = ["X_REQUESTED", "copy_activations", "quantize_block"]
 
-ANNOUNCED = 1
+X_REQUESTED = 1
 """The named barrier of consumer and producer warps."""
 
 
 def quantize_block(x, x_stride, n, k, blocks, values, thread):
     """Quantizes ``n`` rows of ``k`` float32 (a multiple of 4), each at a multiple of 16 bytes, to shared memory.
 
-    Eight lanes make a scale block, each four neighbouring values of it. ROUNDS rounds of loads are made before the
+    Eight lanes quantize a scale block, four neighbouring values each. ROUNDS rounds of loads are in flight before the
     first is used.
     """
     scales = values + blocks * (2 * c.RUN_NBYTES)
@@ -44,7 +44,7 @@ def quantize_block(x, x_stride, n, k, blocks, values, thread):
                 if mask("tail of x, fused", here < k) and mask("columns of x, fused", column < n):
                     loaded[i * c.COLUMNS + column] = load_global_floats_l2(x + column * x_stride + here * 4)
         if first:
-            named_barrier_arrive(ANNOUNCED, 32 * (c.WARPS + c.PRODUCERS))
+            named_barrier_arrive(X_REQUESTED, 32 * (c.WARPS + c.PRODUCERS))
             first = False
         for i in unroll(c.ROUNDS):
             here = at + i * (4 * 32 * c.WARPS)
@@ -79,7 +79,7 @@ def quantize_block(x, x_stride, n, k, blocks, values, thread):
 
 
 def copy_activations(target, source, nbytes, thread):
-    """Copies what the quantization made to shared memory, eight pieces of 16 bytes a thread under way at a time."""
+    """Copies quantized activations to shared memory, with eight loads of 16 bytes a thread in flight."""
     at = thread * 16
     first = True
     while first or at < nbytes:
@@ -88,7 +88,7 @@ def copy_activations(target, source, nbytes, thread):
             if mask("copy of activations, read", at + i * (16 * 32 * c.WARPS) < nbytes):
                 words[i] = load_global16_l2(source + at + i * (16 * 32 * c.WARPS))
         if first:
-            named_barrier_arrive(ANNOUNCED, 32 * (c.WARPS + c.PRODUCERS))
+            named_barrier_arrive(X_REQUESTED, 32 * (c.WARPS + c.PRODUCERS))
             first = False
         for i in unroll(8):
             if mask("copy of activations, written", at + i * (16 * 32 * c.WARPS) < nbytes):

@@ -1,4 +1,4 @@
-"""Where a lane of a consumer warp finds the activations of its CTA, and how it loads them."""
+"""The addresses from which a consumer lane loads the activations of its CTA, and the loads."""
 
 from __future__ import annotations
 

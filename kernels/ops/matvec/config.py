@@ -1,8 +1,7 @@
-"""The choices that a product's schedule leaves open, as data: what may be chosen, and what follows from it.
+"""The choices of a product's schedule, as data: what may be chosen, and what follows from it.
 
 A :class:`Case` is a product, a :class:`Config` a choice for it. :func:`legal` says whether the two go together on a
-GPU; nothing in the kernels relies on more. Which config a case gets is decided in
-:mod:`qmm.kernels.ops.matvec.choose`.
+GPU; the kernels rely on nothing else. :mod:`qmm.kernels.ops.matvec.choose` decides which config a case gets.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ from qmm.kernels.ops.tiling import LINE_NBYTES, MOST_STAGES, SECTOR_NBYTES, Tili
 __all__ = ["X_PLACES", "Case", "Config", "Schedule", "legal"]
 
 X_PLACES: Final = ("fused", "bulk", "copied", "global")
-"""Where a CTA has the activations: in shared memory, quantized by itself, brought there by one bulk copy, or copied by
-its warps; or in global memory."""
+"""Where a CTA reads activations: from shared memory, where it quantizes them itself (fused), or where one bulk copy or
+its warps copy them; or from global memory."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A product with up to eight columns, as far as schedules depend on it.
+    """What the schedule of a product with up to eight columns depends on.
 
     Attributes:
         block_format: of the weight. m: rows. k: weights a row. n: columns, 1 to 8. int8: whether activations are
-        quantized to int8, else to float16. alignment: what the address of every row divides by, a power of two up to
-        16. fusible: whether a CTA could quantize the activations: float32, rows of whole multiples of 16 bytes, and at
-        such. mapped: whether the weight is read through the link to the host.
+        quantized to int8, else to float16. alignment: of every row, a power of two up to 16. fusible: whether a
+        CTA could quantize the activations: float32, rows at multiples of 16 bytes and of such a size. mapped: whether
+        the weight is read over the link to the host.
     """
 
     block_format: Format
@@ -63,9 +62,9 @@ class Config:
         row_warps: tiles of rows that a CTA takes at once.
         units: steps of a warp in a stage.
         stages: pipeline stages.
-        line: bytes keep their place modulo this on their way to shared memory.
+        line: the copy to shared memory keeps addresses modulo this.
         x: one of X_PLACES.
-        first_stages: stages that are filled before the activations are asked for, which queue up behind them.
+        first_stages: stages that are filled before activations are loaded, which queue up behind these copies.
     """
 
     warps: int
@@ -124,7 +123,7 @@ class Schedule:
 
 
 def legal(config: Config, case: Case, architecture: Architecture) -> str:
-    """Why a choice cannot be made; empty if it can."""
+    """Why a config is not legal for a case; empty if it is."""
     for name, number in (("warps", config.warps), ("row_warps", config.row_warps)):
         if number < 1 or number.bit_count() > 1:
             return f"{name} = {number} is no power of two"
@@ -133,7 +132,7 @@ def legal(config: Config, case: Case, architecture: Architecture) -> str:
     if config.lane_rows not in (2, 4):
         return f"a lane takes 2 or 4 rows, not {config.lane_rows}"
     if config.line not in (SECTOR_NBYTES, LINE_NBYTES):
-        return f"bytes keep their place modulo {SECTOR_NBYTES} or {LINE_NBYTES}, not {config.line}"
+        return f"line is {SECTOR_NBYTES} or {LINE_NBYTES} bytes, not {config.line}"
     if not 2 <= config.stages <= MOST_STAGES:
         return f"a ring has 2 to {MOST_STAGES} stages, not {config.stages}"
     if not 1 <= config.first_stages <= config.stages:
@@ -143,7 +142,7 @@ def legal(config: Config, case: Case, architecture: Architecture) -> str:
     if config.x == "bulk" and not architecture.bulk:
         return "the GPU has no bulk copies"
     if config.x == "fused" and not (case.fusible and (case.int8 or case.block_format.plain)):
-        return "its activations cannot be quantized by a CTA"
+        return "a CTA cannot quantize its activations"
     tiling = _tiling(case, config)
     if tiling.units != config.units:
         return f"{config.warps // config.row_warps} warps a tile take at least {tiling.units} units, not {config.units}"

@@ -19,7 +19,7 @@ __all__ = ["MatvecConstants", "matvec_kernel"]
 
 @dataclass(frozen=True)
 class MatvecConstants(PipelineConstants):
-    """What the product kernel is specialized with."""
+    """The compile-time constants of the product kernel."""
 
     COLUMNS: int
     """Columns that are multiplied at once."""
@@ -38,31 +38,32 @@ class MatvecConstants(PipelineConstants):
     X_SHARED: bool
     """Whether activations are in shared memory."""
     X_BULK: bool
-    """Whether one bulk copy brings them there."""
+    """Whether one bulk copy copies them there."""
     FUSED: bool
     """Whether the CTA quantizes them for itself."""
     ROUNDS: int
-    """Rounds of loads under way at once, where it does."""
+    """Rounds of loads in flight at once, with FUSED."""
     FIRST_STAGES: int
-    """Stages that are filled before the activations are asked for."""
+    """Stages that are filled before activations are loaded."""
     PROGRAMMATIC: bool
     """Whether the kernel starts before its predecessor ends."""
     AT_ONCE: int
     """Runs whose products are added up before they are scaled."""
     RUN_MINIMA: bool
-    """Whether two runs with one scale have minima of their own."""
+    """Whether two runs with one scale have different minima."""
     RUN_STEP: int
-    """How far apart the runs of a lane are, where that is one even number; else 0."""
-    SCALES_APART: bool
-    """Whether the columns' scales are loaded pair by pair, or ptxas spills."""
-    SUMS_APART: bool
+    """The distance between the runs of a lane, in runs, if it is the same for all and even; else 0."""
+    SCALES_BY_PAIR: bool
+    """Whether the scales of columns are loaded pair by pair: all at once, ptxas would spill."""
+    SUMS_BY_PAIR: bool
     """The same of the sums."""
     ARRIVAL_BY_FULL: bool
-    """On which address the branch before a stage's release depends, or ptxas spills (Q2_K, sm_100)."""
+    """Whether the branch before a stage's release depends on the address of its barrier, not of its data, or ptxas
+    spills (Q2_K, sm_100)."""
     TOTALS: int
     """Running sums of a lane."""
     accumulate: Callable[..., Any]
-    """The main loop's step: adds what a lane's runs make to its sums."""
+    """The main loop's step: adds the products of a lane's runs to its sums."""
     store_totals: Callable[..., Any]
     """Stores a lane's sums to shared memory and clears them."""
 
@@ -92,8 +93,8 @@ def matvec_kernel(block_format: Format, schedule: Schedule) -> Kernel:
         AT_ONCE=activations.at_once(block_format),
         RUN_MINIMA=activations.sums > 0 and block_format.run_minima,
         RUN_STEP=activations.run_step(block_format),
-        SCALES_APART=columns >= (16 >> (block_format.runs > 4) >> (activations.sums > 0)),
-        SUMS_APART=columns == COLUMN_TILES[-1],
+        SCALES_BY_PAIR=columns >= (16 >> (block_format.runs > 4) >> (activations.sums > 0)),
+        SUMS_BY_PAIR=columns == COLUMN_TILES[-1],
         ARRIVAL_BY_FULL=block_format.runs > 4 and block_format.has_minimum,
         TOTALS=mainloop.totals(tiling.lane_rows, columns),
         accumulate=mainloop.accumulate,

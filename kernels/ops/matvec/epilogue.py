@@ -1,7 +1,7 @@
-"""How the consumer warps' sums of a tile become results: through shared memory, added up in a fixed order.
+"""The epilogue: the consumer warps' partial sums of a tile are added up in a fixed order and stored as results.
 
-Each warp has sums of all rows of the tile, of its own share of k. It stores them to a buffer, of which there are two,
-and goes on to the next tile; one warp of the CTA adds up a buffer and stores the results.
+Each consumer warp has partial sums of all rows of the tile, over its share of k. It stores them to one of two buffers
+in shared memory and goes on to the next tile; one warp of the CTA adds up the buffer and stores the results.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ __all__ = ["add_up", "store_rows", "store_squares"]
 
 
 def store_rows(total, slot, tile_row, quad):
-    """Stores a lane's sums of each row with each column to ``slot``, and clears them; the quad's lanes, which have
-    shares of the same sums, add them up."""
+    """Adds up a quad's partial sums of each row with each column, stores them to ``slot``, and clears them."""
     for above in unroll(range(0, c.LANE_ROWS, 2)):
-        # Of the quad's lanes, odd ones keep row g + 8, the others row g; the upper two keep the later columns.
+        # Odd lanes of the quad keep row g + 8, even ones row g; the upper two lanes keep the later columns.
         kept = registers(c.COLUMNS, 0.0)
         for column in unroll(c.COLUMNS):
             upper, lower = total[above * c.COLUMNS + column], total[(above + 1) * c.COLUMNS + column]
@@ -42,8 +41,8 @@ def store_rows(total, slot, tile_row, quad):
 
 
 def store_squares(total, slot, tile_row, quad):
-    """Stores a lane's sums of rows g and g + 8 with columns 2 t and 2 t + 1 to ``slot``, and clears them; they are
-    added up over the quad already."""
+    """Stores a lane's sums of rows g and g + 8 with columns 2 t and 2 t + 1 to ``slot``, and clears them. The
+    tensor cores have added them up over the quad."""
     for above in unroll(range(0, c.LANE_ROWS, 2)):
         for e in unroll(4):
             column = 2 * quad + (e & 1)
@@ -54,7 +53,7 @@ def store_squares(total, slot, tile_row, quad):
 
 
 def add_up(sums, barriers, row, row_step, m, n, y, y_pitch, lane):
-    """Adds up what the warps stored for each tile of the CTA, and stores the results."""
+    """For each tile of the CTA, adds up the partial sums of its warps and stores the results."""
     tile = 0
     while row < m:
         buffer = tile & 1

@@ -1,25 +1,25 @@
 """The product of a quantized weight with a few columns, on the GPU: ``y[n, m] = x[n, k] @ W[m, k]^T`` for ``n <= 8``.
 
-It is bound by reading W, so everything serves that. One CTA stays on each SM and takes tiles of 16 or 32
-neighbouring rows, one after the other. Some of its warps stream their bytes through a ring in shared memory
-(:mod:`qmm.kernels.ops.pipeline`); each byte is copied once, whatever the columns: mapped host memory passes no cache,
-so a second reading would cost a second transfer. Other warps multiply, and one adds up and stores.
+It is memory-bound, by reading W. One persistent CTA per SM takes tiles of 16 or 32 neighbouring rows, one after the
+other. Producer warps copy the rows' bytes to a ring of pipeline stages in shared memory
+(:mod:`qmm.kernels.ops.pipeline`). Each byte is copied once, whatever n is: mapped host memory is not cached, and a
+second read would cost a second transfer. Consumer warps multiply, and one warp runs the epilogue.
 
-Out of a stage, lane ``4 g + t`` of a warp takes one unit (the format's ``load``) of rows g and g + 8, from the t-th of
+From a stage, lane ``4 g + t`` of a warp takes one unit (the format's ``load``) of rows g and g + 8, from the t-th of
 four neighbouring blocks, unpacks it into runs of 16 weights and multiplies these with the columns: int8 activations on
 the tensor cores (:func:`qmm.kernels.lang.ptx.mma.mma_s8`), so that two columns cost as much as one and eight little
 more; weights of float16 and bfloat16 there too (:func:`qmm.kernels.lang.ptx.mma.mma_tf32`); the rest by fused
-multiply-adds. Warps take the units of a row in turn, so each has sums of its own for all rows of the tile; when the
-tile is done they are added up through shared memory, in a fixed order.
+multiply-adds. Warps take the units of a row in turn (K-split), so each has partial sums of all rows of the
+tile. The epilogue adds them up through shared memory, in a fixed order.
 
-The quantization of the activations is either another kernel (:mod:`qmm.kernels.ops.quantize`), or with FUSED the
-beginning of this one. Both this kernel and that one are launched before their predecessors end (from sm_90 on), and
-this one starts its copies at once: weights never change. Only then it waits for what it reads and writes otherwise.
+Activations are quantized by another kernel (:mod:`qmm.kernels.ops.quantize`), or with FUSED at the start of this one.
+Both kernels start before their predecessors end (programmatic dependent launch, from sm_90 on). This one starts its
+copies at once, since weights never change, and then waits for its predecessor.
 
-Between the last byte of a product and the first of the next one, memory would idle for some 3 us: the rest is
-multiplied and added up, CTAs end and others start. Where it is known what comes next, each CTA has some of it
-brought into L2 as soon as its own bytes are there (n = 1 on an H100: Q4_K, 14336x4096, 12.5 us, else 13.3; asked for
-with its last own bytes, 14.0).
+Between the last byte of a product and the first of the next one memory would idle for some 3 us, while the last tiles
+are multiplied, CTAs end and others start. If the next product is known, each CTA prefetches a part of its weights to L2
+as soon as its own bytes have arrived (n = 1 on an H100: Q4_K, 14336x4096, 12.5 us, else 13.3; prefetched together with
+its last own bytes, 14.0).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from qmm.kernels.lang.ptx.grid import (
 )
 from qmm.kernels.lang.ptx.shared_memory import store_shared16
 from qmm.kernels.lang.specialize import registers, unroll
-from qmm.kernels.ops.matvec.activations import ANNOUNCED, copy_activations, quantize_block
+from qmm.kernels.ops.matvec.activations import X_REQUESTED, copy_activations, quantize_block
 from qmm.kernels.ops.matvec.columns import Columns, c
 from qmm.kernels.ops.matvec.epilogue import add_up
 from qmm.kernels.ops.pipeline import prefetch_rows, prepare, produce
@@ -64,12 +64,13 @@ def matvec(
     weights, row_nbytes, m, blocks, chunks, k, scale_blocks, x, x_stride, zeros, n, y, y_pitch,
     next_weights, next_row_nbytes, next_rows, next_nbytes,
 ):  # fmt: skip
-    """Up to COLUMNS products with every row.
+    """The products of every row with up to COLUMNS columns.
 
     ``x`` holds ``scale_blocks`` of activations as :class:`qmm.kernels.ops.layout.Activations` lays them out; or
-    with FUSED, ``n`` rows of ``k`` float32, ``x_stride`` bytes apart, each at a multiple of 16 bytes. At ``zeros`` are
-    ZERO_NBYTES of them. ``y`` is float32, ``y_pitch`` apart. Of each of the ``next_rows`` rows, or rows joined, that
-    begin ``next_row_nbytes`` apart from ``next_weights`` on, the first ``next_nbytes`` are brought into L2.
+    with FUSED, ``n`` rows of ``k`` float32 at a stride of ``x_stride`` bytes, each at a multiple of 16. At ``zeros``
+    are ZERO_NBYTES zero bytes. ``y`` is float32, with ``y_pitch`` numbers a row. The first ``next_nbytes`` of each of
+    ``next_rows`` rows, or joined rows, are prefetched to L2: they begin at ``next_weights``, at a stride of
+    ``next_row_nbytes``.
     """
     lane = lane_index()
     thread = thread_index()
@@ -108,14 +109,14 @@ def matvec(
     if producer >= c.PRODUCERS:
         add_up(sums, barriers, row, row_step, m, n, y, y_pitch, lane)
     elif producer >= 0:
-        # Activations come first, or they would queue up behind the weights.
+        # Activations come first: else they queue up behind the weights.
         if c.X_BULK:
             if producer == 0 and lane == 0:
                 mbarrier_expect_tx(barriers + OF_X, x_nbytes)
                 bulk_copy(ring + c.STAGES * c.STAGE_NBYTES, x, x_nbytes, barriers + OF_X)
                 mbarrier_arrive(barriers + OF_X)
         elif c.X_SHARED:
-            named_barrier_wait(ANNOUNCED, 32 * (c.WARPS + c.PRODUCERS))
+            named_barrier_wait(X_REQUESTED, 32 * (c.WARPS + c.PRODUCERS))
         produce(
             *(ring, barriers, weights, row_nbytes, m, chunks),
             *(next_row, chunk, row_step, c.FIRST_STAGES, 1 << 62, producer, lane),
@@ -126,10 +127,10 @@ def matvec(
             prefetch_rows(next_weights, next_row_nbytes, next_rows, next_nbytes, lane)
     else:
         values = x
-        nowhere = zeros
+        zero_x = zeros
         if c.X_SHARED:
             values = ring + c.STAGES * c.STAGE_NBYTES
-            nowhere = zeroed + 64  # other memory banks than what the others read
+            zero_x = zeroed + 64  # other memory banks than the other lanes read
         if c.FUSED:
             quantize_block(x, x_stride, n, k, scale_blocks, values, thread)
             named_barrier_wait(CONSUMERS, 32 * c.WARPS)
@@ -140,18 +141,18 @@ def matvec(
             named_barrier_wait(CONSUMERS, 32 * c.WARPS)
         consume(
             *(ring, barriers, sums, zeroed, weights, row_nbytes, m, blocks, chunks, k),
-            *(values, scale_blocks, nowhere, row, row_step, warp, lane),
+            *(values, scale_blocks, zero_x, row, row_step, warp, lane),
         )
 
 
 def consume(
     ring, barriers, sums, zeroed, weights, row_nbytes, m, blocks, chunks, k,
-    values, scale_blocks, nowhere, row, row_step, warp, lane,
+    values, scale_blocks, zero_x, row, row_step, warp, lane,
 ):  # fmt: skip
     """One consumer warp's share of every tile of the CTA, whose activations lie at ``values``."""
     last_group = (blocks - 1) >> 2
     group, quad = lane >> 2, lane & 3
-    x = columns_of(values, scale_blocks, nowhere, lane)
+    x = columns_of(values, scale_blocks, zero_x, lane)
     tile_row = (warp // c.K_WARPS) * c.TILE_ROWS + group
     step = warp & (c.K_WARPS - 1)
     total = registers(c.TOTALS, 0.0)
@@ -196,10 +197,10 @@ def consume(
         row += row_step
 
 
-def columns_of(values, scale_blocks, nowhere, lane):
-    """Where a lane finds the activations that lie at ``values``.
+def columns_of(values, scale_blocks, zero_x, lane):
+    """The addresses from which a lane loads the activations at ``values``.
 
-    What it passes of them to mma_s8 is one column of its own run; lanes that have none read zeros wherever they look.
+    It passes one column of its own run to mma_s8; a lane without a column passes zeros.
     """
     scales = values + scale_blocks * (2 * c.RUN_NBYTES)
     sums = scales + scale_blocks * (4 * c.COLUMNS)
@@ -207,9 +208,9 @@ def columns_of(values, scale_blocks, nowhere, lane):
     diagonal = values + column * 16
     inside = -1
     if lane & 3 != lane >> 3 or column >= c.COLUMNS:
-        diagonal = nowhere
+        diagonal = zero_x
         inside = 0
-    return Columns(values, scales, sums, scale_blocks * (4 * c.COLUMNS), nowhere, diagonal, inside)
+    return Columns(values, scales, sums, scale_blocks * (4 * c.COLUMNS), zero_x, diagonal, inside)
 
 
 def release(full, stage):

@@ -22,7 +22,7 @@ def accumulate(total, runs, part, here, left, lane, x):
     quad = lane & 3
     first = c.position(part, 0)
     for i in unroll(c.RUNS):
-        if c.RUN_STEP:  # the runs of a unit are that far apart, an even number: constants from the first on
+        if c.RUN_STEP:  # an even distance between a unit's runs: constant offsets from the first
             scale_block = here + 4 * (first >> 1) + quad + 2 * c.RUN_STEP * i
             half = first & 1
         elif c.BLOCK_RUNS > 1:
@@ -31,7 +31,7 @@ def accumulate(total, runs, part, here, left, lane, x):
         else:  # two blocks of 16 share a scale
             scale_block = here + (quad >> 1)
             half = quad & 1
-        if not c.SCALES_APART:
+        if not c.SCALES_BY_PAIR:
             scales_x = load_all(x.scales + scale_block * (4 * c.COLUMNS))
         floats = registers(c.LANE_ROWS, 0.0)
         for r in unroll(c.LANE_ROWS):
@@ -42,7 +42,7 @@ def accumulate(total, runs, part, here, left, lane, x):
         for column in unroll(c.COLUMNS):
             at = x.values + (scale_block * 2 + half) * c.RUN_NBYTES + 32 * column
             x_floats = half_floats(load_values(at), load_values(at + 16))
-            if c.SCALES_APART:
+            if c.SCALES_BY_PAIR:
                 scale_x = load_one(x.scales + (scale_block * c.COLUMNS + column) * 4)
             else:
                 scale_x = scales_x[column]

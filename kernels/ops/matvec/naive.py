@@ -1,6 +1,6 @@
-"""The product as plainly as it can be written, for reading and for reference: ``y[n, m] = x[n, k] @ W[m, k]^T``.
+"""The simplest implementation of the product, for reading and as a reference: ``y[n, m] = x[n, k] @ W[m, k]^T``.
 
-A thread for each result, which reads its row of W from global memory, block by block, and multiplies by float32
+One thread for each result reads its row of W from global memory, block by block, and multiplies by float32
 activations. Neighbouring threads read neighbouring rows, so nothing is coalesced, and each column reads the weights
 again: it is far slower than :mod:`qmm.kernels.ops.matvec.kernel`, and computes the same.
 """

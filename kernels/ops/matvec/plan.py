@@ -1,6 +1,6 @@
-"""Plans of products with a few columns, and of all products by way of these: ``y[n, m] = x[n, k] @ W[m, k]^T``.
+"""Plans of products: ``y[n, m] = x[n, k] @ W[m, k]^T``.
 
-More than eight columns are taken eight at a time, the weights read again for each.
+More than eight columns are taken eight at a time, and the weights are read once for each eight.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from qmm.kernels.ops.quantize.plan import quantize_specs, store_specs
 __all__ = ["NOTHING", "Product", "Region", "case_of", "plan", "scheduled"]
 
 NEXT_OF_L2 = 6
-"""What part of L2 the next product's weights may take. It should last for the 3 us in which memory would idle: on an
-H100 8 MB (Q4_K, 14336x4096, n = 1: 12.5 us with 6 or 8 MB, 14.4 with 12; Q8_0, 4096x4096: 7.9 with 8, else 8.8)."""
+"""One over this is the part of L2 that the next product's weights may take. It should last for the 3 us in which memory
+would idle: on an H100 8 MB (Q4_K, 14336x4096, n = 1: 12.5 us with 6 or 8 MB, 14.4 with 12; Q8_0, 4096x4096: 7.9 with 8,
+else 8.8)."""
 
 
 class Region(NamedTuple):
-    """What is worth having in L2 before a product starts: of each of ``rows`` rows of its weights, or of as many
-    pieces of joined rows, that begin ``row_nbytes`` apart, the first ``nbytes``."""
+    """The weight bytes to prefetch to L2 before a product starts: the first ``nbytes`` of each of ``rows`` rows, or
+    pieces of joined rows, at a stride of ``row_nbytes``."""
 
     row_nbytes: int
     rows: int
@@ -43,10 +44,10 @@ class Product(Work):
         x: its activations.
         y: its results.
         quantized: how its activations lie in the workspace, None where each CTA quantizes them for itself.
-        quantize_launches: the launches that put them there, which come first.
-        alias_range: what lies between these is a distance in bytes from y to x at which they overlap, if they must not.
-        prefetch_region: what another product may bring into L2 before this one starts.
-        prefetches: the launch that does so for the next product; None where none can.
+        quantize_launches: how many launches quantize them; these come first.
+        alias_range: x and y overlap where their addresses' difference, y - x, is between these two; both 0 if they may.
+        prefetch_region: what another product may prefetch to L2 before this one starts.
+        prefetches: the index of the launch that prefetches for the next product; None where none can.
     """
 
     x: Operand
@@ -58,7 +59,7 @@ class Product(Work):
     prefetches: int | None = None
 
     def overlaps(self, x: int, y: int) -> bool:
-        """Whether arrays at these addresses share memory that the product reads and writes in no order."""
+        """Whether arrays at these addresses share memory that the product reads and writes in no defined order."""
         least, most = self.alias_range
         return least < y - x < most
 
@@ -85,7 +86,7 @@ def plan(
         y: results ``(n, m)``.
         int8: whether activations are quantized to int8, else to float16.
         architecture: of the GPU.
-        no_alias: whether x and y lie outside of each other's reach (:meth:`Product.overlaps`).
+        no_alias: whether x and y do not overlap (:meth:`Product.overlaps`).
     """
     if k == 0:
         return Product(tuple(store_specs(y, At("zeros"), 0, architecture)), x=x, y=y)
@@ -95,7 +96,7 @@ def plan(
 
 def case_of(block_format: Format, m: int, k: int, weights: WeightLayout, x: Operand, int8: bool) -> Case:
     """What the schedule of a product depends on; arguments as for :func:`plan`."""
-    alignment = alignment_of(weights.alignment | block_format.row_nbytes(k))  # what every row starts at
+    alignment = alignment_of(weights.alignment | block_format.row_nbytes(k))  # of every row
     return Case(block_format, m, k, min(x.rows, COLUMN_TILES[-1]), int8, alignment, _fusible(x), weights.mapped)
 
 
@@ -157,11 +158,11 @@ def scheduled(
     if not direct:
         launches += store_specs(y, At("workspace", areas_nbytes), 4, architecture)
     alias_range = (0, 0)
-    if schedule.fused and direct:  # results may be stored before all of x was read
+    if schedule.fused and direct:  # results may be stored before all of x is read
         (x_low, x_high), (y_low, y_high) = x.reach, y.reach
         alias_range = x_low - y_high, x_high - y_low
     region = NOTHING
-    if early and not weights.mapped:  # what is read from host memory passes by L2
+    if early and not weights.mapped:  # host memory is not cached in L2
         region = _prefetch_region(row_nbytes, m, ctas, tiling.rows, architecture)
     return Product(
         tuple(launches),
@@ -177,15 +178,15 @@ def scheduled(
 
 
 def _fusible(x: Operand) -> bool:
-    """Whether a CTA could quantize the activations for itself, 16 bytes at a time."""
+    """Whether a CTA could quantize the activations, loading 16 bytes at a time."""
     (slab, *others) = x.slabs
     by_16 = x.aligned and slab.row_stride % 16 == 0 and x.columns % 4 == 0
     return not others and x.dtype == "float32" and slab.column_stride == 4 and by_16
 
 
 def _prefetch_region(row_nbytes: int, m: int, ctas: int, rows: int, architecture: Architecture) -> Region:
-    """What ``ctas`` CTAs take first of a weight, each so many rows: all of them, and more if there is room, or the
-    beginning of each. Whole rows are joined, a piece for each CTA."""
+    """The part of a weight that ``ctas`` CTAs read first, ``rows`` rows each: whole rows, and more of them if there is
+    room, or else the beginning of each. Whole rows are joined into a piece for each CTA."""
     most = architecture.l2_nbytes // NEXT_OF_L2
     rows = min(m, max(ctas * rows, most // row_nbytes))
     nbytes = min(row_nbytes, most // rows)

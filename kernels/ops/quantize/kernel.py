@@ -1,7 +1,7 @@
-"""Activations on the GPU, in the form that the products read them.
+"""The quantization of activations on the GPU, and the conversion of results.
 
-``x`` is cut into blocks of 32 values along k, each with one float32 scale, as in ggml's Q8_1. One warp makes one block,
-a lane a value. Two kinds:
+``x`` is cut into blocks of 32 values along k, each with one float32 scale, as in ggml's Q8_1. One warp quantizes one
+block, a lane a value. Two kinds:
 
 ``int8``
     ``d = max|x| * (1 / 127)`` and ``q = round(x * (1 / d))``, plus ``sum(q)`` for each run of 16 or for the block,
@@ -14,11 +14,12 @@ a lane a value. Two kinds:
     It is 2**-112 at least: float16's own subnormal numbers then end where those of TF32 do, with which tensor cores
     multiply. So subnormal activations are rounded to multiples of 2**-136.
 
-The first holds from the largest float32 to the smallest subnormal. Where ``1 / d`` would overflow, ``d`` is a subnormal
-number, rounded up so that no ``q`` passes 127, and ``x`` and ``d`` are lifted by 2**24 before they are divided.
+The bound of ``int8`` holds from the largest float32 to the smallest subnormal. Where ``1 / d`` would overflow, ``d`` is
+a subnormal number, rounded up so that no ``q`` passes 127, and ``x`` and ``d`` are lifted by 2**24 before they are
+divided.
 
-A block with a NaN gets the scale NaN, one with an infinity the scale infinity: the product then says so. Rows are
-padded with zeros to whole blocks, in workspace of qmm's own; ``x`` itself is read exactly where it has values.
+A block with a NaN gets the scale NaN, a block with an infinity the scale infinity, and so do the products. Rows are
+padded with zeros to whole blocks in the workspace; no byte outside ``x`` is read.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ __all__ = ["QuantizeConstants", "cast", "f16_scale", "int8_scale", "place_of", "
 
 @dataclass(frozen=True)
 class QuantizeConstants(Constants):
-    """What these kernels are specialized with."""
+    """The compile-time constants of these kernels."""
 
     DTYPE: str
     """Of the array that is read or written: "float32", "float16" or "bfloat16"."""
@@ -89,9 +90,9 @@ def quantize(
 ):  # fmt: skip
     """Quantizes ``n`` rows, which become the columns from ``first`` on of the products; zeros fill up to ``padded``.
 
-    They are numbers of DTYPE, float32, float16 or bfloat16; strides are in bytes. Each ``columns`` columns have an area
-    of their own, with ``sum_count`` sums for each of ``blocks`` scale blocks, ``spread`` of them to a weight block,
-    laid out as :class:`qmm.kernels.ops.layout.Activations` says.
+    Rows are of DTYPE; strides are in bytes. Each ``columns`` columns have an area, with ``sum_count`` sums for each of
+    ``blocks`` scale blocks, ``spread`` of them to a weight block, laid out as
+    :class:`qmm.kernels.ops.layout.Activations` says.
     """
     if c.PROGRAMMATIC:
         launch_dependents()
@@ -141,7 +142,7 @@ def quantize(
 
 
 def place_of(block, spread):
-    """Where a scale block lies: see :class:`qmm.kernels.ops.layout.Activations`."""
+    """The position of a scale block: see :class:`qmm.kernels.ops.layout.Activations`."""
     weight_block = block // spread
     return ((weight_block >> 2) * spread + block - weight_block * spread) * 4 + (weight_block & 3)
 
@@ -168,7 +169,7 @@ def f16_scale(largest):
 
 
 def cast(source, pitch, n, m, target, row_stride, column_stride):
-    """Copies ``(n, m)`` float32, row-major and ``pitch`` bytes apart (0: all the same), to numbers of
+    """Copies ``(n, m)`` float32, row-major with one number every ``pitch`` bytes (0: the same number everywhere), to
     DTYPE; strides in bytes."""
     item = cta_index() * (c.WARPS * 32) + thread_index()
     step = cta_count() * (c.WARPS * 32)

@@ -34,7 +34,7 @@ def quantize_specs(
 
     Args:
         x: activations ``(n, k)``.
-        activations: how they are to lie in each area.
+        activations: their layout in each area.
         area: where the first one is.
         area_nbytes: from one area to the next.
         architecture: of the GPU.
@@ -64,8 +64,8 @@ def quantize_specs(
 
 
 def store_specs(y: Operand, source: At, pitch: int, architecture: Architecture) -> Iterator[LaunchSpec]:
-    """The launches that copy float32 results, row-major at ``source`` and ``pitch`` bytes apart, to where ``y`` has
-    them."""
+    """The launches that copy float32 results, row-major at ``source`` with one number every ``pitch`` bytes, to
+    ``y``."""
     kernel = cast_kernel(y.dtype)
     for slab in y.slabs:
         ctas = architecture.ctas_for(-(-slab.rows * y.columns // (32 * WARPS)))

@@ -1,0 +1,95 @@
+"""The kinds of array that activations come as and results go back as: NumPy, PyTorch, CuPy and Numba.
+
+:class:`View` says where an array lies; an :class:`ArrayKind` is what qmm needs of one library. The optional three are
+not imported here: who passes a tensor has imported its library, which is found by the tensor's class.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+
+from qmm.arrays.cuda_interface import CuPyArrays, NumbaArrays
+from qmm.arrays.kind import ArrayKind
+from qmm.arrays.numpy import NumPyArrays
+from qmm.arrays.torch import TorchArrays
+from qmm.arrays.view import View
+from qmm.errors import ArrayError, DeviceError
+from qmm.kernels.ops.op import DTYPES
+
+__all__ = ["DTYPES", "KINDS", "ArrayKind", "View", "kind_of", "stream_handle"]
+
+
+_NUMPY = NumPyArrays()
+_TORCH = TorchArrays()
+_CUPY = CuPyArrays()
+_NUMBA = NumbaArrays()
+
+
+class _Kinds(dict[type, ArrayKind]):
+    """Filled on first use of a class, so that later lookups run no Python code."""
+
+    def __missing__(self, cls: type) -> ArrayKind:
+        self[cls] = _find_kind(cls)
+        return self[cls]
+
+
+KINDS: dict[type, ArrayKind] = _Kinds()
+"""The library of an array, by the array's class; looking up an unsupported class raises what :func:`kind_of` raises."""
+
+
+def kind_of(array: Any) -> ArrayKind:
+    """The library that an array is from.
+
+    Raises:
+        ArrayError: qmm does not support it.
+    """
+    return KINDS[type(array)]
+
+
+def _find_kind(cls: type) -> ArrayKind:
+    if issubclass(cls, np.ndarray):
+        if cls is not np.ndarray and issubclass(cls, np.ma.MaskedArray):
+            raise ArrayError(
+                "a masked NumPy array is not supported, for the result would have no mask. Pass x.filled(0), or x.data"
+            )
+        return _NUMPY
+    for base in cls.__mro__:
+        root = base.__module__.partition(".")[0]
+        if root == "torch" and base.__name__ == "Tensor":
+            if cls.__torch_dispatch__ is not base.__torch_dispatch__:  # type: ignore[attr-defined]
+                raise ArrayError(
+                    f"{cls.__module__}.{cls.__qualname__} is a PyTorch tensor that keeps its values in a way of its "
+                    "own, or has none, as under torch.export. That is not supported: pass an ordinary tensor."
+                )
+            return _TORCH
+        if root == "cupy" and base.__name__ == "ndarray":
+            return _CUPY
+        if root in ("numba", "numba_cuda") and hasattr(base, "__cuda_array_interface__"):
+            return _NUMBA
+    raise ArrayError(
+        f"{cls.__module__}.{cls.__qualname__} is not an array that qmm supports. Pass a NumPy, CuPy, PyTorch "
+        "or Numba array: np.asarray converts a list, cupy.asarray anything with the CUDA array interface."
+    )
+
+
+def stream_handle(stream: Any) -> int:
+    """The handle of a stream of any library; an integer is a handle already.
+
+    Raises:
+        DeviceError: qmm does not support it.
+    """
+    if isinstance(stream, int):
+        return stream
+    if hasattr(stream, "__cuda_stream__"):
+        described = stream.__cuda_stream__
+        return int((described() if callable(described) else described)[1])
+    for attribute in ("cuda_stream", "ptr", "handle"):  # PyTorch, CuPy, Numba
+        value = getattr(stream, attribute, None)
+        if value is not None:
+            return int(getattr(value, "value", value) or 0)
+    if hasattr(stream, "__index__"):
+        return operator.index(stream)
+    raise DeviceError(f"{stream!r} is not a stream that qmm supports: pass one of PyTorch, CuPy or Numba, or a handle")

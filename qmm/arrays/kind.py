@@ -1,0 +1,80 @@
+"""What qmm needs of an array library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from qmm.arrays.view import View
+from qmm.errors import ArrayError
+from qmm.kernels.ops.op import DTYPES
+
+__all__ = ["ArrayKind", "as_rows", "check_dtype"]
+
+
+class ArrayKind:
+    """What qmm needs of an array library, of which there is one instance each."""
+
+    name: ClassVar[str]
+    on_gpu: ClassVar[bool] = True
+    """Whether its arrays may be in GPU memory."""
+
+    def view(self, array: Any) -> View:
+        """Where the array lies.
+
+        Raises:
+            ArrayError: its dtype is none of DTYPES, or it lies in memory that qmm cannot address.
+        """
+        raise NotImplementedError
+
+    def signature(self, array: Any) -> tuple[int, Hashable]:
+        """Its address, and the rest of what :meth:`view` says, in whatever form is quickest to get. Equal
+        signatures mean equal views."""
+        view = self.view(array)
+        return view.address, (view.shape, view.strides, view.dtype, view.device, view.writable)
+
+    def empty(self, shape: tuple[int, ...], like: Any) -> Any:
+        """A new array of ``like``'s kind and dtype, on its device."""
+        raise NotImplementedError
+
+    def to_host(self, array: Any) -> npt.NDArray[np.float32]:
+        """Its values as ``(n, k)`` float32 in host memory, row-major: the array's own memory if it has that layout."""
+        raise NotImplementedError
+
+    def from_host(self, values: npt.NDArray[np.float32], target: Any) -> None:
+        """Store ``values`` into a host array of this kind with as many elements, rounded to its dtype."""
+        raise NotImplementedError
+
+    def in_place(self, array: Any, shape: tuple[int, int]) -> npt.NDArray[np.float32] | None:
+        """A host array's memory as a row-major float32 matrix; None if it has another dtype or layout."""
+        return None
+
+    def written(self, array: Any) -> None:
+        """Tell the library that a kernel writes to an array of its own."""
+
+    def stream(self, array: Any) -> int:
+        """The handle of the stream that the library would use now; 0 is the default stream."""
+        return 0
+
+
+def check_dtype(name: str, what: str) -> str:
+    """The dtype's name.
+
+    Raises:
+        ArrayError: it is none of DTYPES.
+    """
+    if name not in DTYPES:
+        raise ArrayError(f"{what} of dtype {name} is not supported; convert it to one of {', '.join(DTYPES)}")
+    return name
+
+
+def as_rows(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """A matrix ``(n, k)``: the leading dimensions joined, each element aligned to its size. ``reshape(-1, k)`` would
+    fail where k is 0."""
+    if not values.flags.aligned:
+        values = values.copy()
+    return values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
