@@ -11,6 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiers
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("qmm")
+    group.addoption("--all", action="store_true", help="every kernel and every format, where the usual run takes some")
+    group.addoption(
+        "--draws", type=float, default=1, metavar="N", help="N times as many drawn cases, all of them others"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before tests are collected, since parameters depend on it."""
+    tiers.every, tiers.draws = config.getoption("all"), config.getoption("draws")
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -112,6 +113,14 @@ def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("folder", ["tests", "tests/support", "benchmarks", "benchmarks/support"])
+def test_the_package_is_found_whatever_folder_of_the_repository_comes_first(folder: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import qmm; print(qmm.__file__)"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / folder), str(ROOT)])}
+    found = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
+    assert found.strip() == str(ROOT / "qmm" / "__init__.py")
 
 
 def test_import_qmm_loads_neither_numba_nor_cuda() -> None:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
-from ptx_compile import GROUPS, Compiled, Spec, compile_spec, pool
+import tiers
+from ptx_compile import Compiled, compile_spec, pool
+from ptx_kernels import Spec, groups
 
 
 @pytest.fixture(scope="session")
@@ -18,13 +20,11 @@ def workers() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(workers: ProcessPoolExecutor, request: pytest.FixtureRequest) -> dict[Spec, Future[Compiled]]:
-    """The kernels that the selected tests ask for, under way while other tests run (seven minutes of two CPUs)."""
+    """The kernels that the selected tests ask for, under way while other tests run."""
     callspecs = [getattr(item, "callspec", None) for item in request.session.items]
-    groups = dict.fromkeys(
-        callspec.params["group"] for callspec in callspecs if callspec and "group" in callspec.params
-    )
+    names = dict.fromkeys(callspec.params["group"] for callspec in callspecs if callspec and "group" in callspec.params)
     return {
-        spec: workers.submit(compile_spec, spec, targets)
-        for group in groups
-        for spec, targets in GROUPS.get(group, {}).items()
+        spec: workers.submit(compile_spec, spec, targets, believing=not tiers.every)
+        for name in names
+        for spec, targets in groups(tiers.every).get(name, {}).items()
     }

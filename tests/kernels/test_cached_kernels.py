@@ -11,7 +11,8 @@ import fake_driver
 import pytest
 from children import run_python
 from fake_driver import Driver
-from ptx_compile import GROUPS, MAKERS, without_gpu
+from ptx_compile import without_gpu
+from ptx_kernels import MAKERS, groups
 
 from qmm.cuda import CudaCallError
 from qmm.kernels.formats import FORMATS
@@ -114,20 +115,20 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"numba", "llvmlite"
 
 
 def test_from_a_filled_cache_kernels_are_loaded_without_a_compiler(folder: Path) -> None:
-    specs = [spec for group in ("Q4_K", "F32", "activations", "probes") for spec in GROUPS[group]]
+    specs = [spec for group in ("Q4_K", "F32", "activations", "probes") for spec in groups(False)[group]]
     for spec in specs:
         kernel = spec.kernel()
         CachedKernel(kernel.name, kernel.described(), (9, 0)).put(Code(kernel.name, ELF + kernel.name.encode()))
     kept = sorted(folder.iterdir())
     assert len(kept) == len(specs)
-    makers = [(MAKERS[spec.maker].__module__, *spec) for spec in specs]
+    makers = [(MAKERS[spec.maker].__module__, spec.maker, spec.arguments) for spec in specs]
     done = run_python(LOADS, pickle.dumps(makers).hex())
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
     assert sorted(folder.iterdir()) == kept  # none was looked for under another key, compiled and put
 
 
 def test_every_kernel_is_described_and_told_from_every_other() -> None:
-    kernels = {spec.kernel() for specs in GROUPS.values() for spec in specs}
+    kernels = {spec.kernel() for specs in groups(True).values() for spec in specs}
     keys = {CachedKernel(kernel.name, kernel.described(), (9, 0))._key for kernel in kernels}
     assert None not in keys
     assert len(keys) > len(FORMATS)

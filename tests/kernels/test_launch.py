@@ -9,7 +9,7 @@ import fake_driver
 import pytest
 from cuda.bindings import driver
 from fake_driver import SHARED_NBYTES, Driver
-from ptx_compile import GROUPS
+from ptx_kernels import groups
 
 from qmm.cuda import CudaCallError
 from qmm.kernels.lang.constants import Constants
@@ -121,7 +121,7 @@ def test_alignment_is_the_largest_power_of_two_up_to_16() -> None:
 # Descriptions
 # ---------------------------------------------------------------------------------------------------------------------
 
-KERNELS = {spec.kernel() for specs in GROUPS.values() for spec in specs}
+KERNELS = {spec.kernel() for specs in groups(True).values() for spec in specs}
 
 
 def used(kernel: Kernel) -> set[str]:
@@ -140,7 +140,9 @@ def used(kernel: Kernel) -> set[str]:
 
 def test_every_constant_is_read_by_some_kernel() -> None:
     read: dict[type, set[str]] = {}
-    for kernel in (spec.kernel() for group in ("Q2_K", "F16", "activations", "probes") for spec in GROUPS[group]):
+    for kernel in (
+        spec.kernel() for group in ("Q2_K", "F16", "activations", "probes") for spec in groups(False)[group]
+    ):
         read.setdefault(type(kernel.constants), set()).update(used(kernel))
     for owner in {base for kind in read for base in kind.__mro__} - {object, Constants}:
         names = set().union(*(names for kind, names in read.items() if issubclass(kind, owner)))

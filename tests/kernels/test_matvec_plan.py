@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ptx_compile import AMPERE, HOPPER, MACHINES
+from ptx_kernels import AMPERE, HOPPER, MACHINES
 
 from qmm.kernels.formats import FORMATS, Format
 from qmm.kernels.formats.format import Format as AnyFormat

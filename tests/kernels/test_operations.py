@@ -24,7 +24,8 @@ from cpu_operation_kernels import CPU_CASES, CPUCase
 from numba.core import errors
 from numba.cuda import types
 from operation_cases import CASES, Case
-from ptx_compile import GROUPS, assemble, compile_kernel, retarget, without_gpu
+from ptx_compile import assemble, compile_kernel, retarget, without_gpu
+from ptx_kernels import groups
 
 from qmm.kernels import lang, ops
 from qmm.kernels.lang.constants import Constants
@@ -74,7 +75,7 @@ def called_by(kernel: Callable[..., None]) -> Iterator[object]:
 
 
 def kernels() -> list[Kernel]:
-    return [spec.kernel() for specs in GROUPS.values() for spec in specs]
+    return [spec.kernel() for specs in groups(True).values() for spec in specs]
 
 
 def operations_of(kernels: Iterable[Callable[..., None]]) -> set[Operation]:

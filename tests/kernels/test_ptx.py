@@ -1,30 +1,30 @@
 """Every CUDA kernel compiles for every target, keeps its values in registers, and reads the weights as it should.
 
-No GPU is needed: ``ptx_compile.py`` says how, and which kernels (see ``conftest.py`` for when).
+No GPU is needed: ``ptx_compile.py`` says how, ``ptx_kernels.py`` which kernels, ``conftest.py`` when, and
+``ptx_budgets.py`` what each may take.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
+import tiers
 from numba import cuda
 from numba.cuda import types
-from ptx_compile import (
+from ptx_budgets import PATH, Assembled, Budget, anonymous, budget_of, budgets, digest_of, growth, written
+from ptx_compile import Compiled, compile_kernel, compile_spec, problems, ptx_of_target, ptxas_version
+from ptx_kernels import (
     AMPERE,
     FAMILIES,
-    GROUPS,
     HOPPER,
     TARGETS,
-    Compiled,
     Spec,
-    compile_kernel,
-    compile_spec,
+    groups,
     of_dequantization,
     of_product,
-    problems,
-    ptx_of_target,
 )
 
 from qmm.kernels.formats import FORMATS
@@ -32,22 +32,16 @@ from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.ptx.global_memory import load_global_float, store_global_float
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets.cuda import CUDATarget
-from qmm.kernels.ops.matvec.plan import Schedule
+from qmm.kernels.ops.matvec.config import Schedule
 from qmm.kernels.runtime import launch
 
+GROUPS = groups(tiers.every)
 BULK_COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 COPY = "cp.async.cg.shared.global"
 PREFETCH = "cp.async.bulk.prefetch.L2.global"
 RESULTS = ("st.global.f32", "st.global.v4.f32", "red.global.add.f32")
 OF_WEIGHTS = [group for group in GROUPS if group not in ("activations", "probes")]
-
-
-def test_every_kernel_of_launch_is_compiled_here() -> None:
-    makers = {name for name in launch.__all__ if name.endswith("_kernel")}
-    assert {spec.maker for specs in GROUPS.values() for spec in specs} == makers
-
-
-@pytest.mark.parametrize(
+each_target = pytest.mark.parametrize(
     ("group", "target"),
     [
         pytest.param(group, target, id=f"{group}-{target}")
@@ -55,11 +49,32 @@ def test_every_kernel_of_launch_is_compiled_here() -> None:
         for target in dict.fromkeys(target for targets in specs.values() for target in targets)
     ],
 )
+
+
+def test_every_kernel_of_launch_is_compiled_here() -> None:
+    makers = {name for name in launch.__all__ if name.endswith("_kernel")}
+    assert {spec.maker for specs in GROUPS.values() for spec in specs} == makers
+
+
+@each_target
 def test_kernels_keep_their_values_in_registers(
     group: str, target: str, compiled: dict[Spec, Future[Compiled]]
 ) -> None:
     specs = [spec for spec, targets in GROUPS[group].items() if target in targets]
     assert [problem for spec in specs for problem in problems(compiled[spec].result(), target)] == []
+
+
+@each_target
+def test_kernels_keep_to_their_budgets(group: str, target: str, compiled: dict[Spec, Future[Compiled]]) -> None:
+    exceeded = []
+    for spec in (spec for spec, targets in GROUPS[group].items() if target in targets):
+        budget, found = budget_of(spec.use, target), compiled[spec].result().assembled[target]
+        grown = growth(budget, found) if budget else "no budget"
+        exceeded += [f"{spec.use}, {target}: {grown}"] if grown else []
+    assert exceeded == [], (
+        f"if that is as it must be: python tests/support/write_budgets.py {group}. "
+        f"The budgets are of {dict(budgets().versions)}; this is ptxas {ptxas_version()}."
+    )
 
 
 @pytest.mark.parametrize("group", OF_WEIGHTS)
@@ -162,12 +177,17 @@ def global_accesses(text: str) -> tuple[list[str], list[str]]:
     return of_weights, others
 
 
+def kernel_for(use: str) -> Spec:
+    (found,) = (spec for specs in GROUPS.values() for spec in specs if spec.use == use)
+    return found
+
+
 REPRESENTATIVES = {
     "int8": of_product("Q4_0", HOPPER, 1, int8=True),
     "f16": of_product("Q5_1", AMPERE, 1, int8=False),
     "dequantize": of_dequantization("Q6_K", HOPPER),
-    "quantize": Spec("quantize_kernel", ("bfloat16", True, False)),
-    "cast": Spec("cast_kernel", ("bfloat16",)),
+    "quantize": kernel_for("quantize bfloat16 to int8, A100"),
+    "cast": kernel_for("cast bfloat16"),
 }
 
 
@@ -182,12 +202,37 @@ def test_one_compilation_serves_a_family_of_targets(name: str, workers: ProcessP
         assert texts == {anonymous(short.ptx[family])}
 
 
-def anonymous(text: str) -> str:
-    """PTX without what differs from one compilation to the next: the target, comments, and the numbers in names."""
-    names: dict[str, str] = {}
-    text = re.sub(r"//.*|(?m:^\.target .*$)", "", text)
-    text = "\n".join(line for line in text.splitlines() if "NumbaEnv" not in line)
-    return re.sub(r"\b_ZN\w+?(?=_param_|\b)", lambda name: names.setdefault(name[0], f"name{len(names)}"), text)
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_what_is_believed_of_the_budgets_is_so(name: str, workers: ProcessPoolExecutor) -> None:
+    spec = REPRESENTATIVES[name]
+    targets = [target for family in FAMILIES for target in family if budget_of(spec.use, target)]
+    found = workers.submit(compile_spec, spec, targets).result()
+    assert targets
+    for target in targets:
+        budget = budget_of(spec.use, target)
+        (text,) = (text for family, text in found.ptx.items() if target in family)
+        assert not growth(budget, found.assembled[target])
+        if (budget.ptx, budgets().versions["ptxas"]) == (digest_of(text), ptxas_version()):
+            assert found.assembled[target] == Assembled(budget.registers, budget.instructions)
+
+
+def test_every_kernel_has_a_budget_for_each_of_its_targets_and_nothing_else_has() -> None:
+    expected = {spec.use: set(targets) for specs in groups(True).values() for spec, targets in specs.items()}
+    assert {use: set(targets) for use, targets in budgets().kernels.items()} == expected
+    usual = {spec.use: set(targets) for specs in groups(False).values() for spec, targets in specs.items()}
+    assert usual.items() <= expected.items()
+
+
+def test_the_budgets_are_as_they_were_written() -> None:
+    assert PATH.read_text(encoding="utf-8") == written(*budgets())
+    assert json.loads(written({}, {}))["kernels"] == {}
+
+
+def test_growth_is_found_beyond_its_allowance() -> None:
+    budget = Budget("", 100, 1000)
+    assert growth(budget, Assembled(108, 1050)) == ""
+    assert growth(budget, Assembled(109, 900)) == "109 registers, where it had 100"
+    assert growth(budget, Assembled(90, 1056)) == "1056 instructions, where it had 1000"
 
 
 def compiled_indexing() -> Compiled:
