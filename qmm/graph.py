@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from qmm.arrays import stream_handle
 from qmm.cuda import CudaCallError, call, current_device, runtime
 from qmm.device import Device, Prepared
-from qmm.errors import ClosedError, DeviceError
+from qmm.errors import ClosedError
 from qmm.kernels.ops.matvec.plan import NOTHING, Product, Region
 from qmm.loaders.closing import Resource
 from qmm.tracing import outside, untraced, watched
@@ -251,18 +252,18 @@ class Plan(Resource):
         """
         self._closed = True  # until there is something to close
         self._device, self._length, self._checks, self._name = device, length, list(checks), name
-        self._stream_of, self._kept = stream_of, kept
+        self._stream_of: Callable[[], int] | None = stream_of
+        self._kept = kept
         # Of its own: engine.matmul may use the engine's on the same stream, between the plan's replays or in them.
         nbytes = max((step.product.workspace_nbytes for step in steps), default=0)
-        self._workspace = device.allocate(nbytes, "a plan's workspace") if nbytes else 0
-        try:
+        with ExitStack() as held:
+            workspace = held.enter_context(device.temporary_buffer(nbytes, "a plan's workspace")) if nbytes else 0
             with device.temporary_stream() as stream:  # on the engine's, work of other threads would be captured too
-                self._graph = capture(device, lambda: queue_sequence(device, steps, stream, self._workspace), stream)
-        except BaseException:
-            if self._workspace:
-                with suppress(DeviceError):  # the error at hand is the one to show
-                    device.free(self._workspace)
-            raise
+                work = functools.partial(queue_sequence, device, steps, stream, workspace)
+                self._graph = held.enter_context(capture(device, work, stream))
+            held.callback(self._let_go)
+            held.callback(device.drain)
+            self._held = held.pop_all()  # what close() gives up, the last one first
         self._closed = False
 
     def __len__(self) -> int:
@@ -294,24 +295,26 @@ class Plan(Resource):
             raise ClosedError(f"{self._name}: the plan was closed, or its engine was. Make another one.")
         for check in self._checks:
             check()
-        self._graph.launch(self._stream_of() if stream is None else stream_handle(stream))
+        if stream is None:
+            stream_of = self._stream_of  # None where another thread closes the plan: the graph then says so
+            stream = stream_of() if stream_of is not None else 0
+        self._graph.launch(stream_handle(stream))
 
     def close(self) -> None:
-        """Wait for the device, and give up the graph and the arrays. Twice is harmless.
+        """Wait for the device, and give up the graph and the arrays. Twice is harmless; if KeyboardInterrupt ends it,
+        call it again.
 
         Raises:
             DeviceError: work that was still queued failed.
         """
-        if self.closed:
-            return
-        self._closed = True
-        try:
-            self._device.drain()
-        finally:
-            self._kept.clear()  # not before: their libraries would lend the memory to others while it is still used
-            self._graph.close()
-            if self._workspace:
-                self._device.free(self._workspace)
+        if not self._device.forked and hasattr(self, "_held"):
+            self._closed = True
+            self._held.close()
+
+    def _let_go(self) -> None:
+        """Drop the arrays; not before the device is done, or their libraries would lend the memory to others."""
+        self._kept.clear()
+        self._stream_of = None
 
     def _why_not_copied(self) -> str:
         return "copied or pickled: it reads and writes the arrays that it was made with. Make another: engine.plan(...)"
