@@ -8,7 +8,7 @@ from qmm.kernels.formats.format import Format, FormatConstants
 __all__ = ["FORMATS", "Format", "c"]
 
 c = FormatConstants.placeholder()
-"""What kernels of any format read their compile-time constants from."""
+"""The placeholder from which kernels of any format read their compile-time constants."""
 
 FORMATS: dict[str, Format] = {
     module.FORMAT.name: module.FORMAT

@@ -1,4 +1,4 @@
-"""What a block format tells the schedules: its geometry, which loads a lane makes, and how they become runs."""
+"""The description of a block format: its geometry, the loads of a lane, and how they are unpacked to runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Format", "FormatConstants"]
 
 @dataclass(frozen=True)
 class FormatConstants(Constants):
-    """What every kernel that reads blocks is specialized with."""
+    """The compile-time constants of every kernel that reads blocks."""
 
     BLOCK_NBYTES: int
     """Bytes of a block."""
@@ -38,9 +38,9 @@ class FormatConstants(Constants):
 
 @dataclass(frozen=True)
 class Format:
-    """One block format of GGUF, to the arithmetic: runs of 16 weights ``w = scale * q - minimum``.
+    """One block format of GGUF, as runs of 16 weights ``w = scale * q - minimum``.
 
-    A block is shared by ``lanes`` lanes; each makes ``runs`` runs of it, so ``16 * lanes * runs == block_weights``.
+    A block is shared by ``lanes`` lanes; each unpacks ``runs`` runs of it, so ``16 * lanes * runs == block_weights``.
 
     load(block, lane)
         The registers that the lane needs, from memory at ``block`` (the block's first byte). Every byte it reads lies
@@ -48,13 +48,13 @@ class Format:
     unpack(lane, \\*registers)
         ``runs`` triples ``(q, scale, minimum)``: ``q`` is Words of 16 signed bytes, the others float32.
     unpack_product(lane, \\*registers)
-        As ``unpack``, for products. It may have a part of the scale in ``q``, so that what is left is common to more
-        runs; where ``scale * q`` is zero, it may be of the other sign.
+        As ``unpack``, for products. It may multiply a part of the scale into ``q``, so that more runs share the
+        rest; a zero ``scale * q`` may have the other sign.
     position(lane, i)
         Which of the block's ``block_weights // 16`` runs the lane's ``i``-th one is.
 
-    A plain format (F32, F16, BF16) is made of numbers, not of blocks: ``block_weights`` is 16, its ``q`` is Floats, and
-    the last block of a row may be cut short (``row_nbytes``).
+    A plain format (F32, F16, BF16) consists of numbers, not of blocks: ``block_weights`` is 16, its ``q`` is Floats,
+    and the last block of a row may be partial (``row_nbytes``).
     """
 
     name: str
@@ -67,16 +67,16 @@ class Format:
     unpack: Callable[..., Any]
     position: Callable[[int, int], int]
     alignment: int
-    """What the offsets of wider loads divide by, in a tensor that is aligned to 16 bytes: an ``n``-byte load of
-    ``load`` is at a multiple of ``min(n, alignment)``."""
+    """In a tensor that is aligned to 16 bytes, an ``n``-byte load of ``load`` is at a multiple of ``min(n,
+    alignment)``."""
     plain: bool = False
     pairs: bool = False
-    """Whether the runs ``2 j`` and ``2 j + 1`` of a lane are neighbours, at an even position, and share their scale, as
-    products have it."""
+    """Whether the runs ``2 j`` and ``2 j + 1`` of a lane are neighbours, at an even position, and share their scale in
+    products."""
     run_minima: bool = False
-    """Of a format with pairs: whether the two runs have minima of their own."""
+    """Of a format with pairs: whether the two runs have different minima."""
     unpack_product: Callable[..., Any] | None = None
-    """Where it is not ``unpack``."""
+    """None if it is ``unpack``."""
     short: bool = False
     """Of a plain format: whether its numbers have at most 11 significant bits, which tensor cores multiply exactly."""
 
@@ -87,10 +87,10 @@ class Format:
                 f"{16 * self.lanes * self.runs} weights, the block holds {self.block_weights}"
             )
         if gcd(self.block_nbytes, 16) % self.alignment:
-            raise ValueError(f"{self.name}: blocks of {self.block_nbytes} bytes cannot keep to {self.alignment}")
+            raise ValueError(f"{self.name}: blocks of {self.block_nbytes} bytes cannot be aligned to {self.alignment}")
 
     def constants(self, product: bool = False) -> FormatConstants:
-        """What every kernel of the format is specialized with, be it a product or not."""
+        """The compile-time constants of the format, for products or for other kernels."""
         return FormatConstants(
             BLOCK_NBYTES=self.block_nbytes,
             BLOCK_RUNS=self.block_weights // 16,
@@ -104,8 +104,8 @@ class Format:
         )
 
     def run_step(self, at_once: int = 1) -> int:
-        """How far apart the runs of a lane are, of which every ``at_once``-th counts, where that is one even number for
-        the whole block; else 0."""
+        """The distance between every ``at_once``-th run of a lane, if it is the same for the whole block and even; else
+        0."""
         steps = {
             self.position(lane, i + at_once) - self.position(lane, i)
             for lane in range(self.lanes)
@@ -115,7 +115,7 @@ class Format:
         return 0 if step % 2 else step
 
     def blocks(self, k: int) -> int:
-        """Blocks in a row of ``k`` weights, a cut-short one counted."""
+        """Blocks in a row of ``k`` weights, a partial one included."""
         return -(-k // self.block_weights)
 
     def row_nbytes(self, k: int) -> int:

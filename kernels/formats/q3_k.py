@@ -82,7 +82,7 @@ def quants(low_bits, third_bit):
 
 def scaled_quants(low_bits, third_bit, scale):
     """``(4 - q) * (scale - 32)`` of sixteen weights, from the lowest two bits of ``low_bits`` and bit 2 of
-    ``third_bit``. Made 128 larger, which is ``32 * q - q * scale + 4 * scale``, no byte is negative or above 255."""
+    ``third_bit``. With 128 added, which gives ``32 * q - q * scale + 4 * scale``, no byte is negative or above 255."""
     q = (low_bits & 0x03030303) | (third_bit & 0x04040404)
     return (q * 32 - q * scale + scale * 0x04040404) ^ 0x80808080
 

@@ -1,6 +1,6 @@
-"""Compile-time constants: what a kernel is specialized with, as one object with documented fields.
+"""Compile-time constants: an object with documented fields that a kernel is specialized with.
 
-A kernel reads them from a placeholder, by tradition named ``c``::
+A kernel reads them from a placeholder, by convention named ``c``::
 
     @dataclass(frozen=True)
     class Sizes(Constants):
@@ -15,7 +15,7 @@ A kernel reads them from a placeholder, by tradition named ``c``::
     specialize(kernel, Sizes(COLUMNS=4), target)
 
 Numbers become literals of the compiled kernel, functions are specialized and called. So editors and type checkers know
-what a kernel may ask for, and a field that a kernel names but nobody gave is an error when the kernel is described.
+the fields that a kernel may read, and a missing field is an error when the kernel is described.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class Constants:
 
     @classmethod
     def placeholder(cls) -> Self:
-        """What kernels name; it has no values, which :func:`qmm.kernels.lang.specialize.specialize` puts in."""
+        """The object that kernels read; :func:`qmm.kernels.lang.specialize.specialize` replaces its fields by
+        values."""
         return object.__new__(cls)
 
     def __getattr__(self, name: str) -> Any:
-        # Reached for a field of a placeholder, and for what is no field.
+        # Called for a field of a placeholder, and for names that are not fields.
         if name.startswith("__"):
             raise AttributeError(name)
         raise AttributeError(f"{type(self).__name__}.{name} has a value only in a specialized kernel")
@@ -50,5 +51,5 @@ class Constants:
         return vars(self)[name] if name in vars(self) else self.__getattr__(name)
 
     def described(self) -> dict[str, Any]:
-        """All of them by name, as a kernel's cache key has them."""
+        """All constants by name, as in a kernel's cache key."""
         return dict(vars(self))

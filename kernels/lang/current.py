@@ -1,4 +1,4 @@
-"""Which lane of the emulator runs now: what the meanings of GPU operations work on."""
+"""The emulator's current lane, on which the meanings of GPU operations work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lowerings build LLVM with."""
+"""The builder of LLVM instructions for lowerings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LETTERS = {"h": I16, "r": I32, "l": I64, "f": F32}
 
 
 class Emitter:
-    """An ``ir.IRBuilder``, all of whose methods it has, with the language's types and what lowerings need often.
+    """An ``ir.IRBuilder`` with the language's types and with helpers for lowerings.
 
     Attributes:
         fields: how block fields are read.
@@ -55,7 +55,7 @@ class Emitter:
 
     @staticmethod
     def undefined(kind: ir.Type) -> ir.Constant:
-        """A value that may be anything."""
+        """An undefined value."""
         return ir.Constant(kind, ir.Undefined)
 
     def parts(self, vector: ir.Value) -> list[ir.Value]:
@@ -88,11 +88,11 @@ class Emitter:
         return self.shuffled(low, high, range(2 * low.type.count))
 
     def larger(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """The larger of two unsigned whole numbers."""
+        """The larger of two unsigned integers."""
         return self.builder.select(self.builder.icmp_unsigned(">", b, a), b, a)
 
     def total(self, values: ir.Value) -> ir.Value:
-        """The sum of a vector of floats, as many as a power of two: of one half with the other, again and again."""
+        """The sum of a vector of floats, of a power of two in number, by halving."""
         half = values.type.count // 2
         while half:
             undefined = self.undefined(values.type)
@@ -102,18 +102,18 @@ class Emitter:
         return self.part(values, 0)
 
     def fmuladd(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        """``a * b + c`` of vectors, fused where the CPU has an instruction for it (``llvm.fma`` would call a library
-        where not)."""
+        """``a * b + c`` of vectors, fused where the CPU has an instruction for it (where it has none, ``llvm.fma``
+        would call a library)."""
         return self.builder.call(self.declared(f"llvm.fmuladd.v{a.type.count}f32", a.type, [a.type] * 3), [a, b, c])
 
     def declared(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
-        """A function that LLVM knows."""
+        """An LLVM intrinsic."""
         found = self.builder.module.globals.get(name)
         return found or ir.Function(self.builder.module, ir.FunctionType(result, arguments), name)
 
     @staticmethod
     def integer(bits: int) -> ir.Type:
-        """The type of whole numbers of so many bits."""
+        """The integer type of so many bits."""
         return ir.IntType(bits)
 
     def table(self, name: str, element: ir.Type, values: Sequence[Any], addrspace: int = 0) -> ir.GlobalVariable:
@@ -131,7 +131,7 @@ class Emitter:
         """The float32 of a ``half``, or of a vector of them, on the CPU: by its instruction, or without one."""
         from numba.core.registry import cpu_target
 
-        machine = cpu_target.target_context.codegen()._tm  # Numba says nowhere else what it compiles for
+        machine = cpu_target.target_context.codegen()._tm  # Numba has no public attribute for what it compiles for
         return (from_half if has_instruction(machine) else from_half_by_integers)(self.builder, halves)
 
     def unaligned(self, address: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:

@@ -1,11 +1,11 @@
 """Loads of a block's fields, the only operations by which formats read memory.
 
 ``block`` is where the block begins. In Python that is a buffer, or a number: an address of the process, or in the
-emulator an address of a GPU. Compiled for the CPU it is an address of the process, which keeps to no alignment.
+emulator an address of a GPU. Compiled for the CPU it is an address of the process, of any alignment.
 
 Compiled for a GPU it is an address of shared memory, where kernels stage the bytes of a row; or of global memory, for
-kernels that read blocks where they lie. A target is told which of the two, and what the addresses of fields divide by
-(an n-byte field lies at a multiple of n or of that), which decides how wide the loads are:
+kernels that read blocks where they lie. A target is told which of the two, and the alignment of fields (an n-byte
+field lies at a multiple of n or of the alignment), which decides how wide the loads are:
 
 =========  ==================================================  ==================================
 alignment  ``load16`` from shared memory                       formats
@@ -36,7 +36,7 @@ class FieldAccess(NamedTuple):
     """How a GPU's kernel reads fields.
 
     Attributes:
-        alignment: what their addresses divide by, 1, 2, 4, 8 or 16, as far as they are that wide.
+        alignment: 1, 2, 4, 8 or 16; an n-byte field lies at a multiple of n or of this, whichever is smaller.
         space: ``"shared"`` or ``"global"``, the memory that blocks lie in.
     """
 
@@ -48,7 +48,7 @@ DEFAULT_FIELDS = FieldAccess()
 
 
 def _field(block: Any, offset: int, nbytes: int) -> tuple[Any, int]:
-    """A buffer and where in it a field lies."""
+    """A buffer and a field's offset in it."""
     if not isinstance(block, int):
         return block, offset
     lane = getcurrent()
@@ -171,5 +171,5 @@ def _shared(e: Any, address: Any, offset: int, kind: Any) -> Any:
 
 def _funnel(e: Any, low: Any, high: Any, address: Any) -> Any:
     """The four bytes that start at ``address & 3`` of two neighbouring registers."""
-    shift = e.shl(address, e.constant(e.i32, 3))  # modulo 32 is the instruction's own
+    shift = e.shl(address, e.constant(e.i32, 3))  # the instruction takes it modulo 32
     return e.ptx("shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", low, high, shift)

@@ -1,7 +1,7 @@
-"""float16 to float32, by the CPU's instruction, or without one.
+"""float16 to float32, by the CPU's instruction or without it.
 
-x86-64 has the instruction since 2012 (F16C), but virtual machines may hide it, as they hide AVX, and Celerons and Atoms
-lacked it longer. LLVM then calls a function of a library that is not there, and ends the process.
+x86-64 has had the instruction since 2012 (F16C), but virtual machines may hide it, as they hide AVX, and Celerons and
+Atoms lacked it longer. LLVM then calls a library function that does not exist, and ends the process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def from_half(builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
 
 
 def from_half_by_integers(builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
-    """The same bits, by arithmetic that every target has; as the instruction does it, NaN become quiet."""
+    """The same bits, by integer arithmetic; like the instruction, it quiets NaN."""
     bits = builder.bitcast(halves, _like(halves, I16))
 
     def constant(value: float, element: ir.Type = I32) -> ir.Constant:
@@ -35,7 +35,7 @@ def from_half_by_integers(builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
     magnitude = builder.and_(wide, constant(0x7FFF))
     sign = builder.shl(builder.and_(wide, constant(0x8000)), constant(16))
     shifted = builder.shl(magnitude, constant(13))
-    # Not by float32's own subnormals: a thread may be set to take those for zero.
+    # Not by float32 subnormals: a thread may be set to flush those to zero.
     small = builder.bitcast(builder.fmul(builder.sitofp(magnitude, floats), constant(2.0**-24, F32)), words)
     number = builder.add(shifted, constant((127 - 15) << 23))
     special = builder.or_(shifted, constant(0x7F800000))
@@ -48,8 +48,8 @@ def from_half_by_integers(builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
 
 @functools.cache
 def has_instruction(machine: Any) -> bool:
-    """Whether an LLVM target machine needs no library to convert: LLVM itself is asked, what the CPU says of itself is
-    not what is compiled for."""
+    """Whether an LLVM target machine converts without a library call. LLVM is asked, since the CPU's own feature flags
+    need not be those that are compiled for."""
     module = ir.Module()
     module.triple = machine.triple
     for element in (F16, ir.VectorType(F16, 16)):

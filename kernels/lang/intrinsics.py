@@ -35,7 +35,7 @@ OPERATORS = {
 
 @dataclass(frozen=True)
 class Toolkit:
-    """Where one target of Numba keeps its extension points."""
+    """The extension points of one Numba target."""
 
     types: ModuleType
     intrinsic: Callable[..., Any]
@@ -49,7 +49,7 @@ class Toolkit:
 
 
 class Intrinsics:
-    """What one target's compiler knows of the language: its types, operators and operations."""
+    """The language's types, operators and operations, registered with one target's compiler."""
 
     def __init__(self, target: str, toolkit: Toolkit) -> None:
         """Register types and operators.
@@ -64,7 +64,7 @@ class Intrinsics:
         self._types = {"int64": numba_types.int64, "float32": numba_types.float32, "None": numba_types.void}
         self._types |= _registered_types(toolkit)
         _register_operators(toolkit, self._types["Word"], self._types["Words"])
-        self._made: dict[tuple[Operation, FieldAccess], Any] = {}
+        self._defined: dict[tuple[Operation, FieldAccess], Any] = {}
 
     def of(self, operation: Operation, fields: FieldAccess) -> Any:
         """The intrinsic of an operation, one for each way to read block fields.
@@ -73,11 +73,11 @@ class Intrinsics:
             TypeError: the target has no such operation.
         """
         key = operation, fields
-        if key not in self._made:
+        if key not in self._defined:
             if self.target not in operation.lowerings:
                 raise TypeError(f"{operation} has no lowering for the target {self.target!r}")
-            self._made[key] = self._intrinsic(operation, fields)
-        return self._made[key]
+            self._defined[key] = self._intrinsic(operation, fields)
+        return self._defined[key]
 
     def _intrinsic(self, operation: Operation, fields: FieldAccess) -> Any:
         lowering = operation.lowerings[self.target]
@@ -118,7 +118,7 @@ class Intrinsics:
         return found
 
     def _argument(self, kind: str, given: Any) -> Any:
-        """The Numba type of an argument that is declared and given as these."""
+        """The Numba type of an argument, from its declared and its given type."""
         if kind == "literal":
             return given
         if kind.startswith("float32["):

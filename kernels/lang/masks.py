@@ -1,14 +1,14 @@
-"""Masks: what keeps a kernel to its tensors, marked where it stands.
+"""Masks: the comparisons that keep a kernel within its tensors, marked in the source.
 
-A mask is a comparison, or the lesser of two numbers, without which a kernel would read or write what is not its own, or
-count in what is not there. It means its value, and costs nothing compiled. The emulator can leave it out
-(``Settings.faults``), so that tests can show for every mask that its absence is noticed::
+A mask is a comparison, or the lesser of two numbers, without which a kernel would read or write outside its tensors, or
+add up values that do not exist. It evaluates to its value, and costs nothing when compiled. The emulator can leave it
+out (``Settings.faults``), so that tests show for every mask that its absence is noticed::
 
     if mask("rows of results", row < m):
         store_global_float(y + 4 * row, total)
     last = mask("end of row", min(start + 512, end), start + 512)
 
-Some comparisons look like masks, and no result or access depends on them; those are not marked.
+Comparisons on which no result or access depends are not marked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def mask(name: str, value: Any, without: Any = True) -> Any:
     Args:
         name: a literal; no other mask has it.
         value: what the kernel means.
-        without: what would stand there if nobody had thought of the tensor's end.
+        without: the value of a kernel that ignores the tensor's end.
     """
     return value
 

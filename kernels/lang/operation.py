@@ -1,4 +1,4 @@
-"""What an operation of the kernels' language is: its types, its meaning in Python, and its lowering on each target.
+"""Operations of the kernels' language: their types, their meaning in Python, and their lowering on each target.
 
 An operation is declared once, by its meaning::
 
@@ -12,14 +12,14 @@ An operation is declared once, by its meaning::
     def _(e, a, b, c):
         return e.ptx("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
 
-Called, it runs its meaning; the emulator's kernels call that too. A compiled target turns it into an intrinsic of its
+Called, it runs its meaning, in the emulator too. A compiled target turns it into an intrinsic of its
 compiler when a kernel uses it. Declaring one imports no compiler: a lowering is a function of an
 :class:`~qmm.kernels.lang.emitter.Emitter` and of LLVM values, and runs when a kernel is compiled.
 
 ========== =================================== ========================== =====================================
 type       what it is                          in Python                  in LLVM
 ========== =================================== ========================== =====================================
-int64      a whole number, an address          ``int``                    ``i64``
+int64      an integer, an address              ``int``                    ``i64``
 float32                                        ``np.float32``             ``float``
 Word       one 32-bit register                 ``np.uint32``              ``i32``
 Words      sixteen bytes: four such registers  ``np.uint32`` array of 4   ``<4 x i32>``
@@ -31,7 +31,7 @@ literal    a constant of the source            ``int`` or ``bool``        loweri
 None       of a result: there is none          ``None``                   ``None``
 ========== =================================== ========================== =====================================
 
-``Words | Floats`` stands for either. Word and Words know ``& | ^ << >> + - *`` with each other and with whole numbers,
+``Words | Floats`` stands for either. Word and Words know ``& | ^ << >> + - *`` with each other and with integers,
 always modulo 2**32 and with logical shifts, four registers side by side for Words. Memory is little endian.
 """
 
@@ -54,18 +54,18 @@ Lowering = Callable[..., Any]
 
 
 class Operation:
-    """One operation; see the module's text.
+    """One operation; see the module's docstring.
 
     Attributes:
         name: as kernels call it.
-        meaning: the Python function that it stands for: of one lane's arguments, to its result.
+        meaning: the Python function, from one lane's arguments to its result.
         declaration: its types, as text.
         of_warp: whether the lanes of a warp do it together.
         parameters: the names of its arguments.
         arguments: their types.
         result: the result's type.
-        lowerings: by the name of the target, ``"cuda"`` or ``"cpu"``; where one is missing the target has no such
-            operation.
+        lowerings: by the name of the target, ``"cuda"`` or ``"cpu"``; a target without a lowering does not
+            have the operation.
     """
 
     def __init__(self, function: Callable[..., Any], declaration: str, of_warp: bool = False) -> None:
@@ -119,7 +119,7 @@ class Operation:
         return int(found[1]) if found[1].isdecimal() else int(literals[found[1]])
 
     def _together(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The meaning for one lane of a function of all 32."""
+        """The meaning for one lane, from a function of all 32 lanes."""
         literals = self.literals()
 
         def meaning(*arguments: Any) -> Any:

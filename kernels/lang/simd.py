@@ -2,7 +2,7 @@
 
 Nothing here names an instruction set. The integer product is written so that LLVM recognises a multiply-add of
 neighbouring pairs (``vpmaddwd`` on x86-64), and everything else is plain vector arithmetic that any back end lowers.
-In Python too, addresses are those of this process; no alignment is asked.
+In Python too, addresses are those of this process, of any alignment.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _store(e: Any, address: Any, offset: Any, value: Any) -> None:
 
 @operation("(int64, int64) -> int64")
 def fetch_add(address, value):
-    """Adds ``value`` to the int64 at ``address`` and returns what it was before, as one step for all threads."""
+    """Atomically adds ``value`` to the int64 at ``address`` and returns its old value."""
     number = ctypes.c_int64.from_address(address)
     before = number.value
     number.value = before + value
@@ -141,7 +141,7 @@ def _(e, total, q, x, scale):
     wide, short = e.vector_type(e.i32, 16), e.vector_type(e.i16, 16)
     load = e.load(e.inttoptr(x, short.as_pointer()))
     load.align = 2
-    # Through int16 on the way to int32: that is the shape LLVM turns into one multiply-add of pairs.
+    # Through int16 to int32: LLVM turns this pattern into one multiply-add of pairs.
     weights = e.sext(e.sext(e.bitcast(q, e.vector_type(e.i8, 16)), short), wide)
     products = e.mul(weights, e.sext(load, wide))
     undefined = e.undefined(wide)
@@ -162,7 +162,7 @@ def _(e, total, a, b):
 
 @operation("(Partial) -> float32")
 def sum_partial(values):
-    """The sum of eight numbers: of each with the one half the length on, again and again."""
+    """The sum of eight numbers, by halving: lower half plus upper half, three times."""
     return _sum(values)
 
 
@@ -224,7 +224,7 @@ def store_rounded(address, offset, values):
 
 @store_rounded.cpu
 def _(e, address, offset, values):
-    # Beside 1.5 * 2**23 a float32 has no fraction. An instruction that rounds is not to be had on every CPU.
+    # Beside 1.5 * 2**23 a float32 has no fraction. Not every CPU has an instruction that rounds.
     large = e.splat(e.constant(e.f32, 1.5 * 2**23), 16)
     rounded = e.fsub(e.fadd(values, large), large)
     words = e.fptosi(rounded, e.vector_type(e.i32, 16))

@@ -2,17 +2,16 @@
 
 A kernel in this package is ordinary Python: it calls operations (:mod:`qmm.kernels.lang`), reads compile-time constants
 from a namespace (:mod:`qmm.kernels.lang.constants`), loops over ``unroll(...)`` and keeps its accumulators in
-``registers(...)``. Run as it stands it is slow and exact, which is what tests and the emulator want. A compiled kernel
-must have no loop over an accumulator and no list, or the accumulators live in memory instead of registers.
-:func:`specialize` closes that gap on the syntax tree:
+``registers(...)``. As plain Python it is slow and exact, as tests and the emulator need it. A compiled kernel must have
+no loop over an accumulator and no list: else accumulators are in memory, not in registers. :func:`specialize`
+transforms the syntax tree:
 
 * ``c.NAME`` becomes a literal (a number, text) or a global (a function, such as a format's ``load``);
-* ``for i in unroll(...)`` is written out once for each value;
+* ``for i in unroll(...)`` is unrolled, once for each value;
 * ``a = registers(count, value)`` becomes ``a_0 = value``, ``a_1 = value``, …, and ``a[i]`` the variable of that number;
-* a helper that is given registers is written out in place of its call, so that it works on the caller's variables;
-* ``if`` and the conditional expression are decided where their test is known, so a variant that is switched off is not
-  even typed;
-* a mask (:mod:`qmm.kernels.lang.masks`) is its value, or what stands there without it, if the target leaves it out;
+* a helper that is given registers is inlined, so that it works on the caller's variables;
+* ``if`` and the conditional expression are decided where their test is known, so a disabled variant is not even typed;
+* a mask (:mod:`qmm.kernels.lang.masks`) is its value, or the value without it if the target leaves it out;
 * a float literal is a float32;
 * every other function that the kernel calls is specialized in turn, and every operation becomes the target's intrinsic.
 
@@ -42,11 +41,11 @@ _serial = itertools.count()
 
 
 class Target(Protocol):
-    """What :func:`specialize` needs to know of the machine that it prepares a kernel for."""
+    """The target of :func:`specialize`."""
 
     name: str
     absent_masks: frozenset[str]
-    """The masks that kernels are to lack, by name: none, but where a test shows that their absence is noticed."""
+    """The names of masks to leave out: none, except in tests that show that their absence is noticed."""
 
     def intrinsic(self, primitive: object) -> object | None:
         """The target's implementation of an operation, or None where ``primitive`` is not one."""
@@ -56,38 +55,38 @@ class Target(Protocol):
 
 
 def unroll(count: Iterable[int] | int) -> Iterable[int]:
-    """Marks a loop to be written out; plain Python just walks it."""
+    """Marks a loop to be unrolled; in plain Python it is an ordinary loop."""
     return range(count) if isinstance(count, int) else count
 
 
 def registers(count: int, value: Any) -> list[Any]:
-    """``count`` variables that start as ``value``; plain Python keeps them in a list.
+    """``count`` variables that start as ``value``; a list in plain Python.
 
-    They may be indexed by what is known when a kernel is compiled, and handed to helpers, which are then written out in
-    place: such a helper is called as a statement, or as all that an assignment assigns, and returns at its end only.
+    Their indices must be known when a kernel is compiled. Helpers to which they are passed are inlined: such a call is
+    a statement, or the whole right side of an assignment, and the helper returns at its end only.
     """
     return [value] * count
 
 
 def specialize(function: Callable[..., Any], constants: Constants, target: Target) -> Callable[..., Any]:
-    """A flat copy of ``function`` for ``target``, uncompiled, with ``constants`` bound (see the module's text).
+    """A flat copy of ``function`` for ``target``, uncompiled, with ``constants`` bound (see the module's docstring).
 
     Functions that it calls are specialized with the same constants and compiled as device functions.
 
     Args:
         function: a kernel; its source is read from its file.
         constants: values for every ``c.NAME`` that it, or a function that it calls, reads.
-        target: what it is prepared for.
+        target: the target.
 
     Raises:
-        SyntaxError: something in it cannot be written out; the message names the file and the line.
+        SyntaxError: something in it cannot be specialized; the message names the file and the line.
         AttributeError: it reads a constant that ``constants`` does not have.
     """
     return _Specializer(constants, target).flatten(function)
 
 
 class _Specializer:
-    """One specialization: a device function is made once, however often it is called."""
+    """One specialization, in which each device function is compiled once."""
 
     def __init__(self, constants: Constants, target: Target) -> None:
         self.constants = constants
@@ -114,7 +113,7 @@ class _Specializer:
         return flat
 
     def bind(self, value: Any) -> Any:
-        """What a global name of the kernel stands for on the target."""
+        """The target's value of a global name of the kernel."""
         try:
             intrinsic = self.target.intrinsic(value)
         except TypeError:  # unhashable: certainly no operation
@@ -129,7 +128,7 @@ class _Specializer:
 
 
 class _Source:
-    """The source of a function: its syntax tree, what its names stand for, and where its lines are."""
+    """The source of a function: its syntax tree, the values of its names, and its lines."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -160,7 +159,7 @@ class _Source:
         return copied
 
     def refuse(self, node: ast.AST, found: bool, what: str) -> None:
-        """What flattening would silently give another meaning is an error."""
+        """Reject code whose meaning specialization would change."""
         if found:
             line = self._first + getattr(node, "lineno", 1) - 1
             place = f"{self.function.__code__.co_filename}, line {line}, in {self.name}"
@@ -168,7 +167,7 @@ class _Source:
 
 
 class _Scope:
-    """The globals of the flat function, which helpers that are written out bring along."""
+    """The globals of the flat function, inlined helpers' included."""
 
     def __init__(self, constants: Constants, absent_masks: frozenset[str]) -> None:
         self.constants = constants
@@ -177,7 +176,7 @@ class _Scope:
         self._inlined: dict[str, int] = {}
 
     def name_of(self, name: str, value: Any) -> str:
-        """A name for a global, the given one unless that stands for something else."""
+        """A name for a global: the given one unless it is taken."""
         chosen, number = name, 0
         while chosen in self.used and self.used[chosen] is not value:
             number += 1
@@ -186,13 +185,13 @@ class _Scope:
         return chosen
 
     def prefix_of(self, helper: str) -> str:
-        """What the variables of one helper's call begin with."""
+        """The prefix of the variables of one inlined call."""
         self._inlined[helper] = self._inlined.get(helper, 0) + 1
         return f"{helper}_{self._inlined[helper]}_"
 
 
 class _Flatten(ast.NodeTransformer):
-    """Writes out loops, registers, helpers and decided branches of one function.
+    """Unrolls loops, and resolves registers, helpers and decided branches, of one function.
 
     Attributes:
         names: the function's own variables, and what they are called in the flat function.
@@ -271,7 +270,7 @@ class _Flatten(ast.NodeTransformer):
     # Helpers ----------------------------------------------------------------------------------------------------------
 
     def helper(self, call: ast.Call) -> Callable[..., Any] | None:
-        """The function that is written out in place of a call: one that is given registers."""
+        """The function to inline for a call that is given registers, else None."""
         if not any(isinstance(argument, ast.Name) and argument.id in self.banks for argument in call.args):
             return None
         function = self.called(call)
@@ -345,7 +344,7 @@ class _Flatten(ast.NodeTransformer):
         return self.known(node.func) if isinstance(node, ast.Call) else None
 
     def known(self, node: ast.expr) -> Any:
-        """What a name, or a constant of the namespace, stands for; None where it is a variable."""
+        """The value of a name or of a constant of the namespace; None for a variable."""
         if isinstance(node, ast.Name) and node.id not in self.names and node.id not in self.banks:
             return self.source.visible.get(node.id)
         if isinstance(node, ast.Attribute) and isinstance(self.known(node.value), Constants):
@@ -435,7 +434,7 @@ class _Flatten(ast.NodeTransformer):
 
 
 class _SingleFloats(ast.NodeTransformer):
-    """Makes every float literal a float32: to Numba a bare one is a double, and drags what it meets along."""
+    """Makes every float literal a float32: to Numba a bare one is a double, and so is every result computed with it."""
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         if isinstance(node.value, float):
@@ -452,7 +451,7 @@ def _copy(node: Any) -> Any:
 
 
 def _fold(node: Any) -> ast.expr:
-    """The constant that an operation on constants makes."""
+    """The constant that results from an operation on constants."""
     if all(isinstance(leaf, ast.Constant) for leaf in ast.iter_child_nodes(node) if isinstance(leaf, ast.expr)):
         expression = ast.fix_missing_locations(ast.Expression(node))
         return ast.Constant(eval(compile(expression, "<fold>", "eval"), {"__builtins__": {}}))

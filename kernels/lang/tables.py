@@ -1,14 +1,14 @@
 """Lookup tables of formats: bytes, or short rows of them, by their index.
 
-A table is an operation that is made of its values, once, at the top of a format's file::
+A table is an operation, built from its values at the top of a format's file::
 
     values = table([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
 
     def unpack(lane, d, nibbles):
         return ((values(nibbles & 0x0F0F0F0F), half(d), 0.0), (values((nibbles >> 4) & 0x0F0F0F0F), half(d), 0.0))
 
-Compiled for a GPU, sixteen bytes or fewer are looked up in registers by byte permutes; larger tables lie in its global
-memory, where they come to be cached. On the CPU they are constants of the program.
+Compiled for a GPU, sixteen bytes or fewer are looked up in registers by byte permutes; larger tables lie in global
+memory and are cached. On the CPU they are constants of the program.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def table(values: npt.ArrayLike) -> Operation:
     """A lookup as an operation, whose result is sixteen bytes.
 
     Args:
-        values: ``(entries,)`` int8, which gives an operation of sixteen indices, one in each byte of Words; or
-            ``(entries, width)`` int8 with a width of 4 or 8, which gives one of ``16 / width`` indices, each a Word.
+        values: ``(entries,)`` int8, for an operation of sixteen indices, one in each byte of Words; or
+            ``(entries, width)`` int8 with a width of 4 or 8, for an operation of ``16 / width`` indices, each a Word.
             Up to 256 entries in the first case, 65,536 in the second.
 
-    An index past the last entry gives anything, and may read anything on a GPU: mask it in ``unpack``.
+    The result of an index past the last entry is undefined, and on a GPU its read may fault: mask it in ``unpack``.
 
     Raises:
-        ValueError: the values are of another shape, or no signed bytes.
+        ValueError: the values have another shape, or are not signed bytes.
     """
     rows = np.asarray(values)
     if rows.ndim not in (1, 2) or (rows.ndim == 2 and rows.shape[1] not in (4, 8)) or not rows.size:
@@ -73,7 +73,7 @@ def _of_bytes(values: npt.NDArray[np.int8]) -> Operation:
 
 
 def _of_rows(rows: npt.NDArray[np.int8]) -> Operation:
-    """Rows of 4 or 8 bytes, of which as many words hold the indices as make sixteen."""
+    """A lookup of rows of 4 or 8 bytes, with as many indices as give sixteen bytes."""
     words = rows.view(np.uint32 if rows.shape[1] == 4 else np.uint64).ravel()
 
     def joined(e: Any, indices: tuple[Any, ...], addrspace: int) -> Any:

@@ -1,6 +1,6 @@
 """From a kernel's description to machine code: all of the GPU path that needs Numba and the compilers.
 
-:mod:`qmm.kernels.runtime.launch` imports this when a kernel has to be compiled, and not where it was compiled before.
+:mod:`qmm.kernels.runtime.launch` imports this only when a kernel has to be compiled.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def assembly_of(kernel: Kernel, capability: tuple[int, int]) -> str:
 
 @contextmanager
 def _some_device(capability: tuple[int, int]) -> Iterator[None]:
-    """Numba asks the current device what to compile the functions for that a kernel calls, although the kernel's own
-    capability decides in the end. Where there is no device, it is told of one."""
+    """Give Numba a device where there is none: it asks the current one for the compute capability of device functions,
+    although the kernel's own capability decides in the end."""
     if cuda.is_available():
         yield
         return
@@ -61,9 +61,8 @@ def _some_device(capability: tuple[int, int]) -> Iterator[None]:
 
 
 def bounded(text: str, threads: int) -> str:
-    """A kernel's PTX that says how many threads a CTA has, and that one CTA on an SM is enough: without
-    the first it may take more registers than there are, without the second ptxas spills to make room for another.
-    ``cuda.compile`` has no option for either."""
+    """A kernel's PTX with launch bounds: the threads of a CTA, without which it may take too many registers, and one
+    CTA per SM, without which ptxas spills to make room for another. ``cuda.compile`` has no option for either."""
     head = _HEAD.search(text)
     assert head, "no entry point in the PTX"
     return f"{text[: head.end()]}.maxntid {threads}, 1, 1\n.minnctapersm 1\n{text[head.end() :]}"

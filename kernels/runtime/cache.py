@@ -1,4 +1,4 @@
-"""Machine code of kernels on disk, so that the second start of a process compiles nothing and imports no compiler.
+"""Machine code of kernels on disk, so that later processes compile nothing and import no compiler.
 
 An entry is one file, named by the SHA-256 of its key (:mod:`qmm.kernels.runtime.keys`). Code from a file runs on the
 user's GPU, or in the user's process, so a file counts only if it is a regular one of this user's, which nobody else may
@@ -10,7 +10,7 @@ write, and its key and digest are right. Any other is a miss, and replaced.
     magic   | version | key length | entry length | code length | key  | entry | code | SHA-256 of all before
 
 The folder is ``$QMM_CACHE_DIR`` (empty: nothing is kept), else ``qmm/kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
-Where it cannot be written, kernels are compiled in every process; that is said only of a folder that the user named.
+Where it cannot be written, kernels are compiled in every process; a warning says so if the user named the folder.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ DIGEST_NBYTES = hashlib.sha256().digest_size
 MOST_NBYTES = 256 << 20
 MOST_DAYS = 60
 ABANDONED_SECONDS = 3600
-"""The age at which a half-written file has no writer any more."""
+"""The age from which a half-written file is taken for abandoned."""
 NAMES = re.compile(r"[0-9a-f]{64}\.(kernel|[0-9a-f]{16}\.part)")
-"""What is ours in the folder. The user may have named one with other files in it."""
+"""The names of our files. The user may have named a folder with other files in it."""
 
 
 class Code(NamedTuple):
@@ -57,7 +57,7 @@ class Store:
     """The entries in one folder. Processes may share it: a file appears whole or not at all."""
 
     def __init__(self, folder: Path, named: bool = False) -> None:
-        """Args are the folder, made when something is put there, and whether the user named it."""
+        """Args are the folder, created when something is put there, and whether the user named it."""
         self.folder = folder
         self._warns = named
 
@@ -66,7 +66,7 @@ class Store:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.kernel"
 
     def get(self, key: str) -> Code | None:
-        """What was put under a key; None where nothing was, or not by us, or it was damaged since."""
+        """The entry of a key; None if there is none, or it is not ours, or damaged."""
         try:
             with open(self.path(key), "rb", opener=_open_to_read) as file:
                 if not _trusted(os.fstat(file.fileno())):
@@ -76,7 +76,7 @@ class Store:
                     with suppress(OSError):  # a file system mounted read-only
                         os.utime(file.fileno())
                 return found
-        except (OSError, ValueError):  # ValueError: no UTF-8 where there should be
+        except (OSError, ValueError):  # ValueError: invalid UTF-8
             return None
 
     def put(self, key: str, code: Code) -> None:
@@ -163,7 +163,7 @@ def _parse(data: bytes, key: str) -> Code | None:
 
 
 class CachedKernel:
-    """The place of one kernel in the user's cache, whether there is a cache or not."""
+    """One kernel's entry in the user's cache; there need not be a cache."""
 
     def __init__(self, name: str, constants: Mapping[str, Any], target: object) -> None:
         """Args are as for :func:`qmm.kernels.runtime.keys.key_of`."""
@@ -186,7 +186,7 @@ class CachedKernel:
 
 
 def store() -> Store | None:
-    """The user's cache; None where there is to be none."""
+    """The user's cache; None if it is turned off."""
     named = os.environ.get("QMM_CACHE_DIR")
     if named is not None:
         return _store(Path(named), True) if named else None

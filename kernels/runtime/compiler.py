@@ -1,7 +1,7 @@
-"""Settings of Numba under which kernels cannot be compiled, found before anything is.
+"""Checks for settings of Numba under which kernels cannot be compiled.
 
-LLVM ends the process at a CPU's name that means nothing to it, and a CPU ends it at instructions that it does not have.
-So a CPU that the user names is tried in a child process, once a process.
+LLVM ends the process at a CPU name that it does not know, and a CPU at instructions that it does not have. So a CPU
+that the user names is tried in a child process, once a process.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ NO_SIMULATION = "Numba's simulator of a GPU cannot run the kernels, which are wr
 CHILD = "from qmm.kernels.runtime.compiler import try_cpu; sys.exit(try_cpu())"
 
 _failures: dict[tuple[str | None, str | None], str] = {}
-"""How compiling for a CPU's name and features ended; empty where it works."""
+"""The failure of compiling for a CPU's name and features; empty if it works."""
 
 
 def check_cpu() -> None:
-    """See that kernels can be compiled for the CPU.
+    """Check that kernels can be compiled for the CPU.
 
     Raises:
         DeviceError: they cannot; the message names the setting and its value.
@@ -50,7 +50,7 @@ def check_cpu() -> None:
 
 
 def check_cuda() -> None:
-    """See that kernels can be compiled for a GPU.
+    """Check that kernels can be compiled for a GPU.
 
     Raises:
         DeviceError: they cannot; the message names the setting and its value.
@@ -65,7 +65,7 @@ def check_cuda() -> None:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Where Numba fails and the user changed settings of it, raise a DeviceError that names them."""
+    """If Numba fails and the user changed its settings, raise a DeviceError that names them."""
     try:
         yield
     except (QmmError, MemoryError, OSError):
@@ -102,14 +102,14 @@ def _settings() -> ModuleType:
 
 
 def _tried(name: str | None, features: str | None) -> str:
-    """What is wrong with a CPU's name and features."""
+    """The failure of a CPU's name and features; empty if they work."""
     settings = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
     given = {setting: value for setting, value in settings.items() if value is not None}
     text = " and ".join(f"{setting}={value!r}" for setting, value in given.items())
     what = f"{text}: compiling a kernel for such a CPU and running it here was tried in a child process, which"
     kept = {setting: value for setting, value in os.environ.items() if setting not in settings}
     command, environment = python(CHILD), {**kept, **given, "QMM_CACHE_DIR": ""}  # it is to compile
-    try:  # in a session of its own, or a Ctrl-C would be taken for its failure
+    try:  # in its own session, or a Ctrl-C would be taken for its failure
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, start_new_session=True
         )
@@ -122,7 +122,7 @@ def _tried(name: str | None, features: str | None) -> str:
 
 
 def try_cpu() -> int:
-    """The child: its exit status, if it lives that long. It meets most instructions that kernels are made of."""
+    """The child; returns its exit status. It runs most of the instructions that kernels use."""
     from numba.core import config
 
     _failures[config.CPU_NAME, config.CPU_FEATURES] = ""

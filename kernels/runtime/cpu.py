@@ -1,4 +1,4 @@
-"""Kernels for the CPU: found in the user's cache or compiled when they are first called, and called.
+"""Kernels for the CPU, loaded from the user's cache or compiled when they are first called.
 
 Machine code is an object file with one C function, which takes the address of its arguments and returns 0. llvmlite,
 which comes with Numba, loads it; Numba itself is imported only to compile.
@@ -27,7 +27,7 @@ __all__ = ["CPUKernel", "host"]
 
 SETTING_PREFIX = "NUMBA_"
 SETTINGS_FILE = ".numba_config.yaml"
-"""In the working directory: settings of Numba that a key does not tell of."""
+"""A file of Numba's settings in the working directory, which a key does not cover."""
 SYMBOLS, NAMES = b".symtab", b".strtab"
 SYMBOL = struct.Struct("=IBBHQQ")
 """A symbol of a 64-bit ELF file: the place of its name, three fields that tell what it is (the third is its section, 0
@@ -43,8 +43,7 @@ class CPUKernel:
     Attributes:
         name: for messages and for the cache.
         parameters: their names, in the order that its machine code has them.
-        key: everything that tells its machine code from that of others, apart from the source of this package; None
-            where it is not cached.
+        key: what its machine code depends on, apart from the source of this package; None if it is not cached.
     """
 
     def __init__(
@@ -68,13 +67,12 @@ class CPUKernel:
         Args:
             name: for messages and for the cache.
             function: the kernel, as plain Python.
-            constants: what it is specialized with.
-            fastmath: what LLVM may do to float arithmetic, by LLVM's names. Nothing, where results must be an oracle's
-                bit for bit.
+            constants: its compile-time constants.
+            fastmath: LLVM's fast-math flags; none where results must equal the reference's bit for bit.
         """
 
         def compiled() -> Code:
-            check_cpu()  # under some settings Numba cannot even be imported
+            check_cpu()  # with some settings Numba cannot even be imported
             from qmm.kernels.lang.targets.cpu import CPUTarget
 
             target = CPUTarget(fastmath)
@@ -84,10 +82,10 @@ class CPUKernel:
         return cls(name, tuple(inspect.signature(function).parameters), compiled, key)
 
     def __call__(self, *positional: SupportsIndex, **named: SupportsIndex) -> None:
-        """Run it; arguments are given as to any function of Python.
+        """Run it; arguments are passed as to any Python function.
 
         Raises:
-            TypeError: an argument is missing, or is none of its parameters.
+            TypeError: an argument is missing or unknown.
             DeviceError: a setting of Numba forbids compiling.
             RuntimeError: it raised an exception.
         """
@@ -108,11 +106,11 @@ class CPUKernel:
             return self._loaded
 
     def _cached(self, key: Mapping[str, Any]) -> _Loaded:
-        """The kernel from the cache, if that has it in a form that can be loaded; else compiled, and kept there."""
+        """The kernel from the cache if it is there and can be loaded; else compiled, and kept there."""
         cached = CachedKernel(self.name, key, host())
         code = cached.get()
         if code is not None:
-            with suppress(RuntimeError):  # refused, whatever the reason: the code compiled here and now is tried next
+            with suppress(RuntimeError):  # refused for any reason: compile it here
                 return _Loaded(code)
         code = self._compiled()
         loaded = _Loaded(code)
@@ -166,8 +164,8 @@ def _undefined(file: Any) -> Iterator[str]:
 
 
 def host() -> dict[str, Any] | None:
-    """What machine code for this CPU depends on besides the kernel: the CPU's name and features, and Numba's settings
-    in the environment. None where settings may come from a file."""
+    """What machine code depends on besides the kernel: the CPU's name and features, and Numba's settings in the
+    environment. None if settings may come from a file."""
     if Path(SETTINGS_FILE).exists():
         return None
     settings = {name: value for name, value in os.environ.items() if name.startswith(SETTING_PREFIX)}

@@ -1,7 +1,6 @@
-"""The description of a GPU kernel: everything that its machine code is made of, and nothing that is made yet.
+"""The description of a GPU kernel: everything that its machine code depends on.
 
-Its parameters are those of its Python function, whose signature is the only list of them: whoever launches it names
-them.
+Its parameters are those of its Python function, whose signature is the only list of them; launches name them.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class Kernel:
     Attributes:
         name: for messages and for the cache.
         function: the kernel, as plain Python.
-        constants: what it is specialized with.
+        constants: its compile-time constants.
         threads: of a CTA.
         fields: how it reads block fields, if it does.
         shared: whether launches ask for dynamic shared memory, as much as the device has for a CTA if need be.
@@ -44,10 +43,10 @@ class Kernel:
         return tuple(inspect.signature(self.function).parameters)
 
     def check(self, names: Iterable[str]) -> None:
-        """See that arguments of these names are all that it takes.
+        """Check that these are the names of its parameters.
 
         Raises:
-            TypeError: one is missing, or is none of its parameters.
+            TypeError: one is missing or unknown.
         """
         given, wanted = set(names), set(self.parameters)
         if given != wanted:
@@ -56,7 +55,7 @@ class Kernel:
             raise TypeError(f"{self.name} ({place}): arguments that are missing: {missing}; unknown: {unknown}")
 
     def described(self) -> dict[str, Any]:
-        """What tells its machine code from that of others, apart from the source of this package."""
+        """What its machine code depends on, apart from the source of this package."""
         return {
             "function": self.function,
             "constants": self.constants.described(),

@@ -1,9 +1,9 @@
-"""What tells one kernel's machine code from another's: text that holds everything it depends on.
+"""The cache keys of kernels: text with everything that the machine code depends on.
 
-That is the kernel and what it is specialized with, a digest of this package's source, the versions of the compilers,
+That is the kernel and its compile-time constants, a digest of this package's source, the versions of the compilers,
 the target, and the settings that change code. Functions of this package are named, since the digest holds their source;
-a user's function is described by its source and by all that it uses. What text cannot tell from something else has no
-key, and is compiled in every process.
+a user's function is described by its source and by all that it uses. A kernel that text cannot describe unambiguously
+has no key, and is compiled in every process.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ DISTRIBUTIONS = (
     *("nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12", "nvidia-nvvm-cu12"),
 )
 LIBRARIES = ("builtins", "math", "numpy", "operator")
-"""Modules that the versions tell enough of."""
+"""Modules that are described by their versions."""
 
 SETTINGS = ("CONDA_PREFIX", "CUDA_HOME", "CUDA_PATH")
-"""Where a compiler is looked for that no wheel brought."""
+"""Environment variables of the folder of a compiler that no wheel installed."""
 SETTING_PREFIXES = ("NUMBA_CUDA_", "NUMBA_DEBUG", "NUMBA_OPT")
 
 PACKAGE = "qmm.kernels"
@@ -44,17 +44,17 @@ FOLDER = Path(__file__).parents[1]
 
 
 class _CannotBeDescribedError(Exception):
-    """A kernel is made of something that the text of a key cannot tell from another."""
+    """A kernel uses a value that the text of a key cannot describe unambiguously."""
 
 
 def key_of(name: str, constants: Mapping[str, Any], target: object) -> str | None:
-    """Everything that a kernel's machine code depends on, as text; None where text cannot say it.
+    """Everything that a kernel's machine code depends on, as text; None if text cannot describe it.
 
     Args:
         name: the kernel's.
-        constants: what it is specialized with: numbers, strings, arrays, functions, and tuples and mappings of them.
+        constants: its compile-time constants: numbers, strings, arrays, functions, and tuples and mappings of them.
         target: what it is compiled for, as JSON can hold it: a GPU's compute capability, or what
-            :func:`qmm.kernels.runtime.cpu.host` says of the CPU. None where nothing can be said of it.
+            :func:`qmm.kernels.runtime.cpu.host` says of the CPU. None if it is unknown.
     """
     if not SOURCES or target is None:
         return None
@@ -80,7 +80,7 @@ def key_of(name: str, constants: Mapping[str, Any], target: object) -> str | Non
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """The versions of all that takes part in compiling."""
+    """The versions of the packages that take part in compiling."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": sys.version}
@@ -103,7 +103,7 @@ def digest_of_sources(folder: Path) -> str:
     return digest.hexdigest() if paths else ""
 
 
-# Read together with the modules: what they were made of, though their files may be edited while the process runs.
+# Read when the modules are imported: their files may be edited while the process runs.
 SOURCES = digest_of_sources(FOLDER)
 
 
@@ -113,8 +113,8 @@ def unchanged_sources() -> bool:
 
 
 def _described(value: Any, functions: dict[types.FunctionType, int]) -> Any:
-    """A value as JSON can hold it, the same only for values that make the same kernel. ``functions`` counts those met
-    so far."""
+    """A value as JSON can hold it, the same only for values that make the same kernel. ``functions`` counts the
+    functions so far."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -137,7 +137,7 @@ def _described(value: Any, functions: dict[types.FunctionType, int]) -> Any:
 
 
 def _described_function(function: types.FunctionType, functions: dict[types.FunctionType, int]) -> Any:
-    """One of this package by its name, since the key has the package's source; any other by all that it is made of."""
+    """One of this package by its name, since the key has the package's source; any other by all that it uses."""
     name = f"{function.__module__}:{function.__qualname__}"
     ours = function.__module__.startswith(f"{PACKAGE}.")
     if ours and getattr(sys.modules.get(function.__module__), function.__qualname__, None) is function:
@@ -159,5 +159,5 @@ def _described_operation(operation: Operation, functions: dict[types.FunctionTyp
     ours = operation.__module__.startswith(f"{PACKAGE}.")
     if ours and getattr(sys.modules.get(operation.__module__), operation.name, None) is operation:
         return {"operation": name}
-    made = [operation.arguments, operation.result, operation.lowerings]
-    return {"operation": name, "made": _described(made, functions)}
+    parts = [operation.arguments, operation.result, operation.lowerings]
+    return {"operation": name, "declared": _described(parts, functions)}

@@ -1,4 +1,4 @@
-"""Loads kernels on a device, from the cache or compiled there and then, and launches them.
+"""Loads kernels on a device, from the cache or compiled, and launches them.
 
 Numba is imported to compile (:mod:`qmm.kernels.runtime.build`), not to launch.
 """
@@ -25,7 +25,7 @@ _lock = PerProcess(threading.Lock)
 
 
 def load(kernel: Kernel, device: int) -> cuda.Function:
-    """A kernel on the current device, compiled and loaded if that was not done yet in this process.
+    """A kernel on the current device, compiled and loaded on first use.
 
     Raises:
         CudaCallError: the driver refused the kernel.
@@ -49,7 +49,7 @@ def _load(kernel: Kernel, device: int) -> cuda.Function:
     cached = CachedKernel(kernel.name, kernel.described(), capability)
     found = cached.get()
     if found is not None:
-        with suppress(cuda.CudaCallError):  # refused, whatever the reason: code compiled here and now is tried next
+        with suppress(cuda.CudaCallError):  # refused for any reason: compile it here
             return cuda.load_function(found.code, found.entry, shared_nbytes)
     with compiling():
         code = Code(*_build().compiled(kernel, capability))
@@ -98,12 +98,12 @@ class Launch:
             kernel: what to launch.
             device: CUDA's number of the device, which is the current one.
             ctas: how many CTAs.
-            arguments: whole numbers of any kind, one for each parameter of the kernel, by name.
+            arguments: integers of any type, one for each parameter of the kernel, by name.
             shared_nbytes: dynamic shared memory of a CTA.
             early: whether it may start before its predecessor ends; the kernel must then wait itself.
 
         Raises:
-            TypeError: the arguments are not those that the kernel has.
+            TypeError: arguments are missing or unknown.
             CudaCallError: the driver refused the kernel.
             DeviceError: a setting of Numba forbids compiling.
         """

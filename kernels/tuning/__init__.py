@@ -1,8 +1,8 @@
-"""Configs that were measured, a file for each kind of GPU: written by ``benchmarks/tune.py``, never by hand.
+"""Measured configs, a file for each kind of GPU, written by ``benchmarks/tune.py``, never by hand.
 
-A file holds what tells the GPU (:class:`qmm.kernels.ops.op.Architecture`), the driver, versions and date of the
-measurement, and for each case the config that was fastest, with its time and that of the rule's choice. It serves GPUs
-of the same architecture only: a schedule tuned on one is not tuned on another.
+A file holds the GPU's :class:`qmm.kernels.ops.op.Architecture`, the driver, versions and date of the measurement, and
+for each case the fastest config, with its time and the time of the rule's config. It is used for GPUs of the same
+architecture only.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from qmm.kernels.ops.op import Architecture
 __all__ = ["Measured", "Tuning", "tuning_for"]
 
 FOLDER = Path(__file__).parent
-NEAR = 0.5
-"""How far, in powers of two of m and k together, a case may be from one that was measured to take its config."""
+SIMILAR_DISTANCE = 0.5
+"""The largest distance ``|log2 m / m'| + |log2 k / k'|`` at which a case takes the config of a measured one."""
 
 
 class Measured(NamedTuple):
@@ -28,9 +28,9 @@ class Measured(NamedTuple):
     Attributes:
         m: rows.
         k: weights a row.
-        config: what was fastest, by the names of its fields.
+        config: the fastest config, its fields by name.
         us: microseconds of a product, weights in the GPU's memory cold in L2, or mapped.
-        rule_us: the same of the rule's config.
+        rule_us: the same for the rule's config.
     """
 
     m: int
@@ -41,7 +41,7 @@ class Measured(NamedTuple):
 
 
 class Tuning:
-    """The measured cases of one GPU, by everything that a case has but m and k."""
+    """The measured cases of one GPU, by all fields of a case except m and k."""
 
     def __init__(self, path: Path) -> None:
         content = json.loads(path.read_text())
@@ -53,7 +53,7 @@ class Tuning:
             self._cases.setdefault(key, []).append(measured)
 
     def find(self, key: tuple[Any, ...], m: int, k: int) -> Measured | None:
-        """The measured case that is nearest to m and k, if one is near.
+        """The measured case with the smallest distance to m and k, None beyond SIMILAR_DISTANCE.
 
         Args:
             key: the format's name, columns, int8, alignment, fusible, mapped.
@@ -65,11 +65,11 @@ class Tuning:
             for number, measured in enumerate(self._cases.get(key, ()))
         ]
         distance, number = min(distances, default=(math.inf, 0))
-        return self._cases[key][number] if distance <= NEAR else None
+        return self._cases[key][number] if distance <= SIMILAR_DISTANCE else None
 
 
 @functools.cache
 def tuning_for(architecture: Architecture) -> Tuning | None:
-    """The file that serves a GPU; None if there is none."""
+    """The tuning table of a GPU; None if there is none."""
     tunings = [Tuning(path) for path in sorted(FOLDER.glob("*.json"))]
     return next((tuning for tuning in tunings if tuning.architecture == architecture), None)

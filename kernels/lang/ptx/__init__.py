@@ -1,1 +1,1 @@
-"""The operations that GPUs have beside :mod:`qmm.kernels.lang.primitives`, in PTX: by the file, what they work on."""
+"""The operations of GPUs only, in PTX; a file for each thing that they work on."""

@@ -1,4 +1,4 @@
-"""Arithmetic of one lane that the language's operators do not say, or not so exactly."""
+"""Arithmetic of one lane with exact rounding, which the language's operators do not have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 MAGIC = 0x4B400000
-"""12,582,912.0 = 3 * 2**22 as a float; added to it, a whole number up to 2**22 stands in the last bits."""
+"""12,582,912.0 = 3 * 2**22 as a float; an integer up to 2**22 that is added to it appears in its last bits."""
 
 
 @operation("() -> Words")
@@ -123,7 +123,7 @@ def _(e, a, b):
 
 @operation("(float32, float32) -> int64")
 def scaled_byte(value, factor):
-    """``round(value * factor)``, halves to even, which must lie in a signed byte (of a NaN it is anything)."""
+    """``round(value * factor)``, halves to even, which must fit a signed byte (undefined for NaN)."""
     return ((_rounded(value, factor) + 128) & 0xFF) - 128
 
 
@@ -134,7 +134,7 @@ def _(e, value, factor):
 
 @operation("(float32, float32, float32, float32, float32) -> Word")
 def scaled_bytes(a, b, c, d, factor):
-    """The same for four values, as a word with the first lowest."""
+    """The same for four values, packed into a word with the first lowest."""
     low = [_rounded(value, factor) & 0xFF for value in (a, b, c, d)]
     return np.uint32(int.from_bytes(bytes(low), "little"))
 
@@ -147,7 +147,7 @@ def _(e, a, b, c, d, factor):
 
 
 def _rounded(value: np.float32, factor: np.float32) -> int:
-    """The product, which float64 holds exactly, as a whole number, halves to even; of a NaN it is anything."""
+    """The product, exact in float64, as an integer, halves to even; undefined for NaN."""
     product = float(value) * float(factor)
     return round(product) if abs(product) < 1 << 22 else 0x55
 
@@ -158,5 +158,5 @@ def _emit_rounded(e: Any, value: Any, factor: Any) -> Any:
 
 
 def _permuted(e: Any, selector: str, low: Any, high: Any) -> Any:
-    """A word of those bytes of two that the selector names, lowest first."""
+    """The bytes of two words that the selector names, as a word, lowest first."""
     return e.ptx(f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r", low, high)

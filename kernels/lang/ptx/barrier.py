@@ -1,8 +1,8 @@
-"""Barriers: those of transactions in shared memory (mbarrier), those of warps by number, and those of all.
+"""Barriers: mbarriers in shared memory, named barriers of warps, and barriers of the CTA and of a warp.
 
-An mbarrier is 8 bytes of shared memory, at a multiple of 8. It is in one phase after another; a phase is complete when
-as many threads have arrived as it was initialized for, and all bytes have come that it was told to expect. Waiters name
-the parity of the phase that they wait for: 0 for the first. Addresses are of the shared window; all numbers are int64.
+An mbarrier is 8 bytes of shared memory, at a multiple of 8. Its phases follow each other. A phase is complete when as
+many threads have arrived as it was initialized for, and all expected bytes have arrived. Waiters name the parity of the
+phase that they wait for: 0 for the first. Addresses are of the shared window; all numbers are int64.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _on_barrier(e: Any, text: str, *values: Any) -> None:
 
 @operation("(int64, int64) -> None")
 def mbarrier_init(barrier, count):
-    """Makes a barrier whose phases so many arrivals complete."""
+    """Initializes an mbarrier whose phases ``count`` arrivals complete."""
     this_cta().mbarriers.initialize(barrier, count)
 
 
@@ -45,8 +45,8 @@ def _(e, barrier, count):
 
 @operation("(literal) -> None")
 def fence_mbarrier_init(bulk):
-    """Shows initialized barriers to others: with ``bulk`` to the engine that makes bulk copies (sm_90 and later)."""
-    this_lane()  # in the emulator they are seen at once
+    """Makes initialized mbarriers visible to other threads; with ``bulk`` also to bulk copies (sm_90 and later)."""
+    this_lane()  # in the emulator they are visible at once
 
 
 @fence_mbarrier_init.cuda
@@ -56,7 +56,7 @@ def _(e, bulk):
 
 @operation("(int64) -> None")
 def mbarrier_arrive(barrier):
-    """One arrival; what the thread read and wrote before comes before what others do after their wait."""
+    """One arrival. The thread's earlier reads and writes are ordered before what others do after their wait."""
     mbarriers = this_cta().mbarriers
     mbarriers.arrive(mbarriers.at(barrier))
 
@@ -79,7 +79,7 @@ def _(e, barrier):
 
 @operation("(int64, int64) -> None")
 def mbarrier_expect_tx(barrier, nbytes):
-    """Makes the barrier's phase wait for so many bytes of bulk copies too (sm_90 and later)."""
+    """Makes the mbarrier's phase also expect so many bytes of bulk copies (sm_90 and later)."""
     mbarriers = this_cta().mbarriers
     mbarriers.expect(mbarriers.at(barrier), nbytes)
 
@@ -91,8 +91,8 @@ def _(e, barrier, nbytes):
 
 @operation("(int64, int64, literal) -> None")
 def mbarrier_wait(barrier, parity, bulk):
-    """Waits until the phase of a parity is complete: the thread sleeps meanwhile with ``bulk`` (sm_90 and later), else
-    it asks again and again."""
+    """Waits until the phase of a parity is complete: with ``bulk`` (sm_90 and later) the thread sleeps meanwhile, else
+    it polls."""
     mbarriers = this_cta().mbarriers
     mbarriers.wait(mbarriers.at(barrier), parity)
 
@@ -106,7 +106,7 @@ def _(e, barrier, parity, bulk):
 
 @operation("(literal, literal) -> None")
 def named_barrier_arrive(number, threads):
-    """Says of a warp that it is at barrier ``number`` of so many threads, and goes on."""
+    """Arrives at named barrier ``number`` of so many threads, without waiting."""
     this_lane().at_barrier(number, threads, waits=False)
 
 
@@ -117,7 +117,7 @@ def _(e, number, threads):
 
 @operation("(literal, literal) -> None")
 def named_barrier_wait(number, threads):
-    """Waits at barrier ``number`` for so many threads, its own warp's included."""
+    """Waits at named barrier ``number`` for so many threads, its own warp's included."""
     this_lane().at_barrier(number, threads, waits=True)
 
 
@@ -135,7 +135,7 @@ def sync_cta():
 
 @sync_cta.cuda
 def _(e):
-    # LLVM's own barrier, because it must not be copied into branches.
+    # LLVM's own barrier: inline PTX might be duplicated into branches.
     e.call(e.declared("llvm.nvvm.barrier0", e.void, []), [])
 
 

@@ -1,6 +1,6 @@
-"""Copies that go on by themselves, from global memory to shared memory or to L2, and the edges that they may not touch.
+"""Asynchronous copies from global memory to shared memory, prefetches to L2, and copies of the tensor's edges.
 
-Only these ever read a weight.
+The product kernel reads weights by these only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _(e, target, source):
 
 @operation("(int64, int64, literal) -> None")
 def copy_edge(target, source, nbytes):
-    """Copies 1, 2 or 4 bytes, at multiples of that, from global to shared memory, and has done so when it returns."""
+    """Copies 1, 2 or 4 bytes, at multiples of that, from global to shared memory, synchronously."""
     cta = this_cta()
     data, at = cta.memory.read(source, nbytes, nbytes)
     cta.shared.write(target, data[at : at + nbytes], nbytes)
@@ -52,7 +52,7 @@ def _(e, target, source, nbytes, barrier):
 
 @operation("(int64, int64) -> None")
 def prefetch_l2(source, nbytes):
-    """Asks for global memory to be in L2, all at multiples of 16; nobody is told when it is there (sm_90)."""
+    """Prefetches global memory to L2, all at multiples of 16; its completion cannot be waited for (sm_90)."""
     this_cta().memory.prefetch(source, nbytes)
 
 

@@ -1,10 +1,10 @@
 """Loads and stores of global memory.
 
-Activations may have been written by a kernel that this one was started before the end of: they are never loaded with
-``.nc``, which may give what a line of L1 held before.
+Activations may be written by a predecessor that has not ended when this kernel starts. They are never loaded with
+``.nc``, which may return the stale content of an L1 line.
 
 ``load_global_run``, ``load_global_float`` and ``store_global_float`` are the CPU's too: a helper can serve both.
-There, and in Python outside of the emulator, addresses are those of this process, and no alignment is asked.
+There, and in Python outside of the emulator, addresses are those of this process, of any alignment.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def _(e, address):
 
 @operation("(int64) -> Words")
 def load_global16_no_allocate(address):
-    """16 bytes, at a multiple of 16, that take no room in L1: for what is read once, and that no kernel writes."""
+    """16 bytes, at a multiple of 16, without allocating in L1: for memory that is read once and that no kernel
+    writes."""
     return _global_words(address)
 
 
@@ -279,7 +280,7 @@ def _(e, address, value):
 
 @operation("(int64, int64) -> None")
 def store_global_byte(address, value):
-    """Stores the low byte of a whole number."""
+    """Stores the low byte of an integer."""
     this_cta().memory.write(address, bytes([value & 0xFF]), 1)
 
 

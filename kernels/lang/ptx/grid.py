@@ -1,4 +1,4 @@
-"""Where a thread is: in its warp, its CTA and the grid, and among launches."""
+"""The indices of a thread in its warp, CTA and grid, and the order of launches."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _(e):
 
 @operation("() -> None")
 def launch_dependents():
-    """Lets the next kernel of the stream start, as far as there is room for it (sm_90 and later)."""
+    """Lets the next kernel of the stream start where SMs have room (sm_90 and later)."""
     this_lane()  # the emulator starts the next one when this one has ended, which is allowed
 
 
@@ -90,7 +90,7 @@ def _(e):
 
 @operation("() -> None")
 def wait_for_predecessors():
-    """Waits for all kernels before this one, and sees what they wrote (sm_90 and later)."""
+    """Waits for all kernels before this one; their writes are visible then (sm_90 and later)."""
     this_lane().wait_for_predecessors()
 
 

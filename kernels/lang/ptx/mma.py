@@ -1,4 +1,4 @@
-"""Products by the tensor cores, which a warp makes together."""
+"""Products on the tensor cores, an instruction of the whole warp."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ MMA_TF32 = (
 def mma_s8(a, b, x):
     """Products of two rows with two columns of signed bytes: ``12,582,912 + dot`` as four floats, exact.
 
-    A tensor-core product sums over the four lanes of a quad, whose runs have scales of their own. So x is spread over a
-    diagonal: to column ``2 t + e`` only the lanes whose number in their quad is t contribute, and each lane gets its
-    own run's sum for two columns. Lane ``4 g + t`` passes its run ``a`` of row g and ``b`` of row g + 8. As ``x`` the
+    A tensor-core product sums over the four lanes of a quad, whose runs have different scales. So x is placed
+    on a diagonal: only the lane with index t in its quad contributes to column ``2 t + e``, and each lane gets its own
+    run's sum for two columns. Lane ``4 g + t`` passes its run ``a`` of row g and ``b`` of row g + 8. As ``x`` the
     lanes with ``t == g // 2`` pass the same run of x's column ``g % 2``, and all others zeros.
 
-    Returns row g with column 0 and 1, and row g + 8 with these.
+    Returns row g with columns 0 and 1, then row g + 8 with columns 0 and 1.
     """
     return _dots(a, b, x, np.full((32, 4), MAGIC, np.int32))
 
 
 @operation("(Words, Words, Words, float32[4]) -> float32[4]", of_warp=True)
 def mma_s8_more(a, b, x, dots):
-    """Adds the products of other runs to ``dots``, the result of :func:`mma_s8`, which has 12,582,912 in it already."""
+    """Adds the products of other runs to ``dots``, the result of :func:`mma_s8`, which includes the 12,582,912."""
     return _dots(a, b, x, np.array(dots, np.float32).view(np.int32))
 
 

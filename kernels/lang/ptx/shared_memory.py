@@ -1,6 +1,6 @@
 """Loads and stores of the CTA's shared memory, at addresses of its window.
 
-They are LLVM's own, not inline PTX: it may merge and move them between the barriers.
+They are LLVM instructions, not inline PTX, so LLVM may merge and move them between barriers.
 """
 
 from __future__ import annotations

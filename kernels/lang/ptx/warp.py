@@ -1,4 +1,4 @@
-"""What the lanes of a warp tell one another: sums and largest magnitudes over all of them or over neighbours."""
+"""Exchanges between the lanes of a warp: sums and largest magnitudes over all lanes or over neighbours."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def _shuffled(e: Any, value: Any, distance: int) -> Any:
 
 @operation("(float32, float32, literal, int64) -> float32", of_warp=True)
 def shuffle_xor_add(a, b, distance, upper):
-    """With the lane ``distance`` away: one gets the sum of both their ``a``, the other, where ``upper`` is not 0, that
-    of their ``b``."""
+    """Exchanges with the lane ``distance`` away: the lane with ``upper`` 0 gets the sum of both lanes' ``a``, the other
+    the sum of both ``b``."""
     is_upper, first, second = np.array(upper) != 0, np.array(a, np.float32), np.array(b, np.float32)
     sent = np.where(is_upper, first, second)
     return np.where(is_upper, second, first) + sent[np.arange(32) ^ distance]
@@ -45,7 +45,7 @@ def _(e, a, b, distance, upper):
 
 @operation("(int64) -> int64", of_warp=True)
 def sum_of_warp(value):
-    """The sum of whole numbers over the 32 lanes, in every lane; modulo 2**32, as a signed number."""
+    """The sum of integers over the 32 lanes, in every lane; modulo 2**32, as a signed number."""
     return [sum(value)] * 32
 
 

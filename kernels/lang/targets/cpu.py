@@ -42,21 +42,21 @@ SETTINGS = (
     *("BOUNDSCHECK", "CPU_FEATURES", "CPU_NAME", "DEBUGINFO_DEFAULT", "ENABLE_AVX", "LOOP_VECTORIZE", "OPT"),
     "SLP_VECTORIZE",
 )
-"""Of Numba: those that change machine code."""
+"""Numba's settings that change machine code."""
 
 
 class CPUTarget:
     """Specializes and compiles kernels for the CPU that runs them.
 
     Args:
-        fastmath: what LLVM may do to float arithmetic. Nothing, where results must be an oracle's bit for bit.
+        fastmath: LLVM's fast-math flags; none where results must equal the reference's bit for bit.
     """
 
     name = "cpu"
     absent_masks: frozenset[str] = frozenset()
 
     def __init__(self, fastmath: Collection[str] = ()) -> None:
-        # Without the wrappers by which Python would call each function, a kernel compiles in two thirds of the time.
+        # Without the wrappers for calls from Python, a kernel compiles in two thirds of the time.
         self._options = {
             "error_model": "numpy",
             "fastmath": set(fastmath),
@@ -69,7 +69,7 @@ class CPUTarget:
         return INTRINSICS.of(value, DEFAULT_FIELDS) if isinstance(value, Operation) else None
 
     def device_function(self, function: Callable[..., Any]) -> Any:
-        """A function that kernels call; Python cannot."""
+        """A function that only kernels call."""
         check_cpu()
         return numba.njit(**self._options)(function)
 
@@ -93,20 +93,20 @@ class CPUTarget:
             module = binding.parse_assembly(dispatcher.inspect_llvm(arguments))
             entry = f"qmm_{function.__name__}"
             module.link_in(binding.parse_assembly(str(_entry_point(entry, native, len(arguments)))))
-            machine = cpu_target.target_context.codegen()._tm  # Numba says nowhere else what it compiles for
+            machine = cpu_target.target_context.codegen()._tm  # Numba has no public attribute for what it compiles for
             return Code(entry, machine.emit_object(module))
 
 
 def _entry_point(name: str, native: str, count: int) -> ir.Module:
-    """A C function that calls one of Numba's. It takes the address of ``count`` arguments, and returns what that does:
-    0, or another number where it raises an exception."""
+    """A C function that calls one of Numba's. It takes the address of ``count`` arguments, and returns its status:
+    0, or another number if it raises an exception."""
     pointer, status, word = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
     module = ir.Module(name)
     module.triple = binding.get_process_triple()
     callee = ir.Function(module, ir.FunctionType(status, [pointer, pointer, *[word] * count]), native)
     function = ir.Function(module, ir.FunctionType(status, [word.as_pointer()]), name)
     builder = ir.IRBuilder(function.append_basic_block())
-    # Where a result and an exception would be put.
+    # Memory for a result and an exception.
     outputs = [builder.bitcast(builder.alloca(pointer), pointer) for _ in range(2)]
     places = [builder.gep(function.args[0], [ir.Constant(word, i)]) for i in range(count)]
     builder.ret(builder.call(callee, [*outputs, *map(builder.load, places)]))
@@ -114,7 +114,7 @@ def _entry_point(name: str, native: str, count: int) -> ir.Module:
 
 
 def has_usual_settings() -> bool:
-    """Whether Numba's settings are those of the environment, and none was given another value by the program."""
+    """Whether Numba's settings are those of the environment, not changed by the program."""
     usual = runpy.run_path(config.__file__)
     return all(usual[name] == getattr(config, name) for name in SETTINGS)
 

@@ -33,7 +33,8 @@ class Copy:
 
 @dataclass(eq=False)
 class Delivery:
-    """Copies that end together, and what they then tell a barrier: that so many bytes came, or that a lane arrives."""
+    """Copies that end together, and what they then report to a barrier: that so many bytes arrived, or that a lane
+    arrives."""
 
     copies: list[Copy]
     barrier: MBarrier
@@ -68,17 +69,17 @@ class NamedBarrier:
 
 
 class MBarriers:
-    """The mbarriers of a CTA, by address, and the copies on their way to it."""
+    """The mbarriers of a CTA, by address, and the copies in flight to it."""
 
     def __init__(self, cta: CTA) -> None:
         self._cta = cta
         self._barriers: dict[int, MBarrier] = {}
 
     def initialize(self, address: int, count: int) -> None:
-        """Make a barrier of so many arrivals.
+        """Initialize a barrier of so many arrivals.
 
         Raises:
-            EmulatorError: there is one, there is no place for one, or the number means nothing.
+            EmulatorError: it is initialized already, does not fit, or the number is invalid.
         """
         if address in self._barriers:
             raise EmulatorError(f"{who()} initializes {self._barriers[address]} again")
@@ -110,17 +111,17 @@ class MBarriers:
         self._step(barrier)
 
     def expect(self, barrier: MBarrier, nbytes: int) -> None:
-        """So many more bytes to wait for.
+        """Expect so many more bytes.
 
         Raises:
-            EmulatorError: the number means nothing.
+            EmulatorError: the number is invalid.
         """
         if not 0 <= nbytes < 1 << 20:
             raise EmulatorError(f"{who()}: {nbytes} bytes are no count of a barrier")
         barrier.nbytes += nbytes
 
     def wait(self, barrier: MBarrier, parity: int) -> None:
-        """Wait until a phase of that parity is over; whoever is slow looks again when its turn comes."""
+        """Wait until a phase of that parity is complete; a slow lane checks again when its turn comes."""
         if "waits" in self._cta.settings.faults:
             return
         lane: Any = getcurrent()
@@ -129,7 +130,8 @@ class MBarriers:
             lane.pause(f"parity {parity} of {barrier}")
 
     def start(self, target: int, source: int, nbytes: int) -> Copy:
-        """Start a copy from global to shared memory, all at multiples of 16; what it will write is forbidden now.
+        """Start a copy from global to shared memory, all at multiples of 16; its target must not be accessed until it
+        lands.
 
         Raises:
             EmulatorError: it is not allowed.
@@ -141,7 +143,7 @@ class MBarriers:
         return Copy(self._cta.shared.reserve(target, nbytes, 16, "copies to"), region, offset, nbytes)
 
     def deliver(self, delivery: Delivery) -> None:
-        """Copies have been started that end together."""
+        """Register copies that end together."""
         delivery.barrier.deliveries.append(delivery)
         if delivery.lane is not None:
             delivery.lane.deliveries.append(delivery)
@@ -149,7 +151,7 @@ class MBarriers:
             self._land(delivery)
 
     def land_one(self) -> bool:
-        """Let one of the copies be done that somebody waits for, if there is one."""
+        """Complete one of the copies that some lane waits for, if there is one."""
         for barrier in self._barriers.values():
             if barrier.waiting and barrier.deliveries:
                 self._land(self._cta.lots.choice(barrier.deliveries))
@@ -157,11 +159,11 @@ class MBarriers:
         return False
 
     def copies_under_way(self) -> bool:
-        """Whether there are any."""
+        """Whether any copy is in flight."""
         return any(barrier.deliveries for barrier in self._barriers.values())
 
     def _step(self, barrier: MBarrier) -> None:
-        """Go on to the next phase if all is there."""
+        """Go on to the next phase if this one is complete."""
         if barrier.pending == 0 and barrier.nbytes == 0:
             barrier.phase += 1
             barrier.pending = barrier.expected
@@ -169,7 +171,7 @@ class MBarriers:
             barrier.waiting.clear()
 
     def _land(self, delivery: Delivery) -> None:
-        """Some copies are done; before a lane's later copies, its earlier ones."""
+        """Complete copies; a lane's earlier ones before its later ones."""
         lane = delivery.lane
         if lane is not None:
             while lane.deliveries[0] is not delivery:

@@ -25,8 +25,8 @@ class Settings:
     Attributes:
         late: whether asynchronous copies land as late as possible; else at once.
         slow: the number of a warp that has its turn only where no other can go on.
-        seed: for the lots that decide whose turn it is.
-        faults: what goes wrong on purpose, so that tests can show that they notice: "waits" (lanes go on without
+        seed: of the random choice of whose turn it is.
+        faults: faults injected by tests, which show that they notice them: "waits" (lanes go on without
             waiting for an mbarrier), "predecessors" (nor for the kernels before), or the name of a mask
             (:mod:`qmm.kernels.lang.masks`), which kernels then lack.
     """
@@ -51,7 +51,7 @@ class CTA:
         mbarriers: those in its shared memory.
         named_barriers: those that warps are at, by number.
         ready: the lanes that can go on.
-        lots: what decides between them.
+        lots: the random generator that chooses between them.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class CTA:
         """Run all lanes to their end.
 
         Raises:
-            EmulatorError: the kernel did what it must not do.
+            EmulatorError: the kernel broke a rule; the message says which.
         """
         with np.errstate(all="ignore"):
             for thread in range(self.threads):
@@ -131,7 +131,7 @@ class CTA:
                 return
 
     def _require_end(self) -> None:
-        """No lane may be left that waits, and nothing under way."""
+        """Check that no lane waits, and that no copy is in flight."""
         stuck: dict[str, int] = {}
         for warp in self.warps:
             for lane in warp.lanes:

@@ -1,4 +1,4 @@
-"""The emulator's lanes, each a greenlet that runs until it has to wait, and the warps that they make."""
+"""The emulator's lanes, each a greenlet that runs until it has to wait, and their warps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Lane(greenlet):
         thread: its number there.
         index: its number in its warp.
         may_read_results: whether the kernels before have ended, as far as this lane knows.
-        waits: for what, if it does.
+        waits: what it waits for, if it does.
         unclaimed: copies that it has started, and that no barrier knows of yet.
     """
 
@@ -43,21 +43,21 @@ class Lane(greenlet):
         self.waits: Any = None
         self.unclaimed: list[Copy] = []
         self.deliveries: list[Delivery] = []
-        self.gr_context = contextvars.copy_context()  # NumPy keeps in it what it does about overflow
+        self.gr_context = contextvars.copy_context()  # it holds NumPy's settings for overflow
 
     def __str__(self) -> str:
         return f"CTA {self.cta.index} warp {self.thread >> 5} lane {self.index}"
 
     def pause(self, waits: Any) -> None:
-        """Let others run until somebody puts this lane among those that are ready."""
+        """Let others run until this lane is ready again."""
         self.waits = waits
         self.cta.hub.switch()
         self.waits = None
 
-    # What the meanings of operations ask for --------------------------------------------------------------------------
+    # Called by the meanings of operations - --------------------------------------------------------------------------
 
     def wait_for_predecessors(self) -> None:
-        """The kernels before have ended."""
+        """Note that the kernels before have ended."""
         self.may_read_results = self.may_read_results or "predecessors" not in self.cta.settings.faults
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
@@ -129,7 +129,7 @@ class Lane(greenlet):
 
 
 class Warp:
-    """32 lanes, and the arguments of those that have come to an instruction which needs all of them."""
+    """32 lanes, and the arguments of those that have reached an instruction of the whole warp."""
 
     def __init__(self) -> None:
         self.lanes: list[Lane] = []
@@ -140,8 +140,9 @@ class Warp:
         self._arguments: list[Any] = [None] * 32
 
     def complete(self, lane: Lane, instruction: Any, arguments: Any) -> bool:
-        """Note that a lane has come to an instruction, as the meaning of an operation that calls a method of the lane
-        that calls this; whether it is the last of the warp.
+        """Note that a lane has reached an instruction; returns whether it is the last of the warp.
+
+        The caller is a method of the lane, called by the meaning of an operation.
 
         Raises:
             EmulatorError: other lanes are at another one.
@@ -179,11 +180,11 @@ class Warp:
 
 
 def _line_of(code: Any, at: int) -> str:
-    """Where an instruction of Python stands."""
+    """The file and line of a Python instruction."""
     line = next((line for start, end, line in code.co_lines() if start <= at < end), None)
     return f"{code.co_filename}, line {line}"
 
 
 def named(instruction: Any) -> str:
-    """What messages call an instruction."""
+    """The name of an instruction in messages."""
     return str(getattr(instruction, "__name__", instruction))

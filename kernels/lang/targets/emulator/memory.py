@@ -16,7 +16,7 @@ SHARED_START = 1024
 FIRST = 1 << 52
 """Where global memory starts: addresses that no process has."""
 NAN = 0xFF
-"""What every unwritten byte holds: as numbers of any kind they are NaN."""
+"""The value of every unwritten byte: NaN in every float type."""
 UNWRITTEN, WRITTEN, FORBIDDEN = range(3)
 """States of a byte of memory; forbidden are barriers, and what a copy under way will overwrite."""
 
@@ -37,7 +37,7 @@ class Region:
         constant: whether no kernel writes it: it may be read before the kernels before have ended.
         data: its bytes.
         reads: how often each byte was read, int32.
-        prefetched: 1 for each byte that a kernel has asked for in L2.
+        prefetched: 1 for each byte that a kernel has prefetched to L2.
     """
 
     def __init__(self, name: str, address: int, content: bytes | int, constant: bool) -> None:
@@ -55,11 +55,11 @@ class Region:
         return f"{self.name} [{self.start:#x}, {self.end:#x})"
 
     def array(self, dtype: Any) -> np.ndarray:
-        """Its bytes as numbers: a flat array of a NumPy dtype, which follows what kernels write."""
+        """A flat view of its bytes as a NumPy dtype."""
         return np.frombuffer(self.data, dtype)
 
     def unwritten(self) -> int:
-        """How many bytes nobody has written."""
+        """How many bytes were not written."""
         return self.state.count(UNWRITTEN)
 
     def put(self, at: int, content: bytes) -> None:
@@ -78,7 +78,7 @@ class Memory:
     def add(
         self, name: str, content: bytes | int, *, constant: bool = False, address: int | None = None, shift: int = 0
     ) -> Region:
-        """Make a region.
+        """Add a region.
 
         Args:
             name: for messages.
@@ -99,7 +99,7 @@ class Memory:
         return region
 
     def find(self, address: int, nbytes: int) -> Region:
-        """The region that holds these bytes, all of them.
+        """The region that holds all of these bytes.
 
         Raises:
             EmulatorError: there is none.
@@ -145,7 +145,7 @@ class Memory:
         region.put(address - region.start, content)
 
     def prefetch(self, address: int, nbytes: int) -> None:
-        """Ask for bytes in L2. It makes no difference here; where they lie does.
+        """Prefetch bytes to L2, which only marks them here.
 
         Raises:
             EmulatorError: they are no multiples of 16, or not within a region.
@@ -172,7 +172,7 @@ class SharedMemory:
     """The shared memory of a CTA, at addresses from ``start`` on.
 
     What was never written is NaN bytes. Blocks of it may be read as long as no result depends on it, and kernels do for
-    rows past the last. A lane that reads a number on its own account, such as a scale or a sum, must find one.
+    rows past the last. A single number that a lane reads, such as a scale or a sum, must have been written.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -202,14 +202,14 @@ class SharedMemory:
         """
         at = address - self.start
         if at < 0 or at + nbytes > len(self.data) or address & (alignment - 1):
-            self.place(address, nbytes, alignment)  # says what is wrong
+            self.place(address, nbytes, alignment)  # raises with the reason
         if self.state.find(FORBIDDEN, at, at + nbytes) >= 0:
             self._forbid("reads", at, nbytes)
         return at
 
     def field(self, address: int, nbytes: int, alignment: int) -> tuple[bytearray, int]:
-        """Where a lane finds a field of a block: a buffer and an offset. It is read by aligned words around it where
-        it needs that: those must lie in shared memory too, whatever is in them.
+        """Where a lane finds a field of a block: a buffer and an offset. An unaligned field is read by the aligned
+        words around it, which must lie in shared memory too.
 
         Raises:
             EmulatorError: they may not be read.

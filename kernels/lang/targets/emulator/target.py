@@ -23,7 +23,7 @@ class EmulatorTarget:
     """Specializes kernels for the emulator: operations are their meanings.
 
     Attributes:
-        absent_masks: the masks that kernels are to lack.
+        absent_masks: the masks to leave out.
     """
 
     name = "emulator"
@@ -52,7 +52,7 @@ def emulate(
     settings: Settings = USUAL,
     **arguments: Region | int,
 ) -> None:
-    """Run a kernel lane by lane, on the CPU, in memory that refuses what a GPU would let pass unnoticed.
+    """Run a kernel lane by lane on the CPU, in memory that rejects wrong accesses which a GPU might not notice.
 
     Args:
         kernel: a Python function over the operations of :mod:`qmm.kernels.lang`.
@@ -60,14 +60,14 @@ def emulate(
         grid: how many CTAs.
         threads: of a CTA, a multiple of 32.
         shared_nbytes: shared memory of a CTA.
-        fields: where block fields are, and what their addresses divide by.
+        fields: the memory that blocks lie in, and the alignment of fields.
         constants: what the kernel is specialized with.
-        settings: how it is run.
-        arguments: the kernel's, by name: whole numbers, or regions, which are passed as their address.
+        settings: how to run it.
+        arguments: the kernel's, by name: integers, or regions, which are passed as their address.
 
     Raises:
-        EmulatorError: the kernel did what it must not do.
-        TypeError: the arguments are not the kernel's, or the launch is none.
+        EmulatorError: the kernel broke a rule; the message says which.
+        TypeError: the arguments are not the kernel's, or the launch is invalid.
 
     A kernel that adds one to each byte, 32 at a time::
 
@@ -121,14 +121,14 @@ def launch(
         grid: how many CTAs; they run one after the other.
         threads: of a CTA.
         shared_nbytes: shared memory of a CTA.
-        fields: where block fields are, and what their addresses divide by.
-        settings: how it is run.
+        fields: the memory that blocks lie in, and the alignment of fields.
+        settings: how to run it.
         after_predecessors: whether the kernels before had ended when this one starts. If not, lanes have to wait for
             them (``wait_for_predecessors``) before they use memory that is not constant.
 
     Raises:
-        EmulatorError: the kernel did what it must not do.
-        TypeError: the launch is none.
+        EmulatorError: the kernel broke a rule; the message says which.
+        TypeError: the launch is invalid.
     """
     if threads < 32 or threads % 32 or threads > 1024:
         raise TypeError(f"a CTA has 32 to 1024 threads, whole warps of 32, not {threads}")
