@@ -22,7 +22,7 @@ from qmm.model import Tensor
 if TYPE_CHECKING:
     from qmm.device import Device, Prepared
 
-__all__ = ["ACTIVATIONS", "Call", "Calls", "check_activations", "check_input", "check_output"]
+__all__ = ["ACTIVATIONS", "Call", "Calls", "Found", "check_activations", "check_input", "check_output"]
 
 ACTIVATIONS = ("int8", "f16")
 MOST = 4096
@@ -45,6 +45,10 @@ class Call(NamedTuple):
     alias_range: tuple[int, int] = (0, 0)
 
 
+Found = tuple[Call | None, int, int]
+"""A call, None if ``x`` is in host memory; the addresses of ``x`` and ``out``, the latter 0 if there is none."""
+
+
 class Calls:
     """The prepared products of an engine on a GPU."""
 
@@ -53,7 +57,7 @@ class Calls:
         self._weights, self._device, self._in_flight, self._path = weights, device, in_flight, path
         self._calls: dict[Hashable, Call | None] = {}
 
-    def find(self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any) -> tuple[Call | None, int, int]:
+    def find(self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any) -> Found:
         """The call for these arrays, and the addresses of both.
 
         Returns:

@@ -10,17 +10,17 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from qmm.arrays import KINDS, ArrayKind, kind_of, stream_handle
-from qmm.calls import Calls, check_activations, check_input, check_output
+from qmm.calls import Calls, Found, check_activations
 from qmm.children import PerProcess, process
 from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
 from qmm.graph import Plan, Step, queue_sequence
+from qmm.host import HostProducts, cpu
 from qmm.in_flight import InFlight
 from qmm.loaders.closing import Resource
 from qmm.memory.machine import Choice, choose
@@ -119,8 +119,11 @@ class Engine(Resource):
                 self.gpu = held.enter_context(Device(choice.gpu.number))
             self._weights = Weights(chosen, choice.placement, self.gpu, registers)
             held.callback(self._weights.close)
-            if self.gpu is not None:
+            if self.gpu is None:
+                self._host = HostProducts(self._weights, self.device, self._in_flight)
+            else:
                 self._calls = Calls(self._weights, self.gpu, self._in_flight, model.path)
+                self._host = HostProducts(self._weights, self.device, self._in_flight, self._calls)
                 held.callback(_close_all, self._plans)
                 held.callback(self.gpu.stop)
             self._held = held.pop_all()  # what close() gives up, the last one first
@@ -193,9 +196,7 @@ class Engine(Resource):
                 if call.prepared is not None:  # if the engine is closed meanwhile, this raises ClosedError
                     self.gpu.queue(call.prepared, weights, x_address, y_address, stream)
                 return out
-        if stream is not None:
-            raise ArrayError("stream= is for arrays on the GPU; x is in host memory, where the call waits anyway")
-        return self._matmul_host(tensor, mode, kind, x, out)
+        return self._host.matmul(tensor, mode, kind, x, out, stream)
 
     @untraced
     def matmul_each(
@@ -233,83 +234,36 @@ class Engine(Resource):
         if len(results) != len(named):
             raise ArrayError(f"{self.model.path}: {len(named)} products, but {len(results)} outs; pass one for each")
         mode, kind = activations or self.activations, KINDS[type(x)]
-        if self.gpu is None:
-            check_activations(mode)
-            shared: dict[bool, Any] = {}
-            return [
-                self._matmul_host(tensor, mode, kind, x, out, shared)
-                for tensor, out in zip(named, results, strict=True)
-            ]
-        calls = (
-            [self._calls.find(tensor, mode, kind, x, out) for tensor, out in zip(named, results, strict=True)]
-            if kind.on_gpu
-            else []
-        )
-        if not calls or calls[0][0] is None:  # in host memory
-            return [
-                self.matmul(tensor, x, out, stream, activations=mode)
-                for tensor, out in zip(named, results, strict=True)
-            ]
+        if self.gpu is not None and kind.on_gpu and named:
+            calls = [self._calls.find(tensor, mode, kind, x, out) for tensor, out in zip(named, results, strict=True)]
+            if calls[0][0] is not None:
+                return self._queue_each(self.gpu, calls, kind, x, results, stream)
+        quantized: dict[bool, Any] = {}
+        return [
+            self._host.matmul(tensor, mode, kind, x, out, stream, quantized)
+            for tensor, out in zip(named, results, strict=True)
+        ]
+
+    @staticmethod
+    def _queue_each(
+        gpu: Device, calls: Sequence[Found], kind: ArrayKind, x: Any, outs: list[Any], stream: Any
+    ) -> list[Any]:
+        """Queue products with the same ``x``; new arrays take the place of None among ``outs``."""
         stream = kind.stream(x) if stream is None else stream_handle(stream)
         steps = []
         for number, (call, x_address, y_address) in enumerate(calls):
             assert call is not None
-            if results[number] is None:
-                results[number] = kind.empty(call.shape, x)
-                y_address, _ = kind.signature(results[number])
+            if outs[number] is None:
+                outs[number] = kind.empty(call.shape, x)
+                y_address, _ = kind.signature(outs[number])
             else:
-                kind.written(results[number])
+                kind.written(outs[number])
             if call.prepared is not None:
                 steps.append(Step(call.prepared, call.residency.lease(), x_address, y_address))
         nbytes = max((step.product.workspace_nbytes for step in steps), default=0)
-        with self.gpu.lock:
-            queue_sequence(self.gpu, steps, stream, self.gpu.workspace(stream, nbytes))
-        return results
-
-    def _matmul_host(
-        self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any, shared: dict[bool, Any] | None = None
-    ) -> Any:
-        """The same for arrays in host memory; waits for the result. On the CPU, ``shared`` has what was made of ``x``
-        for products before."""
-        check_activations(mode)
-        source = kind.view(x)
-        check_input(tensor, source, self.device)
-        shape = (*source.shape[:-1], *tensor.shape[:-1])
-        if out is None:
-            out = kind.empty(shape, x)
-        else:
-            check_output(tensor, kind, source, out, shape)
-        int8 = mode == "int8" and not tensor.format.plain
-        with self._in_flight.now:
-            values = kind.to_host(x)
-            results = kind.in_place(out, (len(values), tensor.m))
-            if results is None or np.may_share_memory(results, values):
-                results = np.empty((len(values), tensor.m), np.float32)
-                self._multiply(tensor, values, results, int8, shared)
-                kind.from_host(results, out)
-            else:
-                self._multiply(tensor, values, results, int8, shared)
-        return out
-
-    def _multiply(
-        self,
-        tensor: Tensor,
-        x: npt.NDArray[np.float32],
-        y: npt.NDArray[np.float32],
-        int8: bool,
-        shared: dict[bool, Any] | None,
-    ) -> None:
-        """``y[n, m] = x[n, k] @ W^T``, both row-major in host memory."""
-        if not y.size:
-            self._weights[tensor].check()
-        elif self.gpu is not None:
-            self._calls.multiply_host(tensor, x, y, int8)
-        else:
-            address = self._weights[tensor].lease()
-            quantized = {} if shared is None else shared
-            if int8 not in quantized:
-                quantized[int8] = _cpu().quantize(x, int8)
-            _cpu().matmul(tensor.format, address, tensor.m, tensor.k, quantized[int8], y)
+        with gpu.lock:
+            queue_sequence(gpu, steps, stream, gpu.workspace(stream, nbytes))
+        return outs
 
     @untraced
     def plan(self, products: Iterable[tuple[str | Tensor, Any, Any]], *, activations: str | None = None) -> Plan:
@@ -404,7 +358,7 @@ class Engine(Resource):
             if self.gpu is None:
                 out = np.empty((rows, tensor.k), np.float32)
                 if out.size:
-                    _cpu().dequantize(block_format, address, rows, tensor.k, out)
+                    cpu().dequantize(block_format, address, rows, tensor.k, out)
             else:
                 from qmm.direct import dequantize_host
 
@@ -481,11 +435,3 @@ class Engine(Resource):
 def _close_all(plans: Iterable[Plan]) -> None:
     for plan in list(plans):
         plan.close()
-
-
-@functools.cache
-def _cpu() -> ModuleType:
-    """The products of the CPU."""
-    from qmm.kernels.ops.cpu import products as cpu
-
-    return cpu
