@@ -1,7 +1,7 @@
-"""Options of the command line: what they mean, and how their texts are read.
+"""Options of the command line: their help and their parsers.
 
-A parser says what is right where something else was given. typer hands it the default too, as it is, which is why those
-of numbers take any object.
+A parser's error names the valid values. typer also passes it the default, unparsed, which is why parsers of numbers
+take any object.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def _one_of(*names: str) -> Callable[[str], str]:
-    """A parser of one of some names."""
+    """A parser of a choice of names."""
 
     def parse(text: str) -> str:
         if text not in names:
@@ -68,7 +68,7 @@ def _name(text: str) -> str:
 
 
 def _whole(minimum: int) -> Callable[[object], int]:
-    """A parser of whole numbers from ``minimum`` on."""
+    """A parser of integers from ``minimum`` on."""
 
     def parse(value: object) -> int:
         if not re.fullmatch("[0-9]{1,12}", str(value)) or int(str(value)) < minimum:
@@ -172,6 +172,6 @@ FolderOption = Annotated[
     ),
 ]
 ParanoidOption = Annotated[
-    bool, typer.Option("--paranoid", help="Then again between memory that faults, and surrounded by NaN bytes.")
+    bool, typer.Option("--paranoid", help="Also check between guard pages, and surrounded by NaN bytes.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]

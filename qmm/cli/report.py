@@ -120,8 +120,8 @@ class TensorCheck:
 
 @dataclass(frozen=True)
 class GuardCheck:
-    """One tensor between memory that faults (:mod:`qmm.verify.paranoid`): what was run, and what went wrong, None if
-    nothing did."""
+    """One tensor between guards (:mod:`qmm.verify.paranoid`): the checks that ran, and the failure, None if there is
+    none."""
 
     tensor: str
     products: int
@@ -178,7 +178,7 @@ class VerifyReport(Report):
             yield from self._proof(self.guards)
 
     def _proof(self, guards: Sequence[GuardCheck]) -> Iterator[Block]:
-        """What the guards proved, or which tensors they did not hold for."""
+        """The conclusion of the checks between guards, or the tensors that failed."""
         failed = [(guard.tensor, guard.failure) for guard in guards if guard.failure]
         if failed:
             yield Table("between guards", ("~tensor", "~failed"), failed)

@@ -334,7 +334,7 @@ def test_a_closed_engine_says_so(model: qmm.Model) -> None:
     assert "closed" in repr(engine)
     assert engine.weights_nbytes == 0
     for use in (lambda: engine.matmul("first", np.zeros(96, np.float32)), lambda: engine.dequantize("first")):
-        with pytest.raises(ClosedError, match="Make another"):
+        with pytest.raises(ClosedError, match="Create another"):
             use()
 
 
