@@ -112,7 +112,7 @@ class Device(Resource):
                 call("cudaMemset", self._zeros, 0, ZERO_NBYTES)
                 call("cudaDeviceSynchronize")  # only the default stream waits for it by itself
         except BaseException:
-            with suppress(DeviceError):  # the error at hand is the one to show
+            with suppress(DeviceError):  # the first error takes precedence
                 self.close()
             raise
 
@@ -130,7 +130,7 @@ class Device(Resource):
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
-        """Turns a failed CUDA call into a DeviceError that says what it was for."""
+        """Turns a failed CUDA call into a DeviceError that names its purpose."""
         try:
             yield
         except (CudaCallError, RuntimeError) as reason:

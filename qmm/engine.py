@@ -54,7 +54,7 @@ class Engine(Resource):
         device: ``"auto"`` (the first GPU if there is one, else the CPU), ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or N.
         placement: where the GPU reads weights from. ``"mapped"``: the file's mapping, registered, over the link.
             ``"device"``: the quantized bytes, copied to the GPU at a tensor's first use, exactly ``nbytes`` of them.
-            ``"host"``: no GPU. ``"auto"`` chooses; ``explanation`` says what and why.
+            ``"host"``: no GPU. ``"auto"`` chooses; ``explanation`` gives the choice and the reason.
         activations: ``"int8"`` (blocks of 32 with one scale, as ggml has them) or ``"f16"`` (unquantized; on the CPU
             they stay float32). Tensors of F32, F16 and BF16 are always multiplied by unquantized activations.
         tensors: the names of the tensors that will be used, or one name; the default is all. Only their pages are

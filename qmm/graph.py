@@ -262,7 +262,7 @@ class Plan(Resource):
                 self._graph = capture(device, lambda: queue_sequence(device, steps, stream, self._workspace), stream)
         except BaseException:
             if self._workspace:
-                with suppress(DeviceError):  # the error at hand is the one to show
+                with suppress(DeviceError):  # the first error takes precedence
                     device.free(self._workspace)
             raise
         self._closed = False

@@ -25,7 +25,7 @@ __all__ = ["OutputError", "json_text", "line_width", "printable", "say", "show",
 def printable(text: str) -> str:
     r"""``text`` on one line, with unprintable characters escaped: ``\x1b``, ``\n``, ``\u202e``.
 
-    That is what ``str.isprintable`` says: control characters, line and paragraph separators, the marks that turn the
+    Unprintable by ``str.isprintable`` are control characters, line and paragraph separators, the marks that turn the
     direction of writing, lone surrogates. A byte that was no UTF-8, which Python keeps as U+DC80 to U+DCFF, is ``\x80``
     to ``\xff``.
     """

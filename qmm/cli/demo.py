@@ -28,7 +28,7 @@ REPEATS = {"cpu": 5, "cuda": 20}
 
 
 def model_file(folder: Path) -> Path:
-    """The demo's model in ``folder``: the one that is there, its checksum compared, or a new one.
+    """The demo's model in ``folder``: an existing file, its checksum compared, or a new one.
 
     Raises:
         QmmError: the demo extra is not installed, the file that is there is another one, or it cannot be written.

@@ -39,7 +39,7 @@ def _one_of(*names: str) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text not in names:
-            raise typer.BadParameter(f"{text!r} is none of {', '.join(names)}.")
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(names)}.")
         return text
 
     return parse
@@ -50,7 +50,7 @@ def _device(text: str) -> str:
     if re.fullmatch("[0-9]+", text):
         return f"cuda:{text}"
     if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", text):
-        raise typer.BadParameter(f"{text!r} is no device. Choose auto, cpu, cuda or cuda:N, with CUDA's number N.")
+        raise typer.BadParameter(f"{text!r} is not a device. Choose auto, cpu, cuda or cuda:N, with CUDA's number N.")
     return text
 
 
@@ -72,7 +72,7 @@ def _whole(minimum: int) -> Callable[[object], int]:
 
     def parse(value: object) -> int:
         if not re.fullmatch("[0-9]{1,12}", str(value)) or int(str(value)) < minimum:
-            raise typer.BadParameter(f"{value!r} is no whole number from {minimum} on, of at most 12 digits.")
+            raise typer.BadParameter(f"{value!r} is not an integer from {minimum} on, of at most 12 digits.")
         return int(str(value))
 
     return parse
@@ -82,7 +82,7 @@ def _columns(text: str) -> tuple[int, ...]:
     """``--n`` of ``verify``."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch("[0-9]{1,12}", part) and int(part) for part in parts):
-        raise typer.BadParameter(f"{text!r} is no list of whole numbers above 0, of at most 12 digits, such as 1,2,8.")
+        raise typer.BadParameter(f"{text!r} is not a list of integers above 0, of at most 12 digits, such as 1,2,8.")
     return tuple(dict.fromkeys(map(int, parts)))
 
 
@@ -114,9 +114,7 @@ CheckedColumnsOption = Annotated[
 ]
 SeedOption = Annotated[
     int,
-    typer.Option(
-        "--seed", parser=_whole(0), metavar="SEED", help="Of the random activations: a whole number from 0 on."
-    ),
+    typer.Option("--seed", parser=_whole(0), metavar="SEED", help="Of the random activations: an integer from 0 on."),
 ]
 ActivationsOption = Annotated[
     str,

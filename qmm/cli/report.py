@@ -1,7 +1,7 @@
 """What the commands report: one data model, shown as tables or written as one JSON document.
 
 A command builds a :class:`Report`; ``document()`` is what ``--json`` prints and ``blocks()`` what people see. In
-JSON a value that was not measured is null, and one that is not finite is the string ``"nan"``, ``"inf"`` or ``"-inf"``.
+JSON a value that was not measured is null, and a non-finite value is the string ``"nan"``, ``"inf"`` or ``"-inf"``.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class VerifyReport(Report):
 
 @dataclass(frozen=True)
 class Step:
-    """One step of ``qmm smoke``; ``ok`` is None for one that was not reached."""
+    """One step of ``qmm smoke``; ``ok`` is None if it was not reached."""
 
     number: int
     name: str

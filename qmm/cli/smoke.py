@@ -166,7 +166,7 @@ def other_ways(index: GGUFIndex, path: Path, registering_failed: bool) -> str:
 
 
 def smoke(path: Path, device: int = 0) -> SmokeReport:
-    """Walk the eight steps; after one that failed, those that depend on it are not reached.
+    """Walk the eight steps; after a failed step, the steps that depend on it are not reached.
 
     The last one wants to see the file unmapped, so nothing else in the process may have it open.
 
@@ -199,7 +199,7 @@ def smoke(path: Path, device: int = 0) -> SmokeReport:
         else:
             right = True
         shown.append(Step(number, name, right, result, (time.perf_counter() - started) * 1e3))
-    with suppress(QmmError) if failed else nullcontext():  # the failed step has said why
+    with suppress(QmmError) if failed else nullcontext():  # the failed step has reported the reason
         walk.cleanup.close()
     advice = other_ways(index, path, registering_failed=shown[1].ok is True) if failed else None
     return SmokeReport(file=str(path), steps=tuple(shown), advice=advice)

@@ -38,7 +38,7 @@ GAP = "  "
 NARROWEST = 12
 """Columns that a column of texts is given at least; where there are fewer, a table becomes a list."""
 ALIGNED = 64
-"""Where there is no terminal, texts are aligned up to this length: one that is longer does not widen every row."""
+"""Where there is no terminal, texts are aligned up to this length: a longer one does not widen every row."""
 WORDS = re.compile(r"`[^`]*`\S*|\S+")
 """The pieces that lines break between: words; a command in backquotes is one."""
 
@@ -140,7 +140,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and what is said of them, side by side."""
+    """Names and their values, side by side."""
 
     pairs: Sequence[tuple[str, str]]
 

@@ -28,7 +28,7 @@ class Weights:
         """Give tensors the residency of a placement.
 
         Args:
-            tensors: those that will be used.
+            tensors: the tensors that will be used.
             placement: ``"host"`` (the CPU reads the mapping), ``"mapped"`` (the GPU does; the pages under the tensors
                 are registered now) or ``"device"`` (copies on the GPU, each when it is first used).
             device: the GPU; None for ``"host"``.

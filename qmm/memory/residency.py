@@ -138,7 +138,7 @@ class CopyResidency(Residency):
         try:
             self._fill(target, self.tensor.info.offset, nbytes)
         except BaseException:
-            with suppress(DeviceError):  # the error at hand is the one to show
+            with suppress(DeviceError):  # the first error takes precedence
                 self._device.free(target)
             raise
         return target

@@ -123,6 +123,6 @@ class Oracle:
         return float(shares.mean())
 
     def _as_it_should_be(self, y: Floats, expected: Doubles) -> Booleans:
-        """Where results that are not numbers are those that the reference has."""
+        """Where non-finite results are those of the reference."""
         same: Booleans = (np.isnan(y) & np.isnan(expected)) | (y == expected)
         return same if self._tensor.format.plain else same | (~np.isfinite(y) & ~np.isfinite(expected))

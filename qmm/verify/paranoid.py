@@ -71,7 +71,8 @@ class Job:
     modes: tuple[str, ...]
     seed: int
     identities: tuple[FileIdentity, ...]
-    """Of the model's files (:attr:`qmm.model.Model.known`), which must be those that a child finds at their names."""
+    """Of the model's files (:attr:`qmm.model.Model.known`), which must be the files that a child finds at their
+    names."""
 
 
 def check_guarded(job: Job, done: Callable[[str], None] = lambda tensor: None) -> list[GuardCheck]:
@@ -97,7 +98,7 @@ def _run_child(job: Job) -> Iterator[GuardCheck]:
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            with suppress(BrokenPipeError):  # it has ended, and its status says so
+            with suppress(BrokenPipeError):  # it has ended; its status shows it
                 child.stdin.write(json.dumps(asdict(job)))
                 child.stdin.close()
             for line in child.stdout:
@@ -130,7 +131,7 @@ def _started(file: str, errors: IO[str]) -> subprocess.Popen[str]:
 
 
 def work() -> int:
-    """The child: reads a job from stdin, says on stdout what it does and finds; its exit status."""
+    """The child: reads a job from stdin, reports its steps and findings on stdout; returns its exit status."""
     try:
         return _check_all(Job(**json.load(sys.stdin)))
     except QmmError as reason:
@@ -170,7 +171,7 @@ class _FailedError(Exception):
 
 
 class _Bench(Closing):
-    """The memory that tensors are checked in, and the one check at hand: ``where`` says how far it is."""
+    """The memory that tensors are checked in, and the current check: ``where`` is its progress."""
 
     def __init__(self, engine: Engine, tensors: Sequence[Tensor], job: Job) -> None:
         self.engine = engine
@@ -340,7 +341,7 @@ def _place(guard: Guard, nbytes: int, side: str) -> int:
 
 
 def _neighbours(guard: Guard, at: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """Offset and size of what there is before and behind some bytes, as far as it is looked at."""
+    """Offset and size of the filler before and after some bytes, as far as it is compared."""
     before, behind = min(at, REACH), min(guard.nbytes - at - nbytes, REACH)
     if before:
         yield at - before, before
