@@ -1,4 +1,4 @@
-"""Products of an engine with the arrays of a call: checked, planned and prepared once for all calls alike."""
+"""Products of an engine: a call's arrays are checked, and its work prepared once for all calls with the same layout."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = ["ACTIVATIONS", "Call", "Calls", "Found", "check_activations", "check_
 
 ACTIVATIONS = ("int8", "f16")
 MOST = 4096
-"""Calls that are kept prepared."""
+"""The most calls that are kept prepared."""
 
 
 class Call(NamedTuple):
-    """A product with arrays of some layout, wherever they and the weight lie.
+    """A prepared product for arrays of one layout, at any addresses.
 
     Attributes:
         prepared: what to queue; None if there are no results.
         residency: of the weight.
         shape: of the results.
-        alias_range: the product's: distances from y to x at which they overlap, and must not.
+        alias_range: of the product, see :class:`qmm.kernels.ops.matvec.plan.Product`.
     """
 
     prepared: Prepared | None
@@ -96,7 +96,7 @@ class Calls:
             call = self._keep(key, Call(prepared, self._weights[tensor], (n, tensor.m)))
         assert call is not None and call.prepared is not None
         results = rounded(x.nbytes)
-        with device.lock:  # the staging area is every thread's
+        with device.lock:  # threads share the staging area
             area, stream = device.staging(results + y.nbytes), device.stream
             if x.nbytes:
                 device.copy(area, x.ctypes.data, x.nbytes, stream)
@@ -134,7 +134,7 @@ class Calls:
             if not view.aligned:
                 raise ArrayError(
                     f"{self._path}: tensor {tensor.name!r}: {name} begins at address {view.address:#x} and has "
-                    f"strides {view.strides}, but a GPU reads {view.dtype} at multiples of its size only. Pass a copy."
+                    f"strides {view.strides}, but a GPU reads {view.dtype} only at multiples of its size. Pass a copy."
                 )
         int8 = mode == "int8" and not tensor.format.plain
         prepared = self._prepare(tensor, source.operand(), target.operand(), int8, no_alias)
@@ -149,10 +149,10 @@ class Calls:
 
 
 def _signature(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:
-    """As the array's kind has it, or whatever error says why there is none."""
+    """The array's stream; or an error that says why there is none."""
     try:
         return kind.signature(array)
-    except Exception:  # each library's own, of an array that has no address
+    except Exception:  # each library's own error, for an array that has no address
         view = kind.view(array)
         return view.address, view
 
@@ -173,7 +173,7 @@ def check_input(tensor: Tensor, x: View, device: str) -> None:
     if x.device is not None and f"cuda:{x.device}" != device:
         raise ArrayError(
             f"{what}: x is on CUDA device {x.device}, but the engine works on {device}. "
-            "Move x to host memory, or make the engine with that device."
+            "Move x to host memory, or create the engine with that device."
         )
 
 
@@ -195,6 +195,6 @@ def check_output(tensor: Tensor, kind: ArrayKind, x: View, out: Any, shape: tupl
     if view.overlaps_itself:
         raise ArrayError(f"{what}: out is a broadcast array, whose elements share memory; pass a contiguous one")
     if not view.writable:
-        why = "made in torch.inference_mode(), and can be written to only there"
+        why = "created in torch.inference_mode(), and can be written to only there"
         raise ArrayError(f"{what}: out is {why if kind.name == 'PyTorch' else 'read-only'}")
     return view.rows(len(x.shape) - 1)

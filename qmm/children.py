@@ -1,4 +1,5 @@
-"""Child processes: Python in one of its own, for what may hang or die; and what a forked one must not inherit."""
+"""Child processes: Python in a new process, for work that may hang or crash; and values that a fork must not
+inherit."""
 
 from __future__ import annotations
 
@@ -16,26 +17,26 @@ T = TypeVar("T")
 
 
 def python(code: str) -> list[str]:
-    """The command of a child that runs ``code`` with the modules that this process would import, ``sys`` among them."""
+    """The command of a child that runs ``code`` with this process's ``sys.path``; ``sys`` is imported."""
     return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{code}"]
 
 
 def ending(status: int) -> str:
-    """How a child ended, in words, by its return code."""
+    """The end of a child, in words, from its return code."""
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
 def no_start(reason: OSError) -> str:
-    """That a child could not be started, in words, by the error."""
+    """Why a child could not be started, in words, from the error."""
     hint = " Allow more processes (`ulimit -u`, a container's limit on pids)." if reason.errno == errno.EAGAIN else ""
     return f"could not be started ({reason}).{hint}"
 
 
 class PerProcess(Generic[T]):
-    """A value of one process, made anew in a forked child. This is the one place where a fork is noticed.
+    """A value of one process, created anew in a forked child. This is the one place where a fork is noticed.
 
     It is for locks, which a thread of the parent may hold at the fork; for threads, of which the child has one; and for
-    tables of what CUDA holds for the parent.
+    tables of the parent's CUDA resources.
 
     Attributes:
         now: the value in this process.
@@ -47,7 +48,7 @@ class PerProcess(Generic[T]):
         _values.add(self)
 
     def renew(self) -> None:
-        """Make the value anew."""
+        """Create the value anew."""
         self.now = self._make()
 
 

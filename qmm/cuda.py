@@ -32,8 +32,8 @@ __all__ = [
     "runtime",
 ]
 
-# What calls that release something return when nothing is left to release: the driver or the device's context is on its
-# way out, or somebody called cudaDeviceReset.
+# What releasing calls return if CUDA has released everything already: the driver or the context is shutting down, or
+# cudaDeviceReset was called.
 GONE: Final = frozenset(
     {
         "cudaErrorContextIsDestroyed",
@@ -45,7 +45,7 @@ GONE: Final = frozenset(
 
 
 STICKY: Final = frozenset({214, 220, 226, *range(700, 703), 710, *range(714, 720)})
-"""Numbers of errors, the same in the runtime and the driver, after which a process can do nothing more on its device:
+"""Numbers of errors, the same in runtime and driver, after which a process cannot use its device any more:
 ``cudaErrorECCUncorrectable`` (214), ``cudaErrorIllegalAddress`` (700), ``cudaErrorLaunchFailure`` (719), and so on."""
 LOST: Final = (
     "A kernel of this process failed, here or earlier, qmm's or another's, and the device takes no more work from the "
@@ -95,8 +95,8 @@ def call(function: str, *arguments: Any) -> Any:
     """The result of ``cuda.bindings.runtime.<function>(*arguments)``, None if it has none, a tuple if it has several.
 
     Raises:
-        CudaCallError: It did not return cudaSuccess. The runtime's last error is cleared: otherwise the next innocent
-            caller who asks for it gets it, such as the check after somebody's kernel launch.
+        CudaCallError: It did not return cudaSuccess. The runtime's last error is cleared: else the next
+            unrelated check for it, such as after another library's launch, would report it.
     """
     error, *results = getattr(runtime(), function)(*arguments)
     if int(error) != 0:
@@ -110,7 +110,7 @@ def driver() -> Any:
 
 
 def drive(function: str, *arguments: Any) -> Any:
-    """The same of the driver: of ``cuda.bindings.driver.<function>(*arguments)``."""
+    """The same for the driver: ``cuda.bindings.driver.<function>(*arguments)``."""
     error, *results = getattr(driver(), function)(*arguments)
     return _result(function, error, results)
 
@@ -140,7 +140,7 @@ def load_function(code: bytes, entry: str, shared_nbytes: int) -> Function:
     Args:
         code: a cubin.
         entry: the name of the kernel in it.
-        shared_nbytes: the most dynamic shared memory that it will be launched with; 0 for what every kernel may have.
+        shared_nbytes: the most dynamic shared memory that it will be launched with; 0 for the default limit.
 
     Raises:
         CudaCallError: the driver refused.
@@ -189,7 +189,7 @@ def register_flags() -> int:
 
 
 def advice(number: int) -> str:
-    """What to do about an error of this number beyond its name, as the end of a message; mostly nothing."""
+    """Advice on an error of this number, as the end of a message; mostly empty."""
     if number in STICKY:
         return f". {LOST}"
     return f". {FORKED}" if _first_process() != os.getpid() else ""
@@ -212,7 +212,7 @@ def current_device(device: int) -> Iterator[None]:
     """Make ``device`` this thread's current one inside the block."""
     before = call("cudaGetDevice")
     try:
-        # Also where it is current already: from CUDA 12 on this makes its primary context, and reports if it cannot.
+        # Even if it is current already: from CUDA 12 on this creates its primary context, or reports the failure.
         call("cudaSetDevice", device)
         yield
     finally:

@@ -41,7 +41,7 @@ class Prepared:
     """
 
     def __init__(self, work: Work, launches: list[Launch], zeros: int) -> None:
-        """Bind names; the launches are those of the work, in order, and ``zeros`` is the address of the device's."""
+        """Args are the work, its launches in order, and the address of the device's zeros."""
         self.work = work
         self.launches = launches
         self.bound: tuple[int, ...] = (0, 0, 0, 0)
@@ -55,10 +55,9 @@ class Prepared:
             _set(cells[base], address)
 
     def bind(self, addresses: tuple[int, int, int, int]) -> None:
-        """Have the launches from now on use these addresses, of the weights, x, y and workspace.
+        """Set the addresses of the weights, x, y and workspace for later launches.
 
-        Calls have most of them in common with the call before, whose arguments stay as they are: setting one takes as
-        long as all other of this.
+        Only addresses that changed since the call before are set: setting one takes as long as everything else here.
         """
         weights, x, y, workspace = addresses
         before = self.bound
@@ -79,11 +78,11 @@ def _set(cells: Cells, address: int) -> None:
 
 
 class Device(Resource):
-    """A CUDA device. What is allocated there, memory and streams, is freed at the latest when it is closed.
+    """A CUDA device. Closing it frees what is still allocated there: memory and streams.
 
     Attributes:
-        number: CUDA's number of it.
-        architecture: what plans depend on.
+        number: CUDA's number of the device.
+        architecture: its properties that plans depend on.
         stream: a stream of its own.
         lock: held by the thread that puts work on it.
     """
@@ -111,27 +110,27 @@ class Device(Resource):
             self._zeros = self.allocate(ZERO_NBYTES, "zeros")
             with self.errors("preparing the device"), current_device(number):
                 call("cudaMemset", self._zeros, 0, ZERO_NBYTES)
-                call("cudaDeviceSynchronize")  # other streams than the default one would not wait for it
+                call("cudaDeviceSynchronize")  # only the default stream waits for it by itself
         except BaseException:
-            with suppress(DeviceError):  # the error at hand is the one to show
+            with suppress(DeviceError):  # the first error takes precedence
                 self.close()
             raise
 
     @property
     def forked(self) -> bool:
-        """Whether this is a forked child: what CUDA holds is the parent's, and is not to be freed here."""
+        """Whether this is a forked child: CUDA's resources are the parent's, and are not freed here."""
         return self._process != process.now
 
     @property
     def closed(self) -> bool:
-        """Whether nothing is left on it, or this is a forked child."""
+        """Whether it was closed, or this is a forked child."""
         return not getattr(self, "_allocated", None) or self.forked
 
     # Errors and threads -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
-        """Turns a failed CUDA call into a DeviceError that says what it was for."""
+        """Turns a failed CUDA call into a DeviceError that names its purpose."""
         try:
             yield
         except (CudaCallError, RuntimeError) as reason:
@@ -144,7 +143,7 @@ class Device(Resource):
     def current(self, doing: str) -> Iterator[None]:
         """Makes the device current inside the block, and turns a failed call into a DeviceError.
 
-        Where there is one device only, a thread is asked once: that saves 2 us a product.
+        If there is only one device, this is done once for each thread, which saves 2 us a product.
         """
         with self.errors(doing):
             if not self._alone:
@@ -157,7 +156,7 @@ class Device(Resource):
             yield
 
     def put(self, doing: str, work: Callable[..., object], *arguments: object) -> None:
-        """Call ``work``, which puts work on the device: one thread at a time does, and none after :meth:`stop`.
+        """Call ``work``, which puts work on the device: one thread at a time, and none after :meth:`stop`.
 
         Raises:
             ClosedError: it was stopped.
@@ -165,7 +164,7 @@ class Device(Resource):
         """
         with self.lock:
             if self._stopped:
-                raise ClosedError(f"the engine on CUDA device {self.number} was closed. Make another one.")
+                raise ClosedError(f"the engine on CUDA device {self.number} was closed. Create another one.")
             if not hasattr(self._thread, "ready"):
                 with self.current(doing):
                     work(*arguments)
@@ -178,7 +177,7 @@ class Device(Resource):
     # Memory and streams -----------------------------------------------------------------------------------------------
 
     def _allocate(self, undo: str, function: str, *arguments: int) -> int:
-        """The handle or address that a call gives, which the call ``undo`` frees."""
+        """The handle or address that a call returns; the call ``undo`` frees it."""
         given = int(call(function, *arguments))
         self._allocated[undo, given] = True
         return given
@@ -188,7 +187,7 @@ class Device(Resource):
             call(undo, given)
 
     def allocate(self, nbytes: int, what: str) -> int:
-        """The address of ``nbytes`` of device memory, held until it is freed, or the device closed.
+        """The address of ``nbytes`` of device memory, until it is freed or the device is closed.
 
         Raises:
             DeviceError: there is not enough.
@@ -197,13 +196,14 @@ class Device(Resource):
             return self._allocate("cudaFree", "cudaMalloc", operator.index(nbytes))
 
     def free(self, address: int) -> None:
-        """Give memory back, once the device is done with it. Twice is harmless."""
+        """Free memory, once the device is done with it. Freeing twice is harmless."""
         with self.errors("freeing memory"), current_device(self.number):
             self._free("cudaFree", address)
 
     @contextmanager
     def temporary_buffer(self, nbytes: int, what: str) -> Iterator[int]:
-        """Device memory for the ``with`` block, whose own error is the one to show if giving it back fails too."""
+        """A temporary buffer on the device for the ``with`` block. An error of the block takes precedence over one of
+        freeing."""
         address = self.allocate(nbytes, what)
         try:
             yield address
@@ -226,7 +226,7 @@ class Device(Resource):
 
     @contextmanager
     def events(self) -> Iterator[tuple[int, int]]:
-        """Two events that take the time, for the ``with`` block; it is to be the current device."""
+        """Two timing events for the ``with`` block; the device must be current."""
         start, end = (self._allocate("cudaEventDestroy", "cudaEventCreate") for _ in range(2))
         try:
             yield start, end
@@ -240,13 +240,13 @@ class Device(Resource):
             call("cudaMemcpyAsync", *map(operator.index, (target, source, nbytes)), ANYWHERE, stream)
 
     def synchronize(self, stream: int) -> None:
-        """Wait for a stream; an error of what ran on it shows here."""
+        """Wait for a stream; an error of its work is raised here."""
         with self.errors("waiting for a stream"), current_device(self.number):
             call("cudaStreamSynchronize", stream)
 
     def staging(self, nbytes: int) -> int:
-        """The address of device memory for arrays that come from the host and go back there: kept, and as large as the
-        largest so far. For the thread that holds :attr:`lock`, until it lets go; nothing may be under way there."""
+        """The address of the staging area for host arrays: kept, and as large as the largest request so far. For the
+        thread that holds :attr:`lock`; no work that uses it may be queued."""
         address, held = self._staging
         if held < nbytes:
             if address:
@@ -260,8 +260,8 @@ class Device(Resource):
         """The address of workspace, for the thread that holds :attr:`lock`. Each stream has its own, which its later
         work may overwrite.
 
-        What becomes too small is kept, since queued work and captured graphs may still use it; each is at least twice
-        as large as the one before.
+        A workspace that became too small is kept, since queued work and captured graphs may still use it; a new one is
+        at least twice as large.
         """
         address, held = self._workspaces.get(stream, (0, 0))
         if held < nbytes:
@@ -302,7 +302,7 @@ class Device(Resource):
             y: the address of the results' first element.
             stream: a stream's handle.
             workspace: the address of ``prepared.work.workspace_nbytes`` bytes; else it is the stream's own workspace.
-            skip: launches at the beginning that are left out.
+            skip: how many launches to leave out at the beginning.
 
         Raises:
             ClosedError: the device was stopped.
@@ -320,18 +320,18 @@ class Device(Resource):
             launch.queue(stream)
 
     def stop(self) -> None:
-        """Take no more work, and wait for what there is on the device; an error of any of it shows here."""
+        """Refuse new work, and wait for all work on the device; an error of any of it is raised here."""
         with self.lock:
             self._stopped = True
         self.drain()
 
     def drain(self) -> None:
-        """Wait for all work on the device; an error of any of it shows here."""
+        """Wait for all work on the device; an error of any of it is raised here."""
         with self.errors("waiting for the device"), current_device(self.number):
             call("cudaDeviceSynchronize")
 
     def close(self) -> None:
-        """Wait for the device, and free all that is left there. Twice is harmless.
+        """Wait for the device, and free everything there. Closing twice is harmless.
 
         Raises:
             DeviceError: work that was still queued failed.

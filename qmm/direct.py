@@ -1,6 +1,6 @@
-"""Work at addresses, without an engine: for verification between guarded pages, benchmarks, and tests.
+"""Work at addresses, without an engine: for verification between guarded pages, benchmarks and tests.
 
-Everything is planned anew at each call. Nothing waits, but for what hands bytes back to the host.
+Each call plans its work. Only functions that return bytes to the host wait.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def prepare(
     y: View,
     int8: bool,
 ) -> Prepared:
-    """A product, ready to be queued; arguments as for :func:`matmul`. Of addresses only the alignment counts, and
+    """A product, ready to be queued; arguments as for :func:`matmul`. It depends on the alignment of addresses, and on
     whether ``x`` and ``y`` overlap."""
     what = f"the product with {m} x {k} {block_format.name}"
     operands = x.operand(), y.operand()
@@ -62,13 +62,13 @@ def matmul(
         m: rows.
         k: weights a row.
         x: activations, any strides.
-        y: results, any strides that keep elements apart.
+        y: results, any strides without overlapping elements.
         int8: whether activations are quantized to int8, else to float16.
         stream: a stream's handle.
-        mapped: whether the weight is read through the link to the host.
+        mapped: whether the weight is read over the link to the host.
 
     Returns:
-        What was planned; None if there are no results.
+        The planned product; None if there are no results.
 
     Raises:
         DeviceError: CUDA refused.

@@ -37,37 +37,38 @@ __all__ = ["Engine"]
 class Engine(Resource):
     """Multiplies by the tensors of a model, on one device, from one placement. A context manager.
 
-    Threads may share it. One that closes it waits for the calls of the others. A copy of it is itself. One that is
-    dropped before it was closed emits a ResourceWarning, and closes itself. In a forked child, an engine on the CPU
-    works on; one on a GPU is refused, and closing it there frees nothing.
+    Threads may share it. Closing waits for the calls of other threads. Copying it returns itself. An engine that
+    is dropped open emits a ResourceWarning and closes itself. In a forked child, an engine on the CPU still works; an
+    engine on a GPU is refused, and closing it there frees nothing.
 
-    KeyboardInterrupt, or what else a signal handler raises, may end any call. The threads of a product on the CPU are
-    joined first; the engine can be used again, and be closed: by the thread that was interrupted, and if closing was,
-    then again. What an interrupt may leave behind until the process ends: a piece of GPU memory, a stream, or a
-    registration of the file, whose pages then stay mapped and locked; and results written in part. While Numba is
-    imported or compiles (seconds, the first time with a format), an interrupt may be raised as another error, after
-    which a new process may be needed, or be printed and dropped.
+    KeyboardInterrupt, or another exception of a signal handler, may end any call. The threads of a product on the CPU
+    are joined first. The interrupted thread can use the engine again and close it; if closing was interrupted, close it
+    again. Until the process ends, an interrupt may leave behind a piece of GPU memory, a stream, or a registration of
+    the file, whose pages then stay mapped and locked; and partly written results. While Numba is imported or compiles
+    (seconds, at the first use of a format), an interrupt may be raised as another error, after which a new process may
+    be needed, or be printed and dropped.
 
     Args:
-        model: an open model. The engine holds its mappings on its own. Or the path of one, which the engine then opens,
-            and closes when it is closed.
+        model: an open model. The engine has its own handles on the mappings. Or a path: the engine opens the model, and
+            closes it with itself.
         device: ``"auto"`` (the first GPU if there is one, else the CPU), ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or N.
-        placement: where the GPU reads weights from. ``"mapped"``: the file's mapping, registered, through the link.
+        placement: where the GPU reads weights from. ``"mapped"``: the file's mapping, registered, over the link.
             ``"device"``: the quantized bytes, copied to the GPU at a tensor's first use, exactly ``nbytes`` of them.
-            ``"host"``: no GPU. ``"auto"`` chooses; ``explanation`` says what and why.
+            ``"host"``: no GPU. ``"auto"`` chooses; ``explanation`` gives the choice and the reason.
         activations: ``"int8"`` (blocks of 32 with one scale, as ggml has them) or ``"f16"`` (unquantized; on the CPU
             they stay float32). Tensors of F32, F16 and BF16 are always multiplied by unquantized activations.
-        tensors: names of those that will be used, or the name of one, where that is not all; only their pages are
+        tensors: the names of the tensors that will be used, or one name; the default is all. Only their pages are
             registered.
-        probe: whether registering is tried in a child process first, if the file is the first one on its file system.
-            A registration that hangs or kills is an error then; under ``"device"``, copies are made without one.
+        probe: whether registering is tried in a child process first, for the first file on a file system. A
+            registration that hangs or ends the process is then an error; under ``"device"``, the copies go without
+            registration.
 
     Attributes:
         explanation: where the engine works and why, in one sentence.
         device: ``"cpu"`` or ``"cuda:N"``.
         placement: ``"mapped"``, ``"device"`` or ``"host"``.
         gpu: the engine's GPU, which can also time work on itself; None on the CPU.
-        gpu_info: what that GPU is.
+        gpu_info: its description.
 
     Raises:
         DeviceError: the device cannot be used, or contradicts the placement.
@@ -92,7 +93,7 @@ class Engine(Resource):
         if not isinstance(model, Model):
             model = self._own_model = open_model(model)
         self.model = model
-        self._was_closed = f"{model.path}: the engine was closed. Make another one."
+        self._was_closed = f"{model.path}: the engine was closed. Create another one."
         self.activations = activations
         if isinstance(tensors, str | Tensor):
             tensors = [tensors]
@@ -126,7 +127,7 @@ class Engine(Resource):
                 self._host = HostProducts(self._weights, self.device, self._in_flight, self._calls)
                 held.callback(_close_all, self._plans)
                 held.callback(self.gpu.stop)
-            self._held = held.pop_all()  # what close() gives up, the last one first
+            self._held = held.pop_all()  # what close() releases, the last one first
         self._closed = False
 
     @property
@@ -136,7 +137,7 @@ class Engine(Resource):
 
     @property
     def forked(self) -> bool:
-        """Whether this is a forked child of the process that made the engine; what CUDA holds is the parent's."""
+        """Whether this is a forked child of the engine's process; CUDA's resources are the parent's."""
         return self._process != process.now
 
     @property
@@ -210,7 +211,7 @@ class Engine(Resource):
     ) -> list[Any]:
         """The products of the same activations with several tensors, such as those of Q, K and V.
 
-        ``x`` is quantized once for all tensors that want it the same way; results are those of :meth:`matmul`.
+        ``x`` is quantized once for all tensors that need the same form; results are those of :meth:`matmul`.
 
         Args:
             tensors: their names, or tensors of this engine's model.
@@ -275,21 +276,21 @@ class Engine(Resource):
             activations: as for :meth:`matmul`, for all of them.
 
         Returns:
-            What to call to run them: see :class:`qmm.Plan`. The arrays are read and written in place each time.
+            A :class:`qmm.Plan`. Calling it runs the products; the arrays are read and written in place each time.
 
         Raises:
             DeviceError: the engine works on the CPU, or CUDA failed.
             QmmError: as :meth:`matmul`.
         """
         if watched():
-            made: Plan = outside(Engine.plan)(self, products, activations=activations)
-            return made
+            plan: Plan = outside(Engine.plan)(self, products, activations=activations)
+            return plan
         mode = activations or self.activations
         listed = list(products)
         if self.gpu is None:
             raise DeviceError(f"a plan is a CUDA graph, but this engine works {self.explanation}")
         if not listed:
-            raise ArrayError("a plan needs a product at least")
+            raise ArrayError("a plan needs at least one product")
         with self._in_flight.now:
             return self._new_plan(self.gpu, listed, mode)
 
@@ -323,12 +324,12 @@ class Engine(Resource):
 
         Args:
             tensor: its name, or a tensor of this engine's model.
-            first_row: where to begin, of the tensor's ``m`` rows: any whole number, of NumPy's too.
-            last_row: where to end, exclusive; None for all.
+            first_row: the first of the tensor's ``m`` rows: any integer, also NumPy's.
+            last_row: the end, exclusive; None for the last row.
 
         Returns:
-            A new NumPy array, made on the engine's device from the engine's placement: of the tensor's shape, or
-            ``(last_row - first_row, k)`` where rows were asked for.
+            A new NumPy array, computed on the engine's device from the engine's placement: of the tensor's shape, or
+            ``(last_row - first_row, k)`` if rows were given.
 
         Raises:
             ArrayError: the tensor has no such rows.
@@ -338,7 +339,7 @@ class Engine(Resource):
             weights: npt.NDArray[np.float32] = outside(Engine.dequantize)(self, tensor, first_row, last_row)
             return weights
         tensor = self._tensor(tensor)
-        try:  # before they meet an address: a uint64 added to it may be a float64, an int32 overflows
+        try:  # before they are added to an address: with a uint64 that may be a float64, an int32 overflows
             first = operator.index(first_row)
             end = tensor.m if last_row is None else operator.index(last_row)
         except TypeError:
@@ -346,8 +347,8 @@ class Engine(Resource):
         if not 0 <= first <= end <= tensor.m:
             asked = f"{first_row!r} to {'the end' if last_row is None else repr(last_row)}"
             raise ArrayError(
-                f"{self.model.path}: tensor {tensor.name!r} has {tensor.m} rows, not rows {asked}. Ask for whole "
-                f"numbers with 0 <= first_row <= last_row <= {tensor.m}."
+                f"{self.model.path}: tensor {tensor.name!r} has {tensor.m} rows, not rows {asked}. Ask for "
+                f"integers with 0 <= first_row <= last_row <= {tensor.m}."
             )
         whole = first == 0 and last_row is None
         rows = end - first
@@ -373,9 +374,9 @@ class Engine(Resource):
             return self._weights[tensor].lease()
 
     def close(self) -> None:
-        """Wait for calls of other threads and for the device, then give up copies, registrations and mappings.
+        """Wait for calls of other threads and for the device, then release copies, registrations and mappings.
 
-        Twice is harmless. If KeyboardInterrupt ends it, call it again.
+        Closing twice is harmless. If KeyboardInterrupt ends it, call it again.
 
         Raises:
             DeviceError, RegistrationError: work that was still queued failed.
@@ -395,14 +396,14 @@ class Engine(Resource):
 
     def _why_not_copied(self) -> str:
         path = str(self.model.path)
-        return f"pickled: it works with memory of this process. Make it in the worker: qmm.Engine({path!r})"
+        return f"pickled: it works with memory of this process. Create it in the worker: qmm.Engine({path!r})"
 
     def __repr__(self) -> str:
         return f"<Engine {self.explanation}{' (closed)' if self._closed else ''}>"
 
     @staticmethod
     def _try_registering(tensors: Iterable[Tensor], choice: Choice) -> bool:
-        """Whether registering the tensors' files works, as far as a child process tells."""
+        """Whether registering the tensors' files works in a child process."""
         from qmm.loaders.access.preflight import first_contact
 
         assert choice.gpu is not None
@@ -420,8 +421,8 @@ class Engine(Resource):
             raise ClosedError(self._was_closed)
         if self.gpu is not None and self._process != process.now:
             raise ClosedError(
-                f"{self.model.path}: the engine was made in process {self._process}, and CUDA does not survive a fork "
-                f"into {os.getpid()}. Make the engine in the child, or start it with the spawn method."
+                f"{self.model.path}: the engine was created in process {self._process}, and CUDA does not survive a "
+                f"fork into {os.getpid()}. Create the engine in the child, or start it with the spawn method."
             )
         if isinstance(tensor, Tensor):
             if tensor.model is not self.model:

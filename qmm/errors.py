@@ -27,8 +27,8 @@ __all__ = [
 
 
 class QmmError(Exception):
-    """Base of every error that qmm raises on purpose. Its text is one line of characters that show, whatever a name, a
-    key or a path in it has: control characters of a file are written as ``\\x1b``."""
+    """Base of every error that qmm raises on purpose. Its text is one printable line: control characters of names,
+    keys and paths are written as ``\\x1b``."""
 
     def __str__(self) -> str:
         # Not the base's: KeyError would show a repr, OSError its number and path.
@@ -71,11 +71,11 @@ class DeviceError(QmmError):
 
 
 class EmulatorError(QmmError):
-    """A kernel that the emulator runs did what it must not do; the message names the lane, the access and the place."""
+    """A kernel in the emulator broke a rule; the message names the lane, the access and the source line."""
 
 
 class TensorNotFoundError(QmmError, KeyError):
-    """The model has no tensor of that name; the message suggests near ones."""
+    """The model has no tensor of that name; the message suggests similar names."""
 
 
 class PatternError(TensorNotFoundError):
@@ -83,7 +83,7 @@ class PatternError(TensorNotFoundError):
 
 
 class UnsupportedTypeError(QmmError):
-    """The tensor is stored in a block type that qmm has no kernel for."""
+    """The tensor has a block type that qmm has no kernel for."""
 
 
 class ArrayError(QmmError, ValueError):
@@ -91,7 +91,7 @@ class ArrayError(QmmError, ValueError):
 
 
 class CopyError(QmmError, TypeError):
-    """Something was to be copied or pickled that is memory of this process, or of its GPU."""
+    """An object that refers to memory of this process or its GPU cannot be copied or pickled."""
 
 
 class ClosedError(QmmError):

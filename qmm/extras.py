@@ -1,4 +1,4 @@
-"""How to install what an extra of qmm brings, as a command for messages.
+"""The command that installs the packages of an extra, for messages.
 
 The command names the packages themselves. By qmm's own name pip would fetch a stranger's project: qmm is not on PyPI,
 and the project of that name there is somebody else's.
@@ -14,7 +14,7 @@ from typing import Final
 __all__ = ["CLONE", "command", "for_gpu"]
 
 CLONE: Final = "in a clone of qmm's repository: pip install '.[{}]'"
-"""What is said where the requirements cannot be found."""
+"""The text where the requirements are unknown."""
 
 PROJECT: Final = Path(__file__).resolve().parents[1] / "pyproject.toml"
 NESTED: Final = re.compile(r"qmm\[([\w\s,.-]+)\]")
@@ -22,7 +22,7 @@ OF_EXTRA: Final = re.compile(r"""(?P<what>[^;]+);.*\bextra\s*==\s*["'](?P<extra>
 
 
 def command(extra: str) -> str:
-    """``pip install`` and everything that an extra brings, such as ``pip install 'cuda-python>=13,<14'``.
+    """``pip install`` and the packages of an extra, such as ``pip install 'cuda-python>=13,<14'``.
 
     The requirements are those of ``pyproject.toml`` where qmm is used from its source tree, else those of the installed
     package. Where neither has them it is what to do in a clone.
@@ -37,7 +37,7 @@ def for_gpu() -> str:
 
 
 def _packages(extra: str, extras: dict[str, list[str]]) -> Iterator[str]:
-    """The requirements of an extra, and of those that it takes in."""
+    """The requirements of an extra, and of the extras that it includes."""
     for requirement in extras.get(extra, ()):
         nested = NESTED.fullmatch(requirement)
         if nested is None:
@@ -48,7 +48,7 @@ def _packages(extra: str, extras: dict[str, list[str]]) -> Iterator[str]:
 
 
 def _extras() -> dict[str, list[str]]:
-    """Requirements by extra; empty where nobody knows them."""
+    """Requirements by extra; empty if they are unknown."""
     import tomllib
     from importlib import metadata
 

@@ -1,4 +1,4 @@
-"""Where qmm keeps files of its own."""
+"""The folders of qmm's own files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["cache_folder"]
 
 
 def cache_folder() -> Path:
-    """Where qmm keeps what can be made again: ``$XDG_CACHE_HOME/qmm``, or ``~/.cache/qmm``.
+    """The folder of files that can be recreated: ``$XDG_CACHE_HOME/qmm``, or ``~/.cache/qmm``.
 
     Raises:
         RuntimeError: the user has no home directory.

@@ -1,4 +1,4 @@
-"""CUDA graphs: work that is captured once and launched again and again, and plans of products made of that."""
+"""CUDA graphs: work that is captured once and replayed, and plans of products on top of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Graph", "Plan", "Step", "capture", "queue_sequence", "replay", "time
 
 
 class Graph(Resource):
-    """A captured sequence of work, which can be launched again and again."""
+    """A captured sequence of work, which can be replayed."""
 
     def __init__(self, device: Device, graph: object) -> None:
         self._device = device
@@ -52,11 +52,11 @@ class Graph(Resource):
 
     def _launch(self, stream: int) -> None:
         if self._ended:
-            raise ClosedError("the graph was closed meanwhile, by another thread. Make another one.")
+            raise ClosedError("the graph was closed by another thread. Create another one.")
         call("cudaGraphLaunch", self._executable, stream)
 
     def close(self) -> None:
-        """Free it; the device must be done with it. Twice is harmless."""
+        """Free it; the device must be done with it. Closing twice is harmless."""
         if self.closed:
             return
         with self._device.lock:
@@ -66,11 +66,11 @@ class Graph(Resource):
 
 
 def capture(device: Device, work: Callable[[], object], stream: int, batch: int = 1) -> Graph:
-    """Keep what ``work()`` queues on a stream, as a graph, instead of running it.
+    """Capture what ``work()`` queues on a stream as a graph, instead of running it.
 
     Args:
         device: where.
-        work: launches and copies, with no allocation left to make: call it once before.
+        work: launches and copies. It must not allocate: call it once before.
         stream: a handle other than 0.
         batch: calls of ``work`` in one replay.
 
@@ -83,8 +83,8 @@ def capture(device: Device, work: Callable[[], object], stream: int, batch: int 
         try:
             for _ in range(batch):
                 work()
-        except BaseException:  # a stream left capturing would be of no use to anyone
-            with suppress(CudaCallError):  # what failed may have ended it
+        except BaseException:  # a stream that is still capturing is unusable
+            with suppress(CudaCallError):  # the failure may have ended it
                 call("cudaGraphDestroy", call("cudaStreamEndCapture", stream))
             raise
         return Graph(device, call("cudaStreamEndCapture", stream))
@@ -92,7 +92,7 @@ def capture(device: Device, work: Callable[[], object], stream: int, batch: int 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """No garbage is collected in the block: a dropped engine would wait for the device, which ends a capture."""
+    """No garbage collection in the block: a dropped engine would wait for the device, which ends a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -117,7 +117,7 @@ def replay(device: Device, work: Callable[[], object], stream: int, batch: int =
 def time_ms(device: Device, work: Callable[[], object], stream: int, repeats: int, batch: int = 8) -> list[float]:
     """Milliseconds of device time that ``work()`` takes.
 
-    Replays of a graph are timed: what Python does between launches, about 0.1 ms a product, is not in it.
+    Replays of a graph are timed, so Python's time between launches, about 0.1 ms a product, is not included.
 
     Args:
         device: where.
@@ -165,15 +165,15 @@ def queue_sequence(
 ) -> None:
     """Put products on a stream, one after the other.
 
-    While one ends, some of the next one's weights is brought into L2. One that reads the activations that the product
-    before it has quantized, the same way, does not quantize them again.
+    While a product ends, the beginning of the next one's weights is prefetched to L2. A product with the same
+    activations as the one before, quantized the same way, does not quantize them again.
 
     Args:
         device: where.
         steps: the products; they share the workspace.
         stream: a stream's handle.
-        workspace: the address of as many bytes as the largest of them needs; 0 where none needs any.
-        share_activations: unset, each quantizes for itself.
+        workspace: the address of the largest workspace that one of them needs; 0 if none needs any.
+        share_activations: if False, each product quantizes its activations.
     """
     quantized: Step | None = None
     with device.lock:
@@ -192,7 +192,7 @@ def queue_sequence(
 
 
 def _same_activations(first: Step, second: Step) -> bool:
-    """Whether the second product would quantize what the first has quantized, to the same place."""
+    """Whether the second product would quantize the same activations to the same place as the first."""
     return (
         first.x == second.x
         and first.product.quantized is not None
@@ -202,13 +202,13 @@ def _same_activations(first: Step, second: Step) -> bool:
 
 
 def _writes_activations(step: Step, quantized: Step) -> bool:
-    """Whether a product's results lie where another's activations do, or may."""
+    """Whether a product's results overlap, or may overlap, another's activations."""
     (x_low, x_high), (y_low, y_high) = quantized.product.x.reach, step.product.y.reach
     return quantized.x + x_low < step.y + y_high and step.y + y_low < quantized.x + x_high
 
 
 def _set_next_prefetch(step: Step, following: Step | None) -> None:
-    """Have the launches of a product from now on bring the beginning of another one's weights into L2, or nothing."""
+    """Set the weights of another product that a product's launches prefetch to L2, or none."""
     number = step.product.prefetches
     if number is None:
         return
@@ -225,8 +225,8 @@ class Plan(Resource):
 
     Calling it queues them all: the arrays are read and written in place, in the state that they are in then. A product
     may read what one before it wrote. Products that follow each other with the same ``x`` quantize it once. While one
-    ends, the beginning of the next one's weights is already brought into the GPU's L2 cache (from sm_90 on, and not
-    from mapped memory). The plan keeps the arrays alive, and the engine closes it when it is closed.
+    ends, the beginning of the next one's weights is prefetched to the GPU's L2 cache (from sm_90 on, and not from
+    mapped memory). The plan keeps the arrays alive, and the engine closes it when it is closed.
     """
 
     def __init__(
@@ -244,17 +244,17 @@ class Plan(Resource):
         Args:
             device: where it runs.
             steps: its products, without empty ones.
-            length: of how many products the user knows.
-            checks: raise if the weights may not be read any more.
+            length: the number of products that the user passed.
+            checks: functions that raise if the weights must not be read any more.
             stream_of: the stream that the library of the first ``x`` uses now.
-            kept: the arrays.
+            kept: the arrays, to keep them alive.
             name: of the model, for messages.
         """
         self._closed = True  # until there is something to close
         self._device, self._length, self._checks, self._name = device, length, list(checks), name
         self._stream_of: Callable[[], int] | None = stream_of
         self._kept = kept
-        # Of its own: engine.matmul may use the engine's on the same stream, between the plan's replays or in them.
+        # Its own workspace: engine.matmul may use the engine's on the same stream, between or during replays.
         nbytes = max((step.product.workspace_nbytes for step in steps), default=0)
         with ExitStack() as held:
             workspace = held.enter_context(device.temporary_buffer(nbytes, "a plan's workspace")) if nbytes else 0
@@ -263,7 +263,7 @@ class Plan(Resource):
                 self._graph = held.enter_context(capture(device, work, stream))
             held.callback(self._let_go)
             held.callback(device.drain)
-            self._held = held.pop_all()  # what close() gives up, the last one first
+            self._held = held.pop_all()  # what close() releases, the last one first
         self._closed = False
 
     def __len__(self) -> int:
@@ -292,7 +292,7 @@ class Plan(Resource):
             outside(Plan.__call__)(self, stream)
             return
         if self.closed:
-            raise ClosedError(f"{self._name}: the plan was closed, or its engine was. Make another one.")
+            raise ClosedError(f"{self._name}: the plan was closed, or its engine was. Create another one.")
         for check in self._checks:
             check()
         if stream is None:
@@ -301,8 +301,8 @@ class Plan(Resource):
         self._graph.launch(stream_handle(stream))
 
     def close(self) -> None:
-        """Wait for the device, and give up the graph and the arrays. Twice is harmless; if KeyboardInterrupt ends it,
-        call it again.
+        """Wait for the device, and release the graph and the arrays. Closing twice is harmless; if KeyboardInterrupt
+        ends it, call it again.
 
         Raises:
             DeviceError: work that was still queued failed.
@@ -312,12 +312,12 @@ class Plan(Resource):
             self._held.close()
 
     def _let_go(self) -> None:
-        """Drop the arrays; not before the device is done, or their libraries would lend the memory to others."""
+        """Drop the arrays; not earlier: their libraries would reuse the memory while it is still in use."""
         self._kept.clear()
         self._stream_of = None
 
     def _why_not_copied(self) -> str:
-        return "copied or pickled: it reads and writes the arrays that it was made with. Make another: engine.plan(...)"
+        return "copied or pickled: it reads and writes particular arrays. Create another: engine.plan(...)"
 
     def __repr__(self) -> str:
         return f"<Plan of {self._length} products on cuda:{self._device.number}{' (closed)' if self._closed else ''}>"

@@ -1,4 +1,4 @@
-"""Calls under way, in all threads, so that closing waits for them."""
+"""Calls in flight, in all threads, so that closing waits for them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["InFlight"]
 
 
 class InFlight:
-    """Counts the calls that use something, until it is closed. Each call is a ``with`` block of it; blocks may nest.
+    """Counts the calls that use a resource, until it is closed. Each call is a ``with`` block; blocks may nest.
 
-    Calls are counted by thread, because KeyboardInterrupt may end one just before it is uncounted: a thread that closes
-    is in no call, whatever the count says.
+    Calls are counted by thread, because KeyboardInterrupt may end one just before it is uncounted: a closing
+    thread is in no call, whatever its count.
     """
 
     def __init__(self, closed: str) -> None:
@@ -22,7 +22,9 @@ class InFlight:
         self._closed = closed
         self._ended = False
         self._calls: dict[int, int] = {}
-        self._lock = threading.Lock()  # held in C alone (Condition's own methods are Python), so no interrupt keeps it
+        self._lock = (
+            threading.Lock()
+        )  # held within C code only (Condition's own methods are Python), so an interrupt cannot leave it locked
         self._changed = threading.Condition(self._lock)
 
     def __enter__(self) -> None:
@@ -42,7 +44,8 @@ class InFlight:
                 self._changed.notify_all()
 
     def end(self) -> None:
-        """Refuse calls from now on, and wait for those of other threads. Again is harmless, after an interrupt too."""
+        """Refuse calls from now on, and wait for those of other threads. May be called again, also after an
+        interrupt."""
         with self._lock:
             self._ended = True
             self._calls.pop(threading.get_ident(), None)

@@ -1,4 +1,4 @@
-"""A model: the tensors of a GGUF file, or of its split files, and the mappings that they lie in."""
+"""A model: the tensors of a GGUF file or of split files, and their mappings."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def open_model(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Mod
         return model
     index, files = read_model(path)
     model = Model(index)
-    del files  # until here they were open, so that what was mapped is what was read, whatever became of their names
+    del files  # open until here, so that the files mapped are the files read, even if they were renamed
     return model
 
 
 class Tensor:
-    """One tensor of an open model: what it is, and its bytes where they lie. A copy of it is itself."""
+    """One tensor of an open model: its description, and its bytes in the mapping. Copying it returns itself."""
 
     def __init__(self, model: Model, info: TensorInfo) -> None:
         self.model = model
@@ -106,7 +106,7 @@ class Tensor:
     @property
     def data(self) -> npt.NDArray[np.uint8]:
         """Its bytes in the mapping: ``(nbytes,)`` uint8, read-only, no copy. Valid for as long as it is held and the
-        file stays as it is: the operating system ends a process (SIGBUS) that reads what was cut off a file.
+        file stays as it is: the operating system ends a process (SIGBUS) that reads a truncated part of a file.
 
         Raises:
             ClosedError: the model was closed.
@@ -134,9 +134,9 @@ class Tensor:
 
 
 class Model(Closing, Mapping[str, Tensor]):
-    """The tensors of a model by name, in file order. A context manager. A copy of it is itself.
+    """The tensors of a model by name, in file order. A context manager. Copying it returns itself.
 
-    Engines hold the mappings that they need on their own: a model may be closed before them.
+    Engines have their own handles on the mappings: a model may be closed before them.
     """
 
     def __init__(self, index: GGUFIndex) -> None:
@@ -168,7 +168,7 @@ class Model(Closing, Mapping[str, Tensor]):
 
     @property
     def metadata(self) -> Metadata:
-        """The file's key/value pairs; arrays are read when they are asked for."""
+        """The file's key/value pairs; arrays are read on access."""
         return self._index.metadata
 
     @property
@@ -178,7 +178,7 @@ class Model(Closing, Mapping[str, Tensor]):
 
     @property
     def alignment(self) -> int:
-        """What tensors' offsets divide by, in bytes."""
+        """The alignment of tensors' offsets, in bytes."""
         return self._index.alignment
 
     @property
@@ -202,7 +202,7 @@ class Model(Closing, Mapping[str, Tensor]):
         return self._mappings[path]
 
     def close(self) -> None:
-        """Give up the mappings. Twice is harmless."""
+        """Release the mappings. Closing twice is harmless."""
         self._closed = True
         for mapping in self._mappings.values():
             mapping.close()
@@ -220,15 +220,17 @@ class Model(Closing, Mapping[str, Tensor]):
         """The tensor of that name: the same object for as long as somebody, such as an engine, holds it.
 
         Raises:
-            TensorNotFoundError: there is none; the message suggests near ones.
+            TensorNotFoundError: there is none; the message suggests similar names.
         """
         held = self._tensors.get(name)
         if held is not None:
             return held
         info = self._index.tensors.get(name)
         if info is None:
-            near = difflib.get_close_matches(str(name), self._index.tensors, n=3)
-            advice = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"`qmm info {self.path}` lists them."
+            similar = difflib.get_close_matches(str(name), self._index.tensors, n=3)
+            advice = (
+                f"Did you mean {' or '.join(map(repr, similar))}?" if similar else f"`qmm info {self.path}` lists them."
+            )
             raise TensorNotFoundError(
                 f"{self.path}: has no tensor {name!r} among its {len(self._index.tensors)}. {advice}"
             )

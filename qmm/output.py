@@ -1,9 +1,9 @@
-"""Everything that the command line prints goes through here, so that no text of a file can steer the terminal.
+"""Everything that the command line prints goes through here, so that no text of a file can control the terminal.
 
-A name, a key, a value or a path may hold any character, escape sequences among them; :func:`printable` writes those
-that do not show as Python would. Python's own stdout and stderr are replaced (:func:`take_streams`), for three reasons:
-a text that the encoding lacks is no error, stderr is never one, and a stdout that cannot be written to is one error
-of one kind, which no library on the way takes for its own.
+A name, a key, a value or a path may hold any character, escape sequences among them; :func:`printable` escapes
+unprintable ones as Python does. Python's own stdout and stderr are replaced (:func:`take_streams`), for three reasons:
+text outside the encoding is no error, a failing stderr is never an error, and a failing stdout is one error of our own
+type, which no library in between handles.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["OutputError", "json_text", "line_width", "printable", "say", "show",
 
 
 def printable(text: str) -> str:
-    r"""``text`` on one line, with what does not show written visibly: ``\x1b``, ``\n``, ``\u202e``.
+    r"""``text`` on one line, with unprintable characters escaped: ``\x1b``, ``\n``, ``\u202e``.
 
-    That is what ``str.isprintable`` says: control characters, line and paragraph separators, the marks that turn the
+    Unprintable by ``str.isprintable`` are control characters, line and paragraph separators, the marks that turn the
     direction of writing, lone surrogates. A byte that was no UTF-8, which Python keeps as U+DC80 to U+DCFF, is ``\x80``
     to ``\xff``.
     """
@@ -45,7 +45,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 def show(lines: Iterable[str]) -> None:
-    """Print lines on stdout, each as soon as it is there."""
+    """Print lines on stdout, each at once."""
     for line in lines:
         sys.stdout.write(f"{printable(line)}\n")
 
@@ -57,7 +57,7 @@ def say(text: str) -> None:
 
 
 def line_width() -> int | None:
-    """Columns of a line on stdout; None where it is no terminal, and COLUMNS does not say either."""
+    """Columns of a line on stdout; None if it is not a terminal and COLUMNS is not set."""
     asked = os.environ.get("COLUMNS", "")
     if not sys.stdout.isatty() and not (asked.isdecimal() and int(asked)):
         return None
@@ -76,20 +76,20 @@ class OutputError(Exception):
 
 
 class _Stream(io.FileIO):
-    """stdout or stderr. Only the first write that fails is an error; what follows is thrown away, at exit too."""
+    """stdout or stderr. Only the first failing write is an error; later writes are discarded, also at exit."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number, "w", closefd=False)
         self._failed = False
 
     def write(self, data: Any) -> int:
-        """Write to the file, or nowhere once that has failed."""
+        """Write to the file; discard everything once a write has failed."""
         while not self._failed:
             try:
                 written: int | None = super().write(data)
                 if written is not None:
                     return written
-                # Full, and set not to block, as another program may do to a pipe or a terminal that it shares with us.
+                # The pipe or terminal is full, and non-blocking, as another program that shares it may set it.
                 if self.fileno() != 1:
                     break
                 select.select([], [self], [])
@@ -101,7 +101,7 @@ class _Stream(io.FileIO):
 
 
 def take_streams() -> None:
-    """Replace ``sys.stdout`` and ``sys.stderr`` for the rest of this process, and say warnings in one line.
+    """Replace ``sys.stdout`` and ``sys.stderr`` for the rest of this process, and print warnings on one line.
 
     Raises:
         OutputError: stdout is closed.
@@ -110,7 +110,9 @@ def take_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets that number; else a file would, and a library's message would hit it
+            os.open(
+                os.devnull, os.O_RDWR
+            )  # takes the descriptor's number; else a file would get it, and a library's message be written to it
     closed = sys.stdout is None
     sys.stdout, sys.stderr = _text_stream(1, sys.stdout), _text_stream(2, sys.stderr)
     warnings.showwarning = lambda message, *rest, **more: say(f"warning: {message}")

@@ -1,8 +1,8 @@
-"""What keeps ``torch.compile`` out of qmm: it calls our functions as they are, and compiles what is around them.
+"""Keeps ``torch.compile`` out of qmm: it calls qmm's functions uncompiled, and compiles the code around them.
 
-torch is not imported here, and need not be there. Its compiler, Dynamo, meets a function twice. Where it follows a call
-in the code that it compiles, the attributes that :func:`untraced` sets stop it. Where the function then runs, Dynamo is
-asked about each frame of Python in it, Numba's too, unless it was called through ``torch.compiler.disable``.
+torch is not imported here, and need not be installed. Its compiler, Dynamo, handles a function twice. Where it follows
+a call in the code that it compiles, the attributes that :func:`untraced` sets stop it. Where the function then runs,
+Dynamo is asked about each frame of Python in it, Numba's too, unless it was called through ``torch.compiler.disable``.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ _disabled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def untraced(function: F) -> F:
-    """Have Dynamo call a function, not follow it. Its body begins with ``if watched(): ... outside(function)``."""
+    """Make Dynamo call a function instead of tracing it. Its body begins with ``if watched(): ...
+    outside(function)``."""
     vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=REASON)
     return function
 
 
 @untraced
 def watched() -> bool:
-    """Whether Dynamo is asked about this thread's frames: in what torch.compile made, and only there."""
+    """Whether Dynamo is asked about this thread's frames, which is so only in code compiled by torch.compile."""
     if not _set:
         dynamo = _modules.get("torch._C._dynamo.eval_frame")  # there with torch, not only with its compiler
         if dynamo is None:
@@ -46,7 +47,7 @@ def watched() -> bool:
 
 @untraced
 def outside(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as to be called where it is watched: Dynamo is asked about no frame in it."""
+    """The function to call where :func:`watched`: Dynamo is asked about no frame in it."""
     if function not in _disabled:
         decorators = sys.modules["torch._dynamo.decorators"]
         _disabled[function] = decorators.disable(function)

@@ -1,6 +1,6 @@
 """What kernels are written in: operations, their meaning in Python, and their lowering on each target.
 
-The names here are those that every kernel and format of one's own needs; operations are in the modules beside
+Every user's kernel or format needs the names here; operations are in the modules beside
 (:mod:`qmm.kernels.lang.primitives`, :mod:`qmm.kernels.lang.fields`, :mod:`qmm.kernels.lang.simd`,
 :mod:`qmm.kernels.lang.ptx`). No compiler is imported.
 """

@@ -2,7 +2,7 @@
 
 An entry is one file, named by the SHA-256 of its key (:mod:`qmm.kernels.runtime.keys`). Code from a file runs on the
 user's GPU, or in the user's process, so a file counts only if it is a regular one of this user's, which nobody else may
-write, and its key and digest are right. Any other is a miss, and replaced.
+write, and its key and digest are right. Any other file is a miss, and is replaced.
 
 ::
 

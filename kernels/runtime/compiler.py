@@ -76,7 +76,7 @@ def compiling() -> Iterator[None]:
             raise
         said = " ".join(str(reason).split())[:500] or type(reason).__name__
         raise DeviceError(
-            f"compiling a kernel failed: {said}. That may be for Numba's settings in force, {given}. {WAY_OUT}"
+            f"compiling a kernel failed: {said}. The reason may be Numba's settings in force, {given}. {WAY_OUT}"
         ) from reason
 
 

@@ -106,7 +106,7 @@ def _not_in_memory(torch: Any, array: Any) -> ArrayError:
         return ArrayError("a nested PyTorch tensor is not supported; use x.to_padded_tensor(0.0), or its parts")
     if array.layout != torch.strided:
         return ArrayError(f"a PyTorch tensor of layout {array.layout} is not supported; use x.to_dense()")
-    return ArrayError(f"a PyTorch tensor on {array.device} without values is not supported; make one that has them")
+    return ArrayError(f"a PyTorch tensor on {array.device} without values is not supported; pass one with values")
 
 
 def _check_traced(torch: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command line: options, progress, and what becomes of errors. The work is in info, verify, smoke and demo."""
+"""The command line: options, progress, and how errors are reported. The work is in info, verify, smoke and demo."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 class _Command(TyperCommand):
-    """A command whose help says what its arguments mean, and not of what type they are."""
+    """A command whose help shows the meaning of its arguments, not their types."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """What follows the command's name in its usage."""
@@ -126,7 +126,7 @@ def main() -> None:
         say(f"error: {error}")
         sys.exit(ERROR)
     except Exception:
-        if interrupts.heard():
+        if interrupts.was_interrupted():
             sys.exit(interrupts.INTERRUPTED)
         for line in traceback.format_exc().splitlines():
             say(line)
@@ -161,7 +161,7 @@ def demo(
 ) -> None:
     """Everything on a real model: opened, multiplied, timed and checked, tensor by tensor.
 
-    The model is Gemma 3 270M, which the extra `demo` brings as a package. It takes about a minute.
+    The model is Gemma 3 270M, a package that the extra `demo` installs. It takes about a minute.
     """
 
     def work(bar: Bar) -> Report:
@@ -243,7 +243,7 @@ def verify(
     """Check every tensor: dequantized bit for bit against gguf, multiplied against float64.
 
     Tensors of a type without a kernel are listed and do not fail. With --paranoid all is done again, in a child
-    process, with tensor, x and y at the very beginning and the very end of memory, and beside bytes that are NaN.
+    process, with tensor, x and y at the first and the last byte of memory, and surrounded by NaN bytes.
     """
     columns: tuple[int, ...] = n
 
@@ -298,7 +298,7 @@ def _present(work: Callable[[Bar], Report], as_json: bool) -> None:
             with Bar() as bar:
                 report = work(bar)
         finally:
-            interrupts.check()  # which may have become another error on its way here, or none
+            interrupts.check()  # which may have become another error, or been lost
         show(report.document().split("\n") if as_json else lines_of(report.blocks(), line_width()))
     except (QmmError, MemoryError) as error:
         text = str(error) if isinstance(error, QmmError) else f"{OUT_OF_MEMORY} {error}".strip()

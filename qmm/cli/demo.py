@@ -1,6 +1,6 @@
 """``qmm demo``: a real model, every tensor of it multiplied, timed and checked.
 
-The model is Gemma 3 270M (253 MB: Q4_K, Q5_0, Q6_K, Q8_0 and F32), which the ``demo`` extra brings as a package.
+The model is Gemma 3 270M (253 MB: Q4_K, Q5_0, Q6_K, Q8_0 and F32), a package that the ``demo`` extra installs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REPEATS = {"cpu": 5, "cuda": 20}
 
 
 def model_file(folder: Path) -> Path:
-    """The demo's model in ``folder``: the one that is there, its checksum compared, or a new one.
+    """The demo's model in ``folder``: an existing file, its checksum compared, or a new one.
 
     Raises:
         QmmError: the demo extra is not installed, the file that is there is another one, or it cannot be written.
@@ -56,7 +56,7 @@ def model_file(folder: Path) -> Path:
             "XDG_CACHE_HOME."
         ) from reason
     finally:
-        with suppress(OSError):  # the folder may be none
+        with suppress(OSError):  # it may not be a folder
             part.unlink()
     return path
 
@@ -172,5 +172,5 @@ def _conclusion(model: Model, engine: Engine, checks: Sequence[TensorCheck]) -> 
     }[engine.placement]
     return (
         f"All {len(checks)} tensors of a real model were multiplied {where}; dequantized they are bit for bit what "
-        "gguf gives, and the products are as near to float64 as their activations allow."
+        "gguf gives, and the products are as close to float64 as their activations allow."
     )

@@ -1,4 +1,4 @@
-"""What ``qmm info`` says of a model, and what ggml's CUDA backend would have to pad in it.
+"""The report of ``qmm info`` on a model, and the padding that ggml's CUDA backend would add.
 
 ggml allocates a quantized tensor on the GPU with room behind its last row: where a row's length ``ne0`` is no multiple
 of 512 (MATRIX_ROW_PADDING), it adds the bytes of the values that are missing, since its kernels read up to there
@@ -92,7 +92,7 @@ def describe(model: Model, pattern: str = "*", arrays: bool = False) -> InfoRepo
 
 
 def _text(metadata: Metadata, key: str) -> str | None:
-    """A string of the metadata; None where there is something else, or one that was left in the file."""
+    """A string of the metadata; None for another type, or for a long string that was left in the file."""
     here = key in metadata and metadata.type_of(key) == "string" and not metadata.in_file(key)
     return str(metadata[key]) if here else None
 
@@ -163,7 +163,7 @@ class TypeRow:
 
 @dataclass(frozen=True)
 class InfoReport(Report):
-    """``qmm info``: ``tensors`` are those that match the filter, ``types`` sums up all."""
+    """``qmm info``: ``tensors`` match the filter, ``types`` sums up all tensors."""
 
     command: ClassVar[str] = "info"
     file: str

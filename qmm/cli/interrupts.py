@@ -1,7 +1,7 @@
-"""Ctrl-C in a command: it ends with the exit code 130, whatever becomes of the KeyboardInterrupt on its way.
+"""Ctrl-C in a command: it ends with the exit code 130, even if its KeyboardInterrupt is lost.
 
-Where C code calls Python, an exception may not get through: while Numba is imported it becomes an ImportError, and what
-is raised in a callback of LLVM is printed and dropped. So the handler also notes that it was called, and a command asks
+Where C code calls Python, an exception may be lost: while Numba is imported it becomes an ImportError, and in a
+callback of LLVM it is printed and dropped. So the handler also notes that it was called, and a command calls
 :func:`check` at each of its steps.
 """
 
@@ -11,7 +11,7 @@ import signal
 import sys
 from types import FrameType
 
-__all__ = ["INTERRUPTED", "check", "heard", "watch"]
+__all__ = ["INTERRUPTED", "check", "was_interrupted", "watch"]
 
 INTERRUPTED = 130
 """The exit code: as a shell shows SIGINT."""
@@ -19,19 +19,19 @@ _times: list[int] = []
 
 
 def watch() -> None:
-    """Note each Ctrl-C from now on, and print no exception that is dropped after one."""
+    """Note each Ctrl-C from now on, and do not print exceptions that are dropped after it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores the signal
         signal.signal(signal.SIGINT, _note)
         sys.unraisablehook = _print
 
 
-def heard() -> bool:
-    """Whether there was one."""
+def was_interrupted() -> bool:
+    """Whether there was a Ctrl-C."""
     return bool(_times)
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt if there was one."""
+    """Raise KeyboardInterrupt if there was a Ctrl-C."""
     if _times:
         raise KeyboardInterrupt
 

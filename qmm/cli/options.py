@@ -1,7 +1,7 @@
-"""Options of the command line: what they mean, and how their texts are read.
+"""Options of the command line: their help and their parsers.
 
-A parser says what is right where something else was given. typer hands it the default too, as it is, which is why those
-of numbers take any object.
+A parser's error names the valid values. typer also passes it the default, unparsed, which is why parsers of numbers
+take any object.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ __all__ = [
 
 
 def _one_of(*names: str) -> Callable[[str], str]:
-    """A parser of one of some names."""
+    """A parser of a choice of names."""
 
     def parse(text: str) -> str:
         if text not in names:
-            raise typer.BadParameter(f"{text!r} is none of {', '.join(names)}.")
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(names)}.")
         return text
 
     return parse
@@ -50,7 +50,7 @@ def _device(text: str) -> str:
     if re.fullmatch("[0-9]+", text):
         return f"cuda:{text}"
     if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", text):
-        raise typer.BadParameter(f"{text!r} is no device. Choose auto, cpu, cuda or cuda:N, with CUDA's number N.")
+        raise typer.BadParameter(f"{text!r} is not a device. Choose auto, cpu, cuda or cuda:N, with CUDA's number N.")
     return text
 
 
@@ -68,11 +68,11 @@ def _name(text: str) -> str:
 
 
 def _whole(minimum: int) -> Callable[[object], int]:
-    """A parser of whole numbers from ``minimum`` on."""
+    """A parser of integers from ``minimum`` on."""
 
     def parse(value: object) -> int:
         if not re.fullmatch("[0-9]{1,12}", str(value)) or int(str(value)) < minimum:
-            raise typer.BadParameter(f"{value!r} is no whole number from {minimum} on, of at most 12 digits.")
+            raise typer.BadParameter(f"{value!r} is not an integer from {minimum} on, of at most 12 digits.")
         return int(str(value))
 
     return parse
@@ -82,7 +82,7 @@ def _columns(text: str) -> tuple[int, ...]:
     """``--n`` of ``verify``."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch("[0-9]{1,12}", part) and int(part) for part in parts):
-        raise typer.BadParameter(f"{text!r} is no list of whole numbers above 0, of at most 12 digits, such as 1,2,8.")
+        raise typer.BadParameter(f"{text!r} is not a list of integers above 0, of at most 12 digits, such as 1,2,8.")
     return tuple(dict.fromkeys(map(int, parts)))
 
 
@@ -114,9 +114,7 @@ CheckedColumnsOption = Annotated[
 ]
 SeedOption = Annotated[
     int,
-    typer.Option(
-        "--seed", parser=_whole(0), metavar="SEED", help="Of the random activations: a whole number from 0 on."
-    ),
+    typer.Option("--seed", parser=_whole(0), metavar="SEED", help="Of the random activations: an integer from 0 on."),
 ]
 ActivationsOption = Annotated[
     str,
@@ -172,6 +170,6 @@ FolderOption = Annotated[
     ),
 ]
 ParanoidOption = Annotated[
-    bool, typer.Option("--paranoid", help="Then again between memory that faults, and surrounded by NaN bytes.")
+    bool, typer.Option("--paranoid", help="Also check between guard pages, and surrounded by NaN bytes.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]

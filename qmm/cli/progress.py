@@ -1,4 +1,4 @@
-"""What a command is doing, on stderr: a bar on a terminal, else lines, at each stage and every few seconds."""
+"""Progress of a command on stderr: a bar on a terminal, else lines, at each stage and every few seconds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Count(ProgressColumn):
 class Bar:
     """Progress of one command. A context manager; nothing is left on a terminal when it ends.
 
-    What a command tells it of its steps raises KeyboardInterrupt, if there was a Ctrl-C that came to nothing.
+    Its methods raise KeyboardInterrupt if there was a Ctrl-C whose exception was lost.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Bar:
             self._task = self._progress.add_task("", total=None)
 
     def __enter__(self) -> Bar:
-        # A thread draws the bar, another says the lines; the system may refuse either, and the work goes on.
+        # One thread draws the bar, another prints lines; the system may refuse either, and the work goes on.
         if self._progress:
             try:
                 self._progress.start()
@@ -71,7 +71,7 @@ class Bar:
                 self._ticking.join()
 
     def stage(self, text: str) -> None:
-        """Say what happens next."""
+        """Begin a stage with this text."""
         interrupts.check()
         self._text = printable(text)
         if self._progress:

@@ -1,7 +1,7 @@
 """What the commands report: one data model, shown as tables or written as one JSON document.
 
 A command builds a :class:`Report`; ``document()`` is what ``--json`` prints and ``blocks()`` what people see. In
-JSON a value that was not measured is null, and one that is not finite is the string ``"nan"``, ``"inf"`` or ``"-inf"``.
+JSON a value that was not measured is null, and a non-finite value is the string ``"nan"``, ``"inf"`` or ``"-inf"``.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ class TensorCheck:
 
 @dataclass(frozen=True)
 class GuardCheck:
-    """One tensor between memory that faults (:mod:`qmm.verify.paranoid`): what was run, and what went wrong, None if
-    nothing did."""
+    """One tensor between guards (:mod:`qmm.verify.paranoid`): the checks that ran, and the failure, None if there is
+    none."""
 
     tensor: str
     products: int
@@ -178,7 +178,7 @@ class VerifyReport(Report):
             yield from self._proof(self.guards)
 
     def _proof(self, guards: Sequence[GuardCheck]) -> Iterator[Block]:
-        """What the guards proved, or which tensors they did not hold for."""
+        """The conclusion of the checks between guards, or the tensors that failed."""
         failed = [(guard.tensor, guard.failure) for guard in guards if guard.failure]
         if failed:
             yield Table("between guards", ("~tensor", "~failed"), failed)
@@ -198,7 +198,7 @@ class VerifyReport(Report):
 
 @dataclass(frozen=True)
 class Step:
-    """One step of ``qmm smoke``; ``ok`` is None for one that was not reached."""
+    """One step of ``qmm smoke``; ``ok`` is None if it was not reached."""
 
     number: int
     name: str

@@ -1,4 +1,4 @@
-"""``qmm smoke``: the way of a file's bytes to a kernel in eight steps, each shown with its result and time.
+"""``qmm smoke``: the eight steps from a file's bytes to a kernel, each shown with its result and time.
 
 The whole file is registered here, its first page too (an engine registers the pages of tensors only), so that step 7
 can read the magic ``GGUF`` where the file begins.
@@ -39,7 +39,7 @@ COPY = "Not tried: `qmm run {file} {tensor} --placement device`, which copies th
 
 
 class _Smoke:
-    """What the steps hand to each other. Each step returns its result as text, or raises."""
+    """The state that the steps share. Each step returns its result as text, or raises."""
 
     def __init__(self, index: GGUFIndex, file: OpenFile, device: int) -> None:
         self.index = index
@@ -113,7 +113,7 @@ class _Smoke:
         if int(attributes.type) != 0:  # cudaMemoryTypeUnregistered
             raise RegistrationError(f"0x{host:x} still belongs to CUDA, as memory of type {attributes.type.name}")
         with HostRegistration.of(self.mapping, [(0, self.mapping.nbytes)], self.device):
-            pass  # nothing was left behind, or this would be refused
+            pass  # this would be refused if a registration were left
         self.mapping.close()
         if self.mapped is not None and self.mapped in map(file_of, mapped_lines()):
             raise MappingError("the file is still mapped")
@@ -156,7 +156,7 @@ def other_ways(index: GGUFIndex, path: Path, registering_failed: bool) -> str:
 
             with Engine(model, "cpu", tensors=tensor.name) as engine:
                 engine.matmul(tensor, np.ones((1, tensor.k), np.float32))
-        except Exception as reason:  # whatever a compiler, or the lack of one, raises: it is what was found
+        except Exception as reason:  # any error, also of a compiler or the lack of one, is the finding
             said = [NOT_ON_CPU.format(**found, reason=" ".join(f"{type(reason).__name__}: {reason}".split())[:500])]
         else:
             said = [ON_CPU.format(**found)]
@@ -166,7 +166,7 @@ def other_ways(index: GGUFIndex, path: Path, registering_failed: bool) -> str:
 
 
 def smoke(path: Path, device: int = 0) -> SmokeReport:
-    """Walk the eight steps; after one that failed, those that depend on it are not reached.
+    """Walk the eight steps; after a failed step, the steps that depend on it are not reached.
 
     The last one wants to see the file unmapped, so nothing else in the process may have it open.
 
@@ -199,7 +199,7 @@ def smoke(path: Path, device: int = 0) -> SmokeReport:
         else:
             right = True
         shown.append(Step(number, name, right, result, (time.perf_counter() - started) * 1e3))
-    with suppress(QmmError) if failed else nullcontext():  # the failed step has said why
+    with suppress(QmmError) if failed else nullcontext():  # the failed step has reported the reason
         walk.cleanup.close()
     advice = other_ways(index, path, registering_failed=shown[1].ok is True) if failed else None
     return SmokeReport(file=str(path), steps=tuple(shown), advice=advice)

@@ -1,7 +1,7 @@
 """Building blocks of reports: tables and cells for people, plain values for JSON.
 
 A report is shown as blocks: tables, facts, and sentences, which are plain ``str``. Each becomes lines for a terminal of
-so many columns, or, where there is no terminal (``width`` None), lines that nothing was done to but aligning. Rich's
+so many columns, or, without a terminal (``width`` None), lines that are only aligned. Rich's
 tables would take 4 to 8 s for the 10,000 tensors of a large model, and break numbers.
 """
 
@@ -38,13 +38,13 @@ GAP = "  "
 NARROWEST = 12
 """Columns that a column of texts is given at least; where there are fewer, a table becomes a list."""
 ALIGNED = 64
-"""Where there is no terminal, texts are aligned up to this length: one that is longer does not widen every row."""
+"""Where there is no terminal, texts are aligned up to this length: a longer one does not widen every row."""
 WORDS = re.compile(r"`[^`]*`\S*|\S+")
-"""What a line is broken between: words, where a command in backquotes is one."""
+"""The pieces that lines break between: words; a command in backquotes is one."""
 
 NUMBER = re.compile("[0-9.,e+-]+")
 PARTS = re.compile(r"[^._/-]*[._/-]+|[^._/-]+")
-"""What a word that is longer than a line is broken between."""
+"""The pieces that an overlong word breaks between."""
 
 
 def plain(value: Any) -> Any:
@@ -140,7 +140,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and what is said of them, side by side."""
+    """Names and their values, side by side."""
 
     pairs: Sequence[tuple[str, str]]
 
@@ -239,7 +239,7 @@ def shortened(value: object, limit: int = 60) -> str:
 
 
 def worst(values: Iterable[float | None]) -> float | None:
-    """The largest of those that were measured, where not-a-number is worse than all; None if none was."""
+    """The largest measured value, NaN above all; None if there is none."""
     measured = [value for value in values if value is not None]
     if any(math.isnan(value) for value in measured):
         return math.nan

@@ -1,1 +1,1 @@
-"""Where an engine's weights lie, and which GPU there is to read them."""
+"""The placement of an engine's weights, and the choice of its GPU."""

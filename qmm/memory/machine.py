@@ -1,4 +1,4 @@
-"""Which GPU there is, what it can do with host memory, and the placement that follows."""
+"""GPUs, what they can do with host memory, and the placement that follows."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class GPUInfo:
         number: CUDA's number of it.
         name: as the driver gives it.
         capability: compute capability.
-        integrated: whether it has no memory of its own but the host's.
+        integrated: whether it has no memory but the host's.
         maps_read_only: whether it can register read-only mappings, which the placement ``mapped`` needs.
-        free_nbytes: memory not taken now.
+        free_nbytes: memory that is free now.
         total_nbytes: memory altogether.
     """
 
@@ -87,7 +87,7 @@ def choose(device: str | SupportsIndex, placement: str, nbytes: int) -> Choice:
         nbytes: of the tensors that will be used.
 
     Raises:
-        DeviceError: the two contradict each other, or the GPU asked for cannot be used.
+        DeviceError: the two contradict each other, or the requested GPU cannot be used.
     """
     if placement not in PLACEMENTS:
         raise DeviceError(f"there is no placement {placement!r}; choose one of {', '.join(PLACEMENTS)}")
@@ -140,7 +140,7 @@ def _placed(gpu: GPUInfo, nbytes: int) -> Choice:
 
 
 def _number(device: str | SupportsIndex) -> int | None:
-    """CUDA's number of the device that is meant; None for the CPU.
+    """CUDA's number of the named device; None for the CPU.
 
     Raises:
         DeviceError: ``device`` names none.

@@ -1,4 +1,4 @@
-"""The placements of an engine: which residency each of its tensors gets, and what they hold together."""
+"""The placement of an engine: the residency of each of its tensors, and the bytes that they hold."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["Weights"]
 
 
 class Weights:
-    """The tensors that an engine was made for, and where each is.
+    """The tensors of an engine, and the residency of each.
 
-    It has mapping handles of its own, so that the model may be closed.
+    It has its own handles on the mappings, so the model may be closed.
     """
 
     def __init__(self, tensors: Iterable[Tensor], placement: str, device: Device | None, registers: bool) -> None:
-        """Put tensors where a placement has them.
+        """Give tensors the residency of a placement.
 
         Args:
-            tensors: those that will be used.
+            tensors: the tensors that will be used.
             placement: ``"host"`` (the CPU reads the mapping), ``"mapped"`` (the GPU does; the pages under the tensors
                 are registered now) or ``"device"`` (copies on the GPU, each when it is first used).
             device: the GPU; None for ``"host"``.
@@ -78,21 +78,21 @@ class Weights:
         return copies + sum(registration.nbytes_registered for registration in self._registrations.values())
 
     def __getitem__(self, tensor: Tensor) -> Residency:
-        """Where a tensor is.
+        """A tensor's residency.
 
         Raises:
-            TensorNotFoundError: the engine was made for other tensors.
+            TensorNotFoundError: the engine is for other tensors.
         """
         try:
             return self._residencies[tensor.name]
         except KeyError:
             raise TensorNotFoundError(
-                f"{tensor.info.path}: the engine was made for {len(self._tensors)} tensors, and {tensor.name!r} is not "
+                f"{tensor.info.path}: the engine is for {len(self._tensors)} tensors, and {tensor.name!r} is not "
                 "among them. Name it in Engine(tensors=...)."
             ) from None
 
     def close(self) -> None:
-        """Give up everything; the device must be done with it."""
+        """Release everything; the device must be done with it."""
         try:
             for residency in self._residencies.values():
                 residency.release()

@@ -1,4 +1,4 @@
-"""Where an engine has each tensor now, and the address that its device reads it at.
+"""The residency of tensors: the memory that a tensor is in now, and the address at which the device reads it.
 
 A :class:`Residency` is one tensor's; the placement of an engine decides which kind it is. Addresses are asked for when
 work is queued, not when it is prepared, so that a tensor may move.
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["CopyResidency", "HostResidency", "MappedResidency", "Residency"]
 
 PIECE_NBYTES = 64 << 20
-"""The most bytes of a file that are copied to other memory on their way to the GPU."""
+"""The size of the bounce buffer on the way from a file to the GPU."""
 
 
 class Residency:
-    """Where one tensor is.
+    """The memory that one tensor is in.
 
     Attributes:
         where: ``"host"``, ``"mapped"`` or ``"device"``.
@@ -36,7 +36,7 @@ class Residency:
     where: str
 
     def __init__(self, tensor: Tensor, mapping: FileMapping) -> None:
-        """The mapping is the engine's own handle on the tensor's file."""
+        """``mapping`` is the engine's own handle on the tensor's file."""
         self.tensor = tensor
         self.mapping = mapping
 
@@ -46,7 +46,7 @@ class Residency:
         return 0
 
     def layout(self) -> WeightLayout:
-        """What plans depend on of where it is."""
+        """The properties of its memory that plans depend on."""
         return WeightLayout.at(self.lease(), self.where == "mapped")
 
     def lease(self) -> int:
@@ -54,13 +54,13 @@ class Residency:
 
         Raises:
             MappingError: the file changed since it was mapped. The operating system ends a process that reads a page
-                of a file that became shorter, so this is looked at each time.
+                of a file that became shorter, so this is checked each time.
             DeviceError: a copy does not fit the device.
         """
         raise NotImplementedError
 
     def check(self) -> None:
-        """What :meth:`lease` looks at each time, without the address.
+        """The checks of :meth:`lease`, without the address.
 
         Raises:
             MappingError: the file changed since it was mapped.
@@ -68,7 +68,7 @@ class Residency:
         self.mapping.check()
 
     def release(self) -> None:
-        """Give up what it holds beyond the mapping; the device must be done with it."""
+        """Release what it holds beyond the mapping; the device must be done with it."""
 
 
 class HostResidency(Residency):
@@ -102,7 +102,7 @@ class MappedResidency(Residency):
 
 
 class CopyResidency(Residency):
-    """The tensor's bytes, copied to the GPU when it is first used, with no padding. The file is not looked at again."""
+    """The tensor's bytes, copied to the GPU when it is first used, with no padding. The file is not read again."""
 
     where = "device"
 
@@ -117,11 +117,11 @@ class CopyResidency(Residency):
 
     @property
     def nbytes(self) -> int:
-        """Those of the copy, once there is one."""
+        """Bytes of the copy, once there is one."""
         return self.tensor.nbytes if self._address else 0
 
     def lease(self) -> int:
-        """The address of the copy, which is made now if it is the first use."""
+        """The address of the copy; the first use copies."""
         if not self._address and self.tensor.nbytes:
             with self._lock:
                 if not self._address:
@@ -129,7 +129,7 @@ class CopyResidency(Residency):
         return self._address
 
     def check(self) -> None:
-        """Nothing: the copy is used, not the file."""
+        """Checks nothing: the copy is used, not the file."""
 
     def _copy(self) -> int:
         self.mapping.check()
@@ -138,13 +138,13 @@ class CopyResidency(Residency):
         try:
             self._fill(target, self.tensor.info.offset, nbytes)
         except BaseException:
-            with suppress(DeviceError):  # the error at hand is the one to show
+            with suppress(DeviceError):  # the first error takes precedence
                 self._device.free(target)
             raise
         return target
 
     def _fill(self, target: int, offset: int, nbytes: int) -> None:
-        """Copy bytes of the file. Where registering is refused, a slower way still works."""
+        """Copy bytes of the file. If registering is refused, they go through a bounce buffer."""
         registration = None
         if self._registers:
             with suppress(RegistrationError):
@@ -154,7 +154,7 @@ class CopyResidency(Residency):
                 for piece in registration.pieces(offset, nbytes):
                     self._transfer(target + piece.start - offset, self.mapping.address + piece.start, piece.nbytes)
             return
-        # By way of memory of its own: some of the pages may be registered by others, and CUDA copies from no two kinds.
+        # Through a bounce buffer: pages may be registered in part, and CUDA does not copy from mixed memory.
         for start in range(offset, offset + nbytes, PIECE_NBYTES):
             part = self.mapping.view(start, min(PIECE_NBYTES, offset + nbytes - start)).copy()
             self._transfer(target + start - offset, part.ctypes.data, part.nbytes)

@@ -1,13 +1,13 @@
 """Tensors against an oracle: dequantization bit for bit, and products against float64.
 
 The oracle is ``gguf.quants.dequantize`` of the very bytes in the file. A product is right if its NMSE, the mean of
-``(y - reference)^2 / sum(w^2)``, keeps to TOLERANCES, and if what is not finite is what float64 has
+``(y - reference)^2 / sum(w^2)``, is within TOLERANCES, and if non-finite values are those of float64
 (:mod:`qmm.verify.oracle` has the rules). The tolerances follow from how activations are stored
 (:mod:`qmm.kernels.ops.quantize`), for everything after that is exact integers or float32:
 
 ``int8``
     A block of 32 values has one scale ``d = max|x| / 127``, and rounding moves a value by at most ``d / 2``. So the
-    block's error has at most ``32 / (4 * 127^2) = 4.96e-4`` of its energy; for normal values it is near 3e-5.
+    block's error has at most ``32 / (4 * 127^2) = 4.96e-4`` of its energy; for normal values it is about 3e-5.
 ``f16``
     Rounding to float16 moves a value by at most ``2^-11`` of itself, so the error has at most ``2^-22 = 2.4e-7`` of the
     energy. The rest of 1e-6 is for float32 sums. (On the CPU these activations stay float32.)
@@ -49,7 +49,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def modes_of(tensor: Tensor, modes: Sequence[str]) -> tuple[str, ...]:
-    """Those of ``modes`` that the tensor is checked with: plain types know ``f16`` alone, whatever is asked."""
+    """The ``modes`` that the tensor is checked with; always ``f16`` for plain types."""
     return ("f16",) if tensor.format.plain else tuple(modes)
 
 
@@ -119,7 +119,7 @@ def checkable(model: Model, pattern: str) -> list[Tensor]:
     Raises:
         PatternError: none does.
         TensorNotFoundError: the model has no tensors at all.
-        UnsupportedTypeError: of those that match, qmm can multiply by none.
+        UnsupportedTypeError: qmm can multiply by none of those that match.
     """
     if not model:
         raise TensorNotFoundError(f"{model.path}: holds no tensors: nothing to verify.")

@@ -1,7 +1,7 @@
-"""Memory with nothing before its first byte and nothing behind its last: any access there faults.
+"""Memory between guards: an access before its first byte or after its last faults.
 
-On the host it lies between pages that nobody may touch; a GPU that reads such pages, registered or not, faults too. On
-a GPU it is mapped into the middle of a reserved range of addresses (CUDA's virtual memory management).
+On the host it lies between pages without access rights; a GPU that reads such pages, registered or not, faults too. On
+a GPU it is mapped into the middle of a reserved address range (CUDA's virtual memory management).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAP_NORESERVE: Final = 0x4000
 
 
 class Guard(Closing):
-    """Some memory between faults.
+    """Memory between guards.
 
     Attributes:
         address: of its first byte.
@@ -54,27 +54,27 @@ class Guard(Closing):
 
 
 class HostGuard(Guard):
-    """Host memory of a file that lies nowhere but in memory (memfd), mapped shared, as a model's file is.
+    """Host memory of an anonymous file (memfd), mapped shared, as a model's file is.
 
     Args:
         nbytes: how many are needed.
         device: the CUDA device that it is registered with, for reading; None for none.
 
     Raises:
-        MappingError: there is not so much memory.
+        MappingError: there is not enough memory.
         DeviceError: CUDA refuses to register it.
     """
 
     def __init__(self, nbytes: int, device: int | None = None) -> None:
         self.nbytes = max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
-        self._made = ExitStack()
+        self._resources = ExitStack()
         try:
             self.address = self._map()
             self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self.address))
             if device is not None:
                 self._register(device)
         except BaseException:
-            self._made.close()
+            self._resources.close()
             raise
 
     def _map(self) -> int:
@@ -87,7 +87,7 @@ class HostGuard(Guard):
         start = libc.mmap(None, around, PROT_NONE, nothing, -1, 0)
         if start == ctypes.c_void_p(-1).value:
             raise MappingError(f"{around} bytes of addresses cannot be had: {os.strerror(ctypes.get_errno())}")
-        self._made.callback(libc.munmap, start, around)
+        self._resources.callback(libc.munmap, start, around)
         file = os.memfd_create("qmm")
         try:
             os.ftruncate(file, self.nbytes)
@@ -103,7 +103,7 @@ class HostGuard(Guard):
         try:
             with current_device(device):
                 call("cudaHostRegister", self.address, self.nbytes, register_flags())
-                self._made.callback(call, "cudaHostUnregister", self.address)
+                self._resources.callback(call, "cudaHostUnregister", self.address)
                 self.address = int(call("cudaHostGetDevicePointer", self.address, 0))
         except CudaCallError as reason:
             raise DeviceError(f"{self.nbytes} bytes between guards cannot be registered: {reason}") from reason
@@ -125,8 +125,8 @@ class HostGuard(Guard):
         return self._bytes[offset : offset + nbytes]
 
     def close(self) -> None:
-        """Unregister and unmap it. Twice is harmless."""
-        self._made.close()
+        """Unregister and unmap it. Closing twice is harmless."""
+        self._resources.close()
 
 
 class DeviceGuard(Guard):
@@ -137,17 +137,17 @@ class DeviceGuard(Guard):
         device: CUDA's number of the GPU.
 
     Raises:
-        DeviceError: there is not so much memory, or CUDA failed otherwise.
+        DeviceError: there is not enough memory, or CUDA failed otherwise.
     """
 
     def __init__(self, nbytes: int, device: int) -> None:
         self._device = device
-        self._made = ExitStack()
+        self._resources = ExitStack()
         try:
             with current_device(device):
                 self._map(nbytes)
         except CudaCallError as reason:
-            self._made.close()
+            self._resources.close()
             raise DeviceError(f"{nbytes} bytes between guards on CUDA device {device}: {reason}") from reason
 
     def _map(self, nbytes: int) -> None:
@@ -161,12 +161,12 @@ class DeviceGuard(Guard):
         self.nbytes = max(1, -(-nbytes // page)) * page
         around = self.nbytes + 2 * page
         start = int(drive("cuMemAddressReserve", around, page, 0, 0))
-        self._made.callback(drive, "cuMemAddressFree", start, around)
+        self._resources.callback(drive, "cuMemAddressFree", start, around)
         memory = drive("cuMemCreate", self.nbytes, there, 0)
-        self._made.callback(drive, "cuMemRelease", memory)
+        self._resources.callback(drive, "cuMemRelease", memory)
         self.address = start + page
         drive("cuMemMap", self.address, self.nbytes, 0, memory, 0)
-        self._made.callback(drive, "cuMemUnmap", self.address, self.nbytes)
+        self._resources.callback(drive, "cuMemUnmap", self.address, self.nbytes)
         access = driver.CUmemAccessDesc()
         access.location = there.location
         access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
@@ -183,7 +183,7 @@ class DeviceGuard(Guard):
         """Store a byte so many times from an offset on."""
         with current_device(self._device):
             call("cudaMemset", self.address + offset, value, nbytes)
-            call("cudaDeviceSynchronize")  # streams of their own would not wait for it
+            call("cudaDeviceSynchronize")  # other streams would not wait for it
 
     def get(self, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """A copy of bytes from an offset on."""
@@ -194,6 +194,6 @@ class DeviceGuard(Guard):
         return out
 
     def close(self) -> None:
-        """Give it back. Twice is harmless."""
+        """Free it. Closing twice is harmless."""
         with current_device(self._device):
-            self._made.close()
+            self._resources.close()

@@ -1,16 +1,18 @@
-"""What products should be: float64 sums of the weights that ``gguf.quants.dequantize`` makes of the file's bytes.
+"""The reference of products: float64 sums over the weights that ``gguf.quants.dequantize`` returns for the file's
+bytes.
 
 A result is compared with the sum in float64, by these rules:
 
 * Where that is a number, its error counts in parts of ``sum(w^2)``, and the NMSE is the mean of that over all results.
-  ``sum(w^2)`` is the mean of ``reference^2`` for standard normal activations: so a sum that comes out near zero by
+  ``sum(w^2)`` is the mean of ``reference^2`` for standard normal activations: so a sum that is close to zero by
   chance fails nothing, and one huge weight hides no error in other rows.
 * Where it is NaN, the result must be NaN; where it is infinite, the same infinity. A quantized type multiplies a whole
   block by one scale: if that is not finite, the result must not be finite either, but may be NaN for an infinity.
-* A float32 sum may overflow on its way where ``sum(|w| max(|x|, 2))`` is beyond float32's range. There alone, infinity
-  or NaN is right beside a finite reference. (2, because activations are stored as parts of a scale, up to twice of it.)
-* Near float32's smallest numbers each product is rounded by itself, to a multiple of ``2^-136`` at worst (TF32's
-  smallest, :mod:`qmm.kernels.ops.quantize`). So much for each weight in a row is no error.
+* A float32 sum may overflow before its end where ``sum(|w| max(|x|, 2))`` is beyond float32's range. There alone,
+  infinity or NaN is right beside a finite reference. (2, because activations are stored as parts of a scale, up to
+  twice of it.)
+* Close to float32's smallest numbers each product is rounded by itself, to a multiple of ``2^-136`` at worst (TF32's
+  smallest, :mod:`qmm.kernels.ops.quantize`). That much for each weight in a row is no error.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ BLOCK_WEIGHTS = 1 << 20
 """Weights that are decoded at a time: 8 MB as float64, and a few times that inside gguf."""
 ROUNDING = 2.0**-136
 LEAST_ROW = 2.0**-12
-"""The root of the least ``sum(w^2)`` of a row of blocks, in parts of the greatest row's. Weights of a scale and a
-minimum may cancel to zero, products of them but to what float32 rounds."""
+"""The root of the least ``sum(w^2)`` of a row of blocks, relative to the greatest row's. Weights of a scale and a
+minimum may cancel to zero, but their products only up to float32 rounding."""
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -50,7 +52,7 @@ def weights_of(tensor: Tensor) -> Iterator[tuple[int, int, Floats]]:
 
 
 def same_bits(actual: Floats, expected: Floats) -> bool:
-    """Equal bit for bit, zeros' signs included; a NaN is a NaN, for which of them is the compiler's choice."""
+    """Equal bit for bit, signs of zeros included; all NaN are equal, since the compiler chooses which."""
     if np.array_equal(actual.view(np.uint32), expected.view(np.uint32)):
         return True
     numbers = ~np.isnan(expected)
@@ -60,7 +62,7 @@ def same_bits(actual: Floats, expected: Floats) -> bool:
 
 
 class Oracle:
-    """The products of a tensor with ``x``, ``(n, k)`` float32, and how near to them results are.
+    """The products of a tensor with ``x``, ``(n, k)`` float32, and the errors of results.
 
     Attributes:
         products: ``(n, m)`` float64.
@@ -121,6 +123,6 @@ class Oracle:
         return float(shares.mean())
 
     def _as_it_should_be(self, y: Floats, expected: Doubles) -> Booleans:
-        """Where results that are not numbers are those that the reference has."""
+        """Where non-finite results are those of the reference."""
         same: Booleans = (np.isnan(y) & np.isnan(expected)) | (y == expected)
         return same if self._tensor.format.plain else same | (~np.isfinite(y) & ~np.isfinite(expected))

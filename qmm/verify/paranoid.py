@@ -1,16 +1,15 @@
-"""``qmm verify --paranoid``: a user's own tensors between memory that faults, and surrounded by NaN bytes.
+"""``qmm verify --paranoid``: a user's own tensors between guards, and surrounded by NaN bytes.
 
-A tensor's bytes are copied to memory with nothing before its first byte and nothing behind its last
-(:mod:`qmm.verify.guards`), once so that the tensor begins where that memory begins, once so that it ends where it
-ends; ``x`` and ``y`` lie in such memory too, likewise. Products and dequantization run there. What is left of the
-memory on the open side is filled with zeros, then with 0xFF, which is NaN as float16, bfloat16 and float32. It holds if
+A tensor's bytes are copied to memory between guards (:mod:`qmm.verify.guards`), once to its beginning and once to its
+end; so are ``x`` and ``y``. Products and dequantization run there. The rest of the memory is filled with zeros, then
+with 0xFF, which is NaN as float16, bfloat16 and float32. The tensor passes if
 
 * nothing faults;
-* the results are the same bits with either neighbour, and the neighbours of ``y`` are as they were;
-* where the tensor begins its memory, as aligned as in the file, they are the bits that the engine gives; where it ends
-  it, with whatever alignment that makes, the weights are, and products but for the order of float32 sums.
+* the results are the same bits with either filler, and the bytes around ``y`` are unchanged;
+* at the beginning of the memory, aligned as in the file, the results are the engine's bits; at its end, with whatever
+  alignment, the weights are too, and products up to the order of float32 sums.
 
-A fault ends the process, or its use of the GPU: all this runs in a child process, which is started again behind the
+A fault ends the process, or its use of the GPU: all this runs in a child process, which is started again after the
 tensor that ended it.
 """
 
@@ -53,16 +52,16 @@ SIDES = ("first", "last")
 """Where a tensor lies in its memory: from the first byte on, or up to the last."""
 FILLERS = (0x00, 0xFF)
 REACH = 64 << 10
-"""Bytes of neighbours, at most."""
+"""The most filler bytes."""
 OF_SUMS = 1e-10
-"""What the order of float32 sums may change of a product, as NMSE: (2**-24)**2 = 4e-15 each, and few of them."""
+"""The NMSE that the order of float32 sums may cause: (2**-24)**2 = 4e-15 each, and few of them."""
 
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a child process is to check; the fields of :func:`check_guarded`, as JSON holds them."""
+    """The job of a child process: the arguments of :func:`check_guarded`, as JSON."""
 
     file: str
     device: str
@@ -72,7 +71,8 @@ class Job:
     modes: tuple[str, ...]
     seed: int
     identities: tuple[FileIdentity, ...]
-    """Of the model's files (:attr:`qmm.model.Model.known`), which must be those that a child finds at their names."""
+    """Of the model's files (:attr:`qmm.model.Model.known`), which must be the files that a child finds at their
+    names."""
 
 
 def check_guarded(job: Job, done: Callable[[str], None] = lambda tensor: None) -> list[GuardCheck]:
@@ -98,7 +98,7 @@ def _run_child(job: Job) -> Iterator[GuardCheck]:
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            with suppress(BrokenPipeError):  # it has ended, and its status says so
+            with suppress(BrokenPipeError):  # it has ended; its status shows it
                 child.stdin.write(json.dumps(asdict(job)))
                 child.stdin.close()
             for line in child.stdout:
@@ -123,7 +123,7 @@ def _run_child(job: Job) -> Iterator[GuardCheck]:
 
 
 def _started(file: str, errors: IO[str]) -> subprocess.Popen[str]:
-    """A child process. Its errors go to a file: a pipe that nobody reads would stop a child that says much."""
+    """A child process. Its errors go to a file: a full pipe that nobody reads would block the child."""
     try:
         return subprocess.Popen(python(CHILD), stdin=PIPE, stdout=PIPE, stderr=errors, text=True)
     except OSError as reason:
@@ -131,7 +131,7 @@ def _started(file: str, errors: IO[str]) -> subprocess.Popen[str]:
 
 
 def work() -> int:
-    """The child: reads a job from stdin, says on stdout what it does and finds; its exit status."""
+    """The child: reads a job from stdin, reports its steps and findings on stdout; returns its exit status."""
     try:
         return _check_all(Job(**json.load(sys.stdin)))
     except QmmError as reason:
@@ -140,7 +140,7 @@ def work() -> int:
 
 
 def _check_all(job: Job) -> int:
-    """What the child does.
+    """The work of the child.
 
     Raises:
         QmmError: it cannot begin.
@@ -158,7 +158,7 @@ def _check_all(job: Job) -> int:
                     _say({"check": asdict(bench.check(tensor))})
             except (QmmError, CudaCallError) as reason:
                 _say({**bench.where, "failure": str(reason)})
-                os._exit(1)  # what faults on a GPU takes the GPU from the process: nothing can be given back
+                os._exit(1)  # after a fault on a GPU the process cannot use the GPU: nothing can be freed
     return 0
 
 
@@ -171,13 +171,13 @@ class _FailedError(Exception):
 
 
 class _Bench(Closing):
-    """The memory that tensors are checked in, and the one check at hand: ``where`` says how far it is."""
+    """The memory that tensors are checked in, and the current check: ``where`` is its progress."""
 
     def __init__(self, engine: Engine, tensors: Sequence[Tensor], job: Job) -> None:
         self.engine = engine
         self.job = job
         self.where: dict[str, Any] = {}
-        self._made = ExitStack()
+        self._resources = ExitStack()
         known = [tensor for tensor in tensors if tensor.supported]
         widest = max(job.columns)
         outputs = [max(widest * tensor.m, _rows_at_once(tensor) * tensor.k) for tensor in known]
@@ -186,26 +186,26 @@ class _Bench(Closing):
             self.x = self._guard(max((4 * widest * tensor.k for tensor in known), default=0), engine.placement, False)
             self.y = self._guard(4 * max(outputs, default=0), engine.placement, False)
         except BaseException:
-            self._made.close()
+            self._resources.close()
             raise
 
     def _guard(self, nbytes: int, placement: str, of_weights: bool = True) -> Guard:
         gpu = self.engine.gpu
-        made: Guard
+        guard: Guard
         if gpu is None:
-            made = HostGuard(nbytes)
+            guard = HostGuard(nbytes)
         elif placement == "mapped" and of_weights:
-            made = HostGuard(nbytes, gpu.number)
+            guard = HostGuard(nbytes, gpu.number)
         else:
-            made = DeviceGuard(nbytes, gpu.number)
-        return self._made.enter_context(made)
+            guard = DeviceGuard(nbytes, gpu.number)
+        return self._resources.enter_context(guard)
 
     def close(self) -> None:
-        """Give the memory back."""
-        self._made.close()
+        """Free the memory."""
+        self._resources.close()
 
     def check(self, tensor: Tensor) -> GuardCheck:
-        """Everything about one tensor."""
+        """All checks of one tensor."""
         self.where = {"tensor": tensor.name, "step": "", "products": 0, "dequantizations": 0}
         if not tensor.supported:
             return GuardCheck(tensor.name, 0, 0, None)
@@ -247,7 +247,7 @@ class _Bench(Closing):
     ) -> None:
         """Run it beside each of FILLERS; the results must be the same, and the engine's.
 
-        To the bit, or where an ``oracle`` is given, but for the order of float32 sums.
+        To the bit; with an ``oracle``, up to the order of float32 sums.
         """
         results = []
         for filler in FILLERS:
@@ -323,10 +323,10 @@ class _Bench(Closing):
             return
         if oracle is None:
             raise _FailedError("the results are not the engine's")
-        with np.errstate(all="ignore"):  # the oracle takes long; it is for sums that are near zero, or overflow
+        with np.errstate(all="ignore"):  # the oracle is slow; it is for sums that are close to zero, or overflow
             a, b = one.astype(np.float64), own.astype(np.float64)
-            near = np.sum((a - b) ** 2) <= OF_SUMS * np.sum(b**2)  # NaN is not
-        if not near and not oracle().nmse(one, reference=b) <= OF_SUMS:
+            close = np.sum((a - b) ** 2) <= OF_SUMS * np.sum(b**2)  # NaN is not
+        if not close and not oracle().nmse(one, reference=b) <= OF_SUMS:
             raise _FailedError("the results are farther from the engine's than another order of sums explains")
 
 
@@ -341,7 +341,7 @@ def _place(guard: Guard, nbytes: int, side: str) -> int:
 
 
 def _neighbours(guard: Guard, at: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """Offset and size of what there is before and behind some bytes, as far as it is looked at."""
+    """Offset and size of the filler before and after some bytes, as far as it is compared."""
     before, behind = min(at, REACH), min(guard.nbytes - at - nbytes, REACH)
     if before:
         yield at - before, before

@@ -320,7 +320,7 @@ def test_a_tensor_of_another_model_is_refused(engine: qmm.Engine, path: Path) ->
 def test_an_engine_for_some_tensors_refuses_the_others(model: qmm.Model) -> None:
     with qmm.Engine(model, "cpu", tensors=["first"]) as engine:
         engine.matmul("first", np.zeros(96, np.float32))
-        with pytest.raises(TensorNotFoundError, match=r"made for 1 tensors.*'last'"):
+        with pytest.raises(TensorNotFoundError, match=r"for 1 tensors.*'last'"):
             engine.matmul("last", np.zeros(96, np.float32))
     with pytest.raises(TensorNotFoundError, match="nonesuch"):
         qmm.Engine(model, "cpu", tensors=["nonesuch"])
@@ -334,7 +334,7 @@ def test_a_closed_engine_says_so(model: qmm.Model) -> None:
     assert "closed" in repr(engine)
     assert engine.weights_nbytes == 0
     for use in (lambda: engine.matmul("first", np.zeros(96, np.float32)), lambda: engine.dequantize("first")):
-        with pytest.raises(ClosedError, match="Make another"):
+        with pytest.raises(ClosedError, match="Create another"):
             use()
 
 
@@ -395,7 +395,7 @@ def test_an_engine_may_be_made_for_one_name(model: qmm.Model) -> None:
             engine.matmul("legacy", np.ones(model["legacy"].k, np.float32))
     with qmm.Engine(model, "cpu", tensors="legacy") as engine:
         assert engine.matmul("legacy", np.zeros(96, np.float32)).shape == (7,)
-        with pytest.raises(TensorNotFoundError, match="made for 1 tensors, and 'first' is not among them"):
+        with pytest.raises(TensorNotFoundError, match="for 1 tensors, and 'first' is not among them"):
             engine.matmul("first", np.zeros(96, np.float32))
 
 

@@ -103,7 +103,7 @@ def test_closing_waits_for_the_products_of_other_threads(path: Path, x: np.ndarr
             thread.join()
         assert not is_mapped(path)
         assert len(ends) == 4
-        assert all("Make another one" in end for end in ends)
+        assert all("Create another one" in end for end in ends)
         assert all(np.array_equal(result, expected) for result in results)
 
 

@@ -265,7 +265,7 @@ class TestKinds:
         with torch.inference_mode():
             inference = torch.zeros(2, M)
             assert torch.equal(engine.matmul("a", x, out=inference), expected)
-        with pytest.raises(qmm.ArrayError, match=r"made in torch\.inference_mode"):
+        with pytest.raises(qmm.ArrayError, match=r"created in torch\.inference_mode"):
             engine.matmul("a", x, out=inference)
         with pytest.raises(qmm.ArrayError, match="share memory"):
             engine.matmul("a", x, out=torch.zeros(1, M).expand(2, M))
@@ -291,7 +291,7 @@ class TestCopies:
 
     def test_saving_says_where_to_make_it(self, engine: qmm.Engine, path: Path, tmp_path: Path) -> None:
         module = self.module(engine)
-        with pytest.raises(qmm.CopyError, match=rf"Make it in the worker: qmm\.Engine.*{path.name}"):
+        with pytest.raises(qmm.CopyError, match=rf"Create it in the worker: qmm\.Engine.*{path.name}"):
             torch.save(module, tmp_path / "module.pt")
         torch.save(module.state_dict(), tmp_path / "state.pt")
         assert set(torch.load(tmp_path / "state.pt")) == {"weight", "bias"}
@@ -304,7 +304,7 @@ class TestCopies:
             torch.utils.data.DataLoader, batch_size=None, num_workers=1, multiprocessing_context=start
         )
         if start == "spawn":
-            with pytest.raises(qmm.CopyError, match="Make it in the worker"):
+            with pytest.raises(qmm.CopyError, match="Create it in the worker"):
                 next(iter(load(dataset)))
             dataset.close()
         for y, right in zip(load(dataset), expected, strict=True):

@@ -279,7 +279,7 @@ def test_the_checksum_takes_in_each_piece(nbytes: int, rng: np.random.Generator)
 def test_a_product_that_waits_for_no_barrier_is_found(architecture: Architecture) -> None:
     architecture = replace(architecture, sms=1)
     settings = Settings(faults=frozenset({"waits"}))
-    with pytest.raises(EmulatorError, match=r"target of a copy under way|nobody has written"):
+    with pytest.raises(EmulatorError, match=r"target of a copy in flight|nobody has written"):
         run_product("Q8_0", 70, 2144, 1, architecture=architecture, shift=2, settings=settings)
 
 
@@ -291,7 +291,7 @@ def test_activations_read_too_early_are_found() -> None:
 
 
 def test_a_dequantization_that_does_not_wait_is_found() -> None:
-    with pytest.raises(EmulatorError, match="copy under way"):
+    with pytest.raises(EmulatorError, match="copy in flight"):
         run_dequantization("Q6_K", 5, 512, shift=2, settings=Settings(faults=frozenset({"waits"})))
 
 

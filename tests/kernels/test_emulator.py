@@ -260,7 +260,7 @@ def test_a_copy_that_is_not_waited_for(reads: bool) -> None:
             if reads:
                 load_shared16(SHARED)
 
-    message = "reads 16 bytes at shared 0: the target of a copy under way" if reads else "copies were under way"
+    message = "reads 16 bytes at shared 0: the target of a copy in flight" if reads else "copies were in flight"
     with pytest.raises(EmulatorError, match=message):
         run_lanes(barrier_of(1, then))
 

@@ -1,6 +1,6 @@
 """The choices of a product's schedule, as data: what may be chosen, and what follows from it.
 
-A :class:`Case` is a product, a :class:`Config` a choice for it. :func:`legal` says whether the two go together on a
+A :class:`Case` is a product, a :class:`Config` a choice for it. :func:`legal` checks whether they fit each other on a
 GPU; the kernels rely on nothing else. :mod:`qmm.kernels.ops.matvec.choose` decides which config a case gets.
 """
 

@@ -26,7 +26,7 @@ def accumulate(total, runs, part, here, left, lane, x):
     group, quad = lane >> 2, lane & 3
     scale_block = here + (quad >> 1)  # two blocks of 16 share a scale
     half = quad & 1
-    # The lane's own column, whose run is that of its own place; those past the last read zeros.
+    # The lane reads its run of column `group`; past the last column, zeros.
     mine = x.zeros
     scale_x = 0.0
     floats = registers(c.LANE_ROWS, 0.0)

@@ -4,7 +4,7 @@ Each lane runs until it has to wait, for a barrier or for the other lanes of its
 Whatever hardware would let pass unnoticed is a :class:`qmm.EmulatorError` here:
 
 * an access outside the memory that a launch was given, or at an address that its width does not divide;
-* a read of bytes that nobody has written, or whose copy is still under way, or that a kernel before may still write;
+* a read of bytes that nobody has written, or whose copy is still in flight, or that a kernel before may still write;
 * lanes of a warp that are not at the same instruction, where that instruction needs all of them;
 * a barrier with more arrivals than it expects, lanes that wait for ever, copies that nobody waited for.
 

@@ -49,7 +49,7 @@ class CTA:
         fields: how its lanes read block fields.
         after_predecessors: whether the kernels before had ended when it started.
         mbarriers: those in its shared memory.
-        named_barriers: those that warps are at, by number.
+        named_barriers: the named barriers at which warps have arrived, by number.
         ready: the lanes that can go on.
         lots: the random generator that chooses between them.
     """
@@ -142,7 +142,7 @@ class CTA:
             found = "; ".join(f"{count} lanes of {where}" for where, count in stuck.items())
             raise EmulatorError(f"CTA {self.index} waits for ever: {found}")
         if self.mbarriers.copies_under_way():
-            raise EmulatorError(f"CTA {self.index} ended while copies were under way")
+            raise EmulatorError(f"CTA {self.index} ended while copies were in flight")
         if any(lane.unclaimed for warp in self.warps for lane in warp.lanes):
             raise EmulatorError(f"CTA {self.index} ended with copies that no barrier knew of")
         if self.named_barriers:

@@ -18,7 +18,7 @@ FIRST = 1 << 52
 NAN = 0xFF
 """The value of every unwritten byte: NaN in every float type."""
 UNWRITTEN, WRITTEN, FORBIDDEN = range(3)
-"""States of a byte of memory; forbidden are barriers, and what a copy under way will overwrite."""
+"""States of a byte of memory; forbidden are barriers, and what a copy in flight will overwrite."""
 
 
 def who() -> str:
@@ -261,5 +261,5 @@ class SharedMemory:
 
     def _forbid(self, doing: str, at: int, nbytes: int) -> None:
         of_barrier = any(at < barrier + 8 and barrier < at + nbytes for barrier in self.barriers)
-        why = "a barrier" if of_barrier else "the target of a copy under way"
+        why = "a barrier" if of_barrier else "the target of a copy in flight"
         raise EmulatorError(f"{who()} {doing} {nbytes} bytes at shared {at}: {why}")
