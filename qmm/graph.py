@@ -258,7 +258,7 @@ class Plan(Resource):
         nbytes = max((step.product.workspace_nbytes for step in steps), default=0)
         with ExitStack() as held:
             workspace = held.enter_context(device.temporary_buffer(nbytes, "a plan's workspace")) if nbytes else 0
-            with device.temporary_stream() as stream:  # on the engine's, work of other threads would be captured too
+            with device.temporary_stream() as stream:  # not the engine's: it would capture other threads' work
                 work = functools.partial(queue_sequence, device, steps, stream, workspace)
                 self._graph = held.enter_context(capture(device, work, stream))
             held.callback(self._let_go)
@@ -296,7 +296,7 @@ class Plan(Resource):
         for check in self._checks:
             check()
         if stream is None:
-            stream_of = self._stream_of  # None where another thread closes the plan: the graph then says so
+            stream_of = self._stream_of  # None if another thread closes the plan: the graph then raises
             stream = stream_of() if stream_of is not None else 0
         self._graph.launch(stream_handle(stream))
 
@@ -312,7 +312,7 @@ class Plan(Resource):
             self._held.close()
 
     def _let_go(self) -> None:
-        """Drop the arrays; not earlier: their libraries would reuse the memory while it is still in use."""
+        """Drop the arrays, once the device is done: their libraries reuse the memory."""
         self._kept.clear()
         self._stream_of = None
 

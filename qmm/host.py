@@ -1,4 +1,4 @@
-"""Products of an engine with arrays in host memory: on the CPU, or by way of the GPU. They wait for the result."""
+"""Products of an engine with arrays in host memory, computed on the CPU or on the GPU. They wait for the result."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class HostProducts:
             x: activations, in host memory.
             out: where results go; None for a new array.
             stream: None; there is no stream to wait for.
-            quantized: on the CPU, what was made of the same ``x`` before, by whether it is int8; filled.
+            quantized: on the CPU, the activations of the same ``x`` quantized so far, by whether they are int8; filled
+                here.
 
         Raises:
             ArrayError: as :meth:`qmm.Engine.matmul`.
@@ -93,7 +94,7 @@ class HostProducts:
 
 @functools.cache
 def cpu() -> ModuleType:
-    """The products on the CPU, imported when they are first wanted."""
+    """The products on the CPU, imported at first use."""
     from qmm.kernels.ops.cpu import products
 
     return products
