@@ -9,7 +9,7 @@ the same layout, and weights that have moved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -163,10 +163,6 @@ class Operand:
         gapless = first.column_stride == 4 or self.columns == 1
         followed = first.row_stride == 4 * self.columns or first.rows == 1
         return self.dtype == "float32" and not others and gapless and followed
-
-    def steps(self) -> Iterator[Slab]:
-        """The slabs, in order."""
-        return iter(self.slabs)
 
 
 class WeightLayout(NamedTuple):

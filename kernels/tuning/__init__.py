@@ -15,11 +15,22 @@ from typing import Any, NamedTuple
 
 from qmm.kernels.ops.op import Architecture
 
-__all__ = ["Measured", "Tuning", "tuning_for"]
+__all__ = ["Key", "Measured", "Tuning", "tuning_for"]
 
 FOLDER = Path(__file__).parent
 SIMILAR_DISTANCE = 0.5
 """The largest distance ``|log2 m / m'| + |log2 k / k'|`` at which a case takes the config of a measured one."""
+
+
+class Key(NamedTuple):
+    """What a case and a measured one have in common: all but m and k. Fields as in the files."""
+
+    format: str
+    columns: int
+    int8: bool
+    alignment: int
+    fusible: bool
+    mapped: bool
 
 
 class Measured(NamedTuple):
@@ -46,17 +57,17 @@ class Tuning:
     def __init__(self, path: Path) -> None:
         content = json.loads(path.read_text())
         self.architecture = Architecture(**content["architecture"])
-        self._cases: dict[tuple[Any, ...], list[Measured]] = {}
+        self._cases: dict[Key, list[Measured]] = {}
         for case in content["cases"]:
-            key = tuple(case[name] for name in ("format", "columns", "int8", "alignment", "fusible", "mapped"))
+            key = Key(*(case[name] for name in Key._fields))
             measured = Measured(case["m"], case["k"], case["config"], case["us"], case["rule us"])
             self._cases.setdefault(key, []).append(measured)
 
-    def find(self, key: tuple[Any, ...], m: int, k: int) -> Measured | None:
+    def find(self, key: Key, m: int, k: int) -> Measured | None:
         """The measured case with the smallest distance to m and k, None beyond SIMILAR_DISTANCE.
 
         Args:
-            key: the format's name, columns, int8, alignment, fusible, mapped.
+            key: of the case.
             m: rows.
             k: weights a row.
         """

@@ -446,6 +446,20 @@ def test_rows_without_weights_are_zeros() -> None:
     assert launch.arguments["pitch"] == 0
 
 
+@pytest.mark.parametrize(
+    ("m", "k", "x", "y"),
+    [
+        (65, 4096, (2, 64), (2, 65)),
+        (65, 4096, (2, 4096), (2, 64)),
+        (65, 4096, (2, 4096), (1, 65)),
+        (0, 32, (1, 32), (1, 0)),
+    ],
+)
+def test_operands_of_other_shapes_are_refused(m: int, k: int, x: tuple[int, int], y: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"for a {m} x {k} weight x is n x {k}"):
+        planned(x[0], m, k, x=Operand.contiguous(*x), y=Operand.contiguous(*y))
+
+
 def test_equal_layouts_give_the_same_kernel() -> None:
     first, second = (planned(1, k=k).launches[-1].kernel for k in (4096, 8192))
     assert first is second

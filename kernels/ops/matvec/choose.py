@@ -12,7 +12,7 @@ from qmm.kernels.ops.layout import COLUMN_TILES, WARPS
 from qmm.kernels.ops.matvec.config import Case, Config, Schedule, legal
 from qmm.kernels.ops.op import Architecture
 from qmm.kernels.ops.tiling import LINE_NBYTES, RING_NBYTES, SECTOR_NBYTES, Tiling
-from qmm.kernels.tuning import tuning_for
+from qmm.kernels.tuning import Key, tuning_for
 
 __all__ = ["choose", "dequantization_tiling", "rule"]
 
@@ -43,7 +43,7 @@ def choose(case: Case, architecture: Architecture) -> Schedule:
     (:mod:`qmm.kernels.tuning`), else with that of :func:`rule`."""
     tuning = tuning_for(architecture)
     if tuning is not None:
-        key = case.block_format.name, case.columns, case.int8, case.alignment, case.fusible, case.mapped
+        key = Key(case.block_format.name, case.columns, case.int8, case.alignment, case.fusible, case.mapped)
         measured = tuning.find(key, case.m, case.k)
         if measured is not None:
             config = Config(**measured.config)
@@ -101,7 +101,7 @@ def _warps(fit: _Fit) -> int:
 
 def _lane_rows(fit: _Fit) -> int:
     """Rows of a lane: four if loads of activations are the limit, tiles of 32 rows still fill the GPU, and registers
-    suffice (n = 8: Q4_K, with units of 32 weights, 20.8, else 26.6; its units of 64 need too many registers)."""
+    suffice (n = 8: Q4_K, when its units had 32 weights, 20.8, else 26.6; those of 64, today's, need too many)."""
     case = fit.case
     frugal = fit.unit_registers < UNSPILLED_REGISTERS and not fit.crowded and not case.mapped
     return 4 if fit.several and fit.fills(32) and frugal else 2
@@ -110,9 +110,9 @@ def _lane_rows(fit: _Fit) -> int:
 def _most_units(fit: _Fit, lane_rows: int) -> int:
     """The most units that a warp takes of a stage, if the stage stays small.
 
-    Two (n = 1: Q4_K, with units of 32 weights, 12.5, with one 13.9; but Q8_0, with stages that get large, 19.5, with
-    one 18.7; and Q2_K, with rows too short for two units of 64, 15.0, with one 10.5). One where ptxas would spill: see
-    UNSPILLED_RUNS; also with eight columns where a lane has four rows, or where unaligned fields are assembled from
+    Two (n = 1: Q4_K, when its units had 32 weights, 12.5, with one 13.9; but Q8_0, with stages that get large, 19.5,
+    with one 18.7; and Q2_K, with rows too short for two units of 64, 15.0, with one 10.5). One where ptxas would spill:
+    see UNSPILLED_RUNS; also with eight columns where a lane has four rows, or where unaligned fields are assembled from
     the words around them. From host memory four: bytes at the seam of two chunks are read twice, and larger chunks have
     fewer seams (n = 8 by n = 1: Q3_K 1.054, Q6_K 1.066 with three seams a row).
     """
@@ -141,9 +141,9 @@ def _first_stages(fit: _Fit, tiling: Tiling, fused: bool) -> int:
     """Stages to fill before activations are loaded.
 
     * If a CTA has more than two tiles: all, where another kernel quantizes the activations (n = 8: Q8_0 29.1, else
-      30.6); else two (n = 1: Q5_K 15.6, with one 16.6; Q4_K 12.9, with three 13.5), but three from
-      THIRD_STAGE_WEIGHT_NBYTES on, where bytes are the limit more than instructions (n = 1: Q8_0 22.6, Q6_K 18.0, with
-      two 23.4 and 18.4).
+      30.6); else two (n = 1: Q4_K 12.9, with three 13.5; Q5_K, which now gets three, 15.6, with one 16.6), but three
+      from THIRD_STAGE_WEIGHT_NBYTES on, where bytes are the limit more than instructions (n = 1: Q8_0 22.6, Q6_K 18.0,
+      with two 23.4 and 18.4).
     * If not: one (4096x4096, Q4_K: n = 4 7.1, n = 8 9.1, with two 8.1 and 9.2; Q3_K: 7.8 and 9.6, with two 8.5 and
       10.0; 4096x14336, Q5_K, n = 1 17.2, with two 18.0); but two for rows beyond TWO_STAGE_K, where another kernel
       quantizes fewer than eight columns (4096x14336, Q4_K: n = 2 15.3, with one 17.0; n = 4 15.9, with one 16.4; but n

@@ -47,7 +47,7 @@ class Product(Work):
         quantize_launches: how many launches quantize them; these come first.
         alias_range: x and y overlap where their addresses' difference, y - x, is between these two; both 0 if they may.
         prefetch_region: what another product may prefetch to L2 before this one starts.
-        prefetches: the index of the launch that prefetches for the next product; None where none can.
+        prefetches: the index of the launch that may prefetch for the next product; None where no weight is read.
     """
 
     x: Operand
@@ -87,7 +87,16 @@ def plan(
         int8: whether activations are quantized to int8, else to float16.
         architecture: of the GPU.
         no_alias: whether x and y do not overlap (:meth:`Product.overlaps`).
+
+    Raises:
+        ValueError: the operands' shapes are not ``(n, k)`` and ``(n, m)``, or m or n is less than 1.
     """
+    n = x.rows
+    if m < 1 or n < 1 or x.columns != k or (y.rows, y.columns) != (n, m):
+        raise ValueError(
+            f"x is {n} x {x.columns} and y is {y.rows} x {y.columns}; for a {m} x {k} weight x is n x {k} and y is "
+            f"n x {m}, m and n at least 1"
+        )
     if k == 0:
         return Product(tuple(store_specs(y, At("zeros"), 0, architecture)), x=x, y=y)
     schedule = choose(case_of(block_format, m, k, weights, x, int8), architecture)
