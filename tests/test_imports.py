@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"kernels": "qmm.kernels", "loaders": "qmm.loaders"}
-SHARED = ("qmm.children", "qmm.cuda", "qmm.errors", "qmm.extras", "qmm.folders", "qmm.output")
+SHARED = ("qmm.children", "qmm.cuda", "qmm.errors", "qmm.folders")
 HEAVY = ("numba", "llvmlite", "cuda", "gguf", "typer", "rich")
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from qmm.kernels.formats import Format
 
-__all__ = ["BLOCK", "COLUMN_TILES", "WARPS", "ZERO_NBYTES", "Activations", "scale_blocks_of"]
+__all__ = ["BLOCK", "COLUMN_TILES", "ROOMY_RUNS", "WARPS", "ZERO_NBYTES", "Activations", "scale_blocks_of"]
 
 BLOCK: Final = 32
 """Activations that share one scale (:mod:`qmm.kernels.ops.quantize`)."""
@@ -18,6 +18,9 @@ COLUMN_TILES: Final = (1, 2, 4, 8)
 """Column counts that kernels are compiled for; other counts use the next larger one."""
 WARPS: Final = 16
 """Warps of a CTA of kernels that do not read weights."""
+ROOMY_RUNS: Final = 4
+"""Runs of a unit up to which a lane has registers for them. With more (Q2_K, Q3_K) ptxas would spill: dequantization
+gets half the warps, and a product loads fewer scales at a time."""
 ZERO_NBYTES: Final = 4096
 """Zero bytes, read in place of blocks past the end of a row and of activations that a lane does not use."""
 

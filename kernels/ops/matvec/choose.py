@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from qmm.kernels.formats import Format
-from qmm.kernels.ops.layout import COLUMN_TILES, WARPS
+from qmm.kernels.ops.layout import COLUMN_TILES, ROOMY_RUNS, WARPS
 from qmm.kernels.ops.matvec.config import Case, Config, Schedule, legal
 from qmm.kernels.ops.op import Architecture
 from qmm.kernels.ops.tiling import LINE_NBYTES, RING_NBYTES, SECTOR_NBYTES, Tiling
@@ -236,7 +236,7 @@ class _Fit:
 @functools.lru_cache(maxsize=4096)
 def dequantization_tiling(block_format: Format, alignment: int, architecture: Architecture) -> Tiling:
     """The tiling of the dequantization: as many warps as have registers and leave room for two stages."""
-    warps = WARPS if block_format.runs <= 4 else WARPS // 2
+    warps = WARPS if block_format.runs <= ROOMY_RUNS else WARPS // 2
     least = Tiling.of(block_format, alignment, 0)
     while warps > 4 and least.shared_nbytes(0) > architecture.shared_nbytes:
         warps //= 2

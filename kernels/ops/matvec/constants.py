@@ -9,7 +9,7 @@ from typing import Any
 
 from qmm.kernels.formats import Format
 from qmm.kernels.lang.fields import FieldAccess
-from qmm.kernels.ops.layout import COLUMN_TILES
+from qmm.kernels.ops.layout import COLUMN_TILES, ROOMY_RUNS
 from qmm.kernels.ops.matvec.config import Schedule
 from qmm.kernels.ops.tiling import PipelineConstants
 from qmm.kernels.runtime.kernel import Kernel
@@ -73,7 +73,7 @@ def matvec_kernel(block_format: Format, schedule: Schedule) -> Kernel:
     from qmm.kernels.ops.matvec import mainloop_fma, mainloop_s8, mainloop_tf32
 
     tiling, activations = schedule.tiling, schedule.activations
-    columns = activations.columns
+    columns, many_runs = activations.columns, block_format.runs > ROOMY_RUNS
     mainloop = mainloop_tf32 if block_format.short else mainloop_s8 if activations.int8 else mainloop_fma
     constants = MatvecConstants(
         **tiling.constants(block_format, schedule.bulk, product=True),
@@ -93,9 +93,9 @@ def matvec_kernel(block_format: Format, schedule: Schedule) -> Kernel:
         AT_ONCE=activations.at_once(block_format),
         RUN_MINIMA=activations.sums > 0 and block_format.run_minima,
         RUN_STEP=activations.run_step(block_format),
-        SCALES_BY_PAIR=columns >= (16 >> (block_format.runs > 4) >> (activations.sums > 0)),
+        SCALES_BY_PAIR=columns >= (16 >> many_runs >> (activations.sums > 0)),
         SUMS_BY_PAIR=columns == COLUMN_TILES[-1],
-        ARRIVAL_BY_FULL=block_format.runs > 4 and block_format.has_minimum,
+        ARRIVAL_BY_FULL=many_runs and block_format.has_minimum,
         TOTALS=mainloop.totals(tiling.lane_rows, columns),
         accumulate=mainloop.accumulate,
         store_totals=mainloop.store_totals,
