@@ -48,7 +48,9 @@ class Constants:
         Raises:
             AttributeError: there is none.
         """
-        return vars(self)[name] if name in vars(self) else self.__getattr__(name)
+        if name not in vars(self):
+            raise AttributeError(f"there is no constant {name}; there are {', '.join(vars(self)) or 'none'}")
+        return vars(self)[name]
 
     def described(self) -> dict[str, Any]:
         """All constants by name, as in a kernel's cache key."""

@@ -21,9 +21,11 @@ The generated source is kept for tracebacks and for reading (``function.__source
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import itertools
 import linecache
+import operator
 import textwrap
 import types
 from collections.abc import Callable, Iterable
@@ -56,7 +58,7 @@ class Target(Protocol):
 
 def unroll(count: Iterable[int] | int) -> Iterable[int]:
     """Marks a loop to be unrolled; in plain Python it is an ordinary loop."""
-    return range(count) if isinstance(count, int) else count
+    return range(count) if isinstance(count, int | np.integer) else count
 
 
 def registers(count: int, value: Any) -> list[Any]:
@@ -100,6 +102,9 @@ class _Specializer:
         names = {name: name for name in source_of.arguments}
         definition.body = _Flatten(scope, source_of, names).block(definition.body) or [ast.Pass()]
         tree = ast.Module([definition], [])
+        stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        for name in sorted(scope.used.keys() & {*stored, *source_of.arguments}):
+            source_of.refuse(definition, True, f"{name}, both a variable and a global or a constant")
         _SingleFloats().visit(tree)
         source = ast.unparse(ast.fix_missing_locations(tree))
         namespace = {name: self.bind(value) for name, value in scope.used.items()}
@@ -115,9 +120,10 @@ class _Specializer:
     def bind(self, value: Any) -> Any:
         """The target's value of a global name of the kernel."""
         try:
-            intrinsic = self.target.intrinsic(value)
-        except TypeError:  # unhashable: certainly no operation
+            hash(value)
+        except TypeError:  # certainly no operation
             return value
+        intrinsic = self.target.intrinsic(value)
         if intrinsic is not None:
             return intrinsic
         if isinstance(value, types.FunctionType):
@@ -141,13 +147,26 @@ class _Source:
         if not isinstance(self._tree, ast.FunctionDef):
             raise SyntaxError(f"{self.name}: a kernel is defined by def")
         closure = inspect.getclosurevars(function)
-        self.visible: dict[str, Any] = {**closure.globals, **closure.nonlocals, **closure.builtins}
         arguments = self._tree.args
         self.parameters = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
         self.arguments = [argument.arg for argument in ast.walk(arguments) if isinstance(argument, ast.arg)]
         self.assigned = {
             node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
         }
+        visible: dict[str, Any] = {**closure.globals, **closure.nonlocals, **closure.builtins}
+        # Attributes' names are among them, and so are variables' that are attributes' too.
+        self.visible = {name: value for name, value in visible.items() if name not in self.assigned}
+
+    @functools.cached_property
+    def outlasting(self) -> set[str | None]:
+        """Names that are read outside of the loops over them, so that the last value of such a loop counts."""
+        inside: set[ast.AST] = set()
+        for loop in [node for node in ast.walk(self._tree) if isinstance(node, ast.For)]:
+            within = [node for statement in loop.body for node in ast.walk(statement)]
+            over = ast.unparse(loop.target)
+            if not any(isinstance(node, ast.For) and ast.unparse(node.target) == over for node in within):
+                inside |= {node for node in within if _read(node) == over}
+        return {_read(node) for node in ast.walk(self._tree) if node not in inside}
 
     def definition(self) -> ast.FunctionDef:
         """A copy of the tree, without annotations and decorators."""
@@ -161,9 +180,12 @@ class _Source:
     def refuse(self, node: ast.AST, found: bool, what: str) -> None:
         """Reject code whose meaning specialization would change."""
         if found:
-            line = self._first + getattr(node, "lineno", 1) - 1
+            line = self.line_of(node)
             place = f"{self.function.__code__.co_filename}, line {line}, in {self.name}"
             raise SyntaxError(f"{place}: specialize cannot write out {what}")
+
+    def line_of(self, node: ast.AST) -> int:
+        return self._first + getattr(node, "lineno", 1) - 1
 
 
 class _Scope:
@@ -196,14 +218,14 @@ class _Flatten(ast.NodeTransformer):
     Attributes:
         names: the function's own variables, and what they are called in the flat function.
         literals: variables whose values are known.
-        banks: variables that are registers, and what these are called.
+        banks: variables that are registers, and what these are called, one by one.
     """
 
     def __init__(self, scope: _Scope, source: _Source, names: dict[str, str], prefix: str = "") -> None:
         self.scope, self.source, self.prefix = scope, source, prefix
         self.names = names
         self.literals: dict[str, Any] = {}
-        self.banks: dict[str, str] = {}
+        self.banks: dict[str, list[str]] = {}
         self.active: tuple[Callable[..., Any], ...] = (source.function,)
         for name, value in source.visible.items():
             if name not in names and isinstance(value, Literal):
@@ -223,13 +245,13 @@ class _Flatten(ast.NodeTransformer):
         if isinstance(node, ast.For):
             return self.loop(node)
         if isinstance(node, ast.If):
-            test = self.visit(node.test)
+            test = _truth(self.visit(node.test))
             if isinstance(test, ast.Constant):
                 return self.block(node.body if test.value else node.orelse)
             return [ast.If(test, self.block(node.body) or [ast.Pass()], self.block(node.orelse))]
         if isinstance(node, ast.While):
             self.refuse(node, bool(node.orelse), "an else of a loop")
-            return [ast.While(self.visit(node.test), self.block(node.body) or [ast.Pass()], [])]
+            return [ast.While(_truth(self.visit(node.test)), self.block(node.body) or [ast.Pass()], [])]
         if isinstance(node, ast.Assign) and self.called(node.value) is registers:
             return self.bank(node)
         if isinstance(node, ast.Assign | ast.Expr) and isinstance(node.value, ast.Call):
@@ -249,23 +271,44 @@ class _Flatten(ast.NodeTransformer):
         leaves = any(isinstance(inner, ast.Break | ast.Continue) for inner in ast.walk(node))
         self.refuse(node, leaves, "break or continue inside unroll")
         name, flat = node.target.id, []
-        outer = self.literals.get(name)
-        for value in unroll(self.evaluate(node.iter.args[0], "how often to unroll")):
+        values = self.rounds(node.iter)
+        for value in values:
             self.literals[name] = value
             # Each copy is a fresh tree: the transformer changes nodes in place.
             flat.extend(self.block([_copy(statement) for statement in node.body]))
         self.literals.pop(name, None)
-        if outer is not None:
-            self.literals[name] = outer
+        if values and name in self.source.outlasting:
+            self.names.setdefault(name, self.prefix + name)
+            flat.append(ast.Assign([ast.Name(self.names[name], ast.Store())], ast.Constant(values[-1]), lineno=0))
         return flat
 
+    def rounds(self, call: ast.Call) -> list[Any]:
+        """The values of the variable of an unrolled loop."""
+        self.refuse(call, len(call.args) != 1 or bool(call.keywords), "unroll without exactly one argument")
+        count = self.evaluate(call.args[0], "how often to unroll")
+        try:
+            return [value if isinstance(value, (*Literal, tuple)) else operator.index(value) for value in unroll(count)]
+        except TypeError as reason:
+            self.refuse(call, True, f"unroll: {reason}")
+            raise
+
     def bank(self, node: ast.Assign) -> list[ast.stmt]:
-        (name,) = node.targets
-        assert isinstance(name, ast.Name) and isinstance(node.value, ast.Call)
-        count = self.evaluate(node.value.args[0], "a number of registers")
-        self.banks[name.id] = own = self.prefix + name.id
+        (name, *others) = node.targets
+        assert isinstance(node.value, ast.Call)
+        plain = len(node.value.args) == 2 and not node.value.keywords and not others
+        self.refuse(node, not plain, "registers but as name = registers(count, value)")
+        self.refuse(node, not isinstance(name, ast.Name), "registers that are not a variable")
+        assert isinstance(name, ast.Name)
+        count = self.integer(node, node.value.args[0], "a number of registers")
+        self.banks[name.id] = own = [self.own(node, f"{name.id}_{i}") for i in range(count)]
         value = self.visit(node.value.args[1])
-        return [ast.Assign([ast.Name(f"{own}_{i}", ast.Store())], _copy(value), lineno=0) for i in range(count)]
+        return [ast.Assign([ast.Name(register, ast.Store())], _copy(value), lineno=0) for register in own]
+
+    def own(self, node: ast.AST, name: str) -> str:
+        """What a variable that this function does not have by itself is called in the flat function."""
+        taken = name in self.source.assigned or name in self.source.arguments
+        self.refuse(node, taken, f"a variable {name}: specialize has its own of that name")
+        return self.prefix + name
 
     # Helpers ----------------------------------------------------------------------------------------------------------
 
@@ -281,7 +324,10 @@ class _Flatten(ast.NodeTransformer):
     def inline(self, node: ast.Assign | ast.Expr, call: ast.Call, helper: Callable[..., Any]) -> list[ast.stmt]:
         self.refuse(call, helper in self.active, f"{helper.__name__}, which calls itself")
         source = _Source(helper)
-        prefix = self.prefix + self.scope.prefix_of(helper.__name__)
+        own = self.scope.prefix_of(helper.__name__)
+        for name in {*source.assigned, *source.parameters}:
+            self.own(call, own + name)
+        prefix = self.prefix + own
         inner = _Flatten(self.scope, source, {}, prefix)
         inner.active = (*self.active, helper)
         arguments = self.spread(call, len(source.parameters))
@@ -291,6 +337,9 @@ class _Flatten(ast.NodeTransformer):
             f"{len(arguments)} arguments for the {len(source.parameters)} of {helper.__name__}",
         )
         flat: list[ast.stmt] = []
+        given = [argument.id for argument in arguments if isinstance(argument, ast.Name) and argument.id in self.banks]
+        # A register given by value keeps it while the helper may write to its bank: it is copied.
+        changing = {register for bank in given for register in self.banks[bank]}
         for name, argument in zip(source.parameters, arguments, strict=True):
             if isinstance(argument, ast.Name) and argument.id in self.banks:
                 inner.banks[name] = self.banks[argument.id]
@@ -299,7 +348,7 @@ class _Flatten(ast.NodeTransformer):
             kept = name not in source.assigned
             if kept and isinstance(value, ast.Constant):
                 inner.literals[name] = value.value
-            elif kept and isinstance(value, ast.Name):
+            elif kept and isinstance(value, ast.Name) and value.id not in changing:
                 inner.names[name] = value.id
             else:
                 inner.names[name] = prefix + name
@@ -347,19 +396,40 @@ class _Flatten(ast.NodeTransformer):
         """The value of a name or of a constant of the namespace; None for a variable."""
         if isinstance(node, ast.Name) and node.id not in self.names and node.id not in self.banks:
             return self.source.visible.get(node.id)
-        if isinstance(node, ast.Attribute) and isinstance(self.known(node.value), Constants):
-            return self.scope.constants.value(node.attr)
+        owner = self.known(node.value) if isinstance(node, ast.Attribute) else None
+        if isinstance(node, ast.Attribute) and isinstance(owner, Constants):
+            return self.constant(node)
+        if isinstance(node, ast.Attribute) and isinstance(owner, types.ModuleType):
+            return getattr(owner, node.attr, None)
         return None
+
+    def constant(self, node: ast.Attribute) -> Any:
+        try:
+            return self.scope.constants.value(node.attr)
+        except AttributeError as reason:
+            place = f"{self.source.function.__code__.co_filename}:{self.source.line_of(node)}"
+            raise AttributeError(f"{self.source.name} ({place}): {reason}") from None
 
     def evaluate(self, node: ast.expr, what: str) -> Any:
         """The value of an expression over literals, ``range``, ``min`` and ``max``; no other can be unrolled."""
         visited = self.visit(_copy(node))
         expression = ast.fix_missing_locations(ast.Expression(visited))
-        allowed = {"__builtins__": {}, "max": max, "min": min, "range": range}
+        # Numbers of numpy, and tuples, are globals of the flat function rather than literals.
+        plain = {name: value for name, value in self.scope.used.items() if isinstance(value, np.integer | tuple)}
+        allowed: dict[str, Any] = {"__builtins__": {}, "max": max, "min": min, "range": range, **plain}
         try:
             return eval(compile(expression, "<unroll>", "eval"), allowed)
         except NameError as reason:
             self.refuse(node, True, f"{what} by a variable: {reason.name!r} is not known when the kernel is compiled")
+        except Exception as reason:  # whatever the expression raises
+            self.refuse(node, True, f"{what}: {reason}")
+
+    def integer(self, node: ast.AST, value: ast.expr, what: str) -> int:
+        """The value of an expression that is an integer."""
+        self.refuse(node, isinstance(value, ast.Slice), f"{what} by a slice")
+        number = self.evaluate(value, what)
+        self.refuse(node, not isinstance(number, int | np.integer), f"{what} by {number!r}, which is no integer")
+        return int(number)
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         name = node.id
@@ -368,7 +438,7 @@ class _Flatten(ast.NodeTransformer):
             self.names.setdefault(name, self.prefix + name)
         elif name in self.literals:
             return ast.Constant(self.literals[name])
-        self.refuse(node, name in self.banks and not isinstance(node.ctx, ast.Store), f"registers {name} as a whole")
+        self.refuse(node, name in self.banks, f"registers {name} as a whole")
         if name in self.names:
             return ast.Name(self.names[name], node.ctx)
         if name in self.source.visible:
@@ -379,7 +449,7 @@ class _Flatten(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         if isinstance(self.known(node.value), Constants):
-            value = self.scope.constants.value(node.attr)
+            value = self.constant(node)
             if isinstance(value, Literal):
                 return ast.Constant(value)
             return ast.Name(self.scope.name_of(node.attr, value), node.ctx)
@@ -398,36 +468,51 @@ class _Flatten(ast.NodeTransformer):
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         if isinstance(node.value, ast.Name) and node.value.id in self.banks:
-            index = self.evaluate(node.slice, f"registers {node.value.id} indexed")
-            return ast.Name(f"{self.banks[node.value.id]}_{index}", node.ctx)
+            bank, own = node.value.id, self.banks[node.value.id]
+            index = self.integer(node, node.slice, f"registers {bank} indexed")
+            self.refuse(node, not 0 <= index < len(own), f"register {index} of {bank}, which has {len(own)}")
+            return ast.Name(own[index], node.ctx)
         return self.generic_visit(node)  # type: ignore[return-value]
 
+    def fold(self, node: Any) -> ast.expr:
+        """The constant that results from an operation on constants."""
+        if all(isinstance(leaf, ast.Constant) for leaf in ast.iter_child_nodes(node) if isinstance(leaf, ast.expr)):
+            expression = ast.fix_missing_locations(ast.Expression(node))
+            try:
+                return ast.Constant(eval(compile(expression, "<fold>", "eval"), {"__builtins__": {}}))
+            except Exception as reason:
+                self.refuse(node, True, f"{ast.unparse(node)}: {reason}")
+        return node
+
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
-        return _fold(self.generic_visit(node))
+        return self.fold(self.generic_visit(node))
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
-        return _fold(self.generic_visit(node))
+        visited = self.generic_visit(node)
+        if isinstance(visited, ast.UnaryOp) and isinstance(visited.op, ast.Not):
+            visited.operand = _truth(visited.operand)
+        return self.fold(visited)
 
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
-        return _fold(self.generic_visit(node))
+        return self.fold(self.generic_visit(node))
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
         visited = self.generic_visit(node)
         assert isinstance(visited, ast.BoolOp)
-        decisive = isinstance(visited.op, ast.Or)
-        open_values = []
+        if all(_is_bool(value) for value in visited.values):
+            return _truth(visited)
+        values: list[ast.expr] = []
         for value in visited.values:
+            values.append(value)
             if isinstance(value, ast.Constant):
-                if bool(value.value) == decisive:
-                    return ast.Constant(decisive)
-            else:
-                open_values.append(value)
-        if not open_values:
-            return ast.Constant(not decisive)
-        return open_values[0] if len(open_values) == 1 else ast.BoolOp(visited.op, open_values)
+                if bool(value.value) == isinstance(visited.op, ast.Or):
+                    break  # Python does not look at the rest
+                if value is not visited.values[-1]:
+                    values.pop()  # Python goes on; only the last operand is a result in any case
+        return values[0] if len(values) == 1 else ast.BoolOp(visited.op, values)
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
-        test = self.visit(node.test)
+        test = _truth(self.visit(node.test))
         if isinstance(test, ast.Constant):
             return self.visit(node.body if test.value else node.orelse)
         return ast.IfExp(test, self.visit(node.body), self.visit(node.orelse))
@@ -442,6 +527,13 @@ class _SingleFloats(ast.NodeTransformer):
         return node
 
 
+def _read(node: ast.AST) -> str | None:
+    """The variable that a node reads, if any."""
+    if isinstance(node, ast.AugAssign):
+        return node.target.id if isinstance(node.target, ast.Name) else None
+    return node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) else None
+
+
 def _copy(node: Any) -> Any:
     """A deep copy of a syntax tree."""
     if isinstance(node, ast.AST):
@@ -450,9 +542,26 @@ def _copy(node: Any) -> Any:
     return [_copy(item) for item in node] if isinstance(node, list) else node
 
 
-def _fold(node: Any) -> ast.expr:
-    """The constant that results from an operation on constants."""
-    if all(isinstance(leaf, ast.Constant) for leaf in ast.iter_child_nodes(node) if isinstance(leaf, ast.expr)):
-        expression = ast.fix_missing_locations(ast.Expression(node))
-        return ast.Constant(eval(compile(expression, "<fold>", "eval"), {"__builtins__": {}}))
-    return node
+def _is_bool(node: ast.expr) -> bool:
+    """Whether an expression is certainly True or False, so that its truth is its value."""
+    if isinstance(node, ast.BoolOp):
+        return all(_is_bool(value) for value in node.values)
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, bool)
+    return isinstance(node, ast.Compare) or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not))
+
+
+def _truth(node: ast.expr) -> ast.expr:
+    """The same where only its truth counts, as in the test of an ``if``: ``x and False`` is False, whatever x is."""
+    if not isinstance(node, ast.BoolOp):
+        return node
+    decisive = isinstance(node.op, ast.Or)
+    open_values = []
+    for value in map(_truth, node.values):
+        if not isinstance(value, ast.Constant):
+            open_values.append(value)
+        elif bool(value.value) == decisive:
+            return ast.Constant(decisive)
+    if not open_values:
+        return ast.Constant(not decisive)
+    return open_values[0] if len(open_values) == 1 else ast.BoolOp(node.op, open_values)

@@ -5,6 +5,7 @@ Nothing is compiled here: the target of these tests leaves functions as they are
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -271,7 +272,7 @@ def expressions(x, y):
     ("flag", "expected"),
     [
         (True, "return (x, x, x and y, True, x > y if x else y, False, 4, True, x + 4)"),
-        (False, "return (y, False, False, x, x > y if x else y, True, 4, True, x + 4)"),
+        (False, "return (y, False, x and False, x, x > y if x else y, True, 4, True, x + 4)"),
     ],
 )
 def test_known_expressions_are_folded(flag: bool, expected: str) -> None:
@@ -305,8 +306,9 @@ def test_an_argument_hides_a_global() -> None:
 
 
 def test_a_constant_that_nobody_gave_is_named() -> None:
-    with pytest.raises(AttributeError, match=r"Knobs\.COUNT has a value only in a specialized kernel"):
-        flat(sum_of_products, FLAG=True)
+    message = r"^sum_of_products \(.*test_specialize.py:\d+\): there is no constant COUNT; there are FLAG, ROWS$"
+    with pytest.raises(AttributeError, match=message):
+        flat(sum_of_products, FLAG=True, ROWS=2)
 
 
 def test_closures_are_seen() -> None:
@@ -640,3 +642,195 @@ def gives_a_known_number_a_new_value(n):
 def test_what_would_change_its_meaning_is_refused(function, message) -> None:
     with pytest.raises(SyntaxError, match=message):
         specialize(function, Knobs(COUNT=3), PythonTarget())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What would mean something else than its Python
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def either_or_both(x):
+    return c.COUNT or 8, c.COUNT and 7, x or c.COUNT, x and c.COUNT, c.COUNT and x, x or (c.COUNT and 7)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("x", [0, 5])
+def test_and_and_or_are_one_of_their_operands(count: int, x: int) -> None:
+    expected = (count or 8, count and 7, x or count, x and count, count and x, x or (count and 7))
+    assert flat(either_or_both, COUNT=count)(x) == expected
+
+
+def only_their_truth(x):
+    if x and not (x or c.FLAG):
+        return 1
+    while (x and c.FLAG) or c.COUNT:
+        return 2 if x or c.COUNT else 3
+    return 4
+
+
+def test_a_test_is_decided_by_the_truth_of_its_operands() -> None:
+    assert body(flat(only_their_truth, COUNT=3, FLAG=True)) == "while True:\n    return 2\nreturn 4"
+
+
+def adds_one_and(total, value):
+    total[0] += 1
+    total[1] += value
+
+
+def given_its_own_register(x):
+    total = registers(2, x)
+    adds_one_and(total, total[0])
+    return total[1]
+
+
+def test_a_register_given_by_value_keeps_it() -> None:
+    assert flat(given_its_own_register)(1) == given_its_own_register(1) == 2
+
+
+def reads_after_the_loop(x, i):
+    for i in unroll(2):
+        x += i
+    for j in unroll((5, 7)):
+        x *= j
+    for k in unroll(2):
+        for k in unroll(4):  # noqa: B007
+            pass
+        x += k
+    return x + 100 * i + 1000 * j
+
+
+def test_the_variable_of_an_unrolled_loop_keeps_its_last_value() -> None:
+    assert flat(reads_after_the_loop)(3, 9) == reads_after_the_loop(3, 9)
+
+
+def two_of_a_name(x):
+    total_0 = 7
+    total = registers(2, x)
+    return total_0 + total[0]
+
+
+def argument_of_a_name(x, total_1):
+    total = registers(2, x)
+    return total_1 + total[0]
+
+
+def helper_of_a_name(x):
+    adds_to_1_step = 5
+    total = registers(1, x)
+    adds_to(total)
+    return total[0] + adds_to_1_step
+
+
+def adds_to(total):
+    step = 2
+    total[0] += step
+
+
+GLOBAL_0 = [1]
+
+
+def global_of_a_name(x):
+    GLOBAL = registers(1, x)
+    return GLOBAL[0] + GLOBAL_0[0]
+
+
+def past_the_end(x):
+    total = registers(2, x)
+    return total[c.COUNT]
+
+
+def before_the_start(x):
+    total = registers(2, x)
+    return total[-1]
+
+
+def by_a_slice(x):
+    total = registers(2, x)
+    return total[0:1]
+
+
+def half_a_round(x):
+    for i in unroll(2.5):
+        x += i
+    return x
+
+
+def divides_by_zero(x):
+    return x + 1 // c.ZERO
+
+
+def two_names_at_once(x):
+    a = b = registers(2, x)
+    return a[0] + b[0]
+
+
+def new_value_for_registers(x):
+    total = registers(2, x)
+    total = 5
+    return total
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (two_of_a_name, "a variable total_0: specialize has its own of that name"),
+        (argument_of_a_name, "a variable total_1: specialize has its own of that name"),
+        (helper_of_a_name, "a variable adds_to_1_step: specialize has its own of that name"),
+        (global_of_a_name, "GLOBAL_0, both a variable and a global or a constant"),
+        (past_the_end, "register 3 of total, which has 2"),
+        (before_the_start, "register -1 of total, which has 2"),
+        (by_a_slice, "registers total indexed by a slice"),
+        (half_a_round, "unroll: 'float' object is not iterable"),
+        (divides_by_zero, "1 // 0: integer division or modulo by zero"),
+        (two_names_at_once, r"registers but as name = registers\(count, value\)"),
+        (new_value_for_registers, "registers total as a whole"),
+    ],
+)
+def test_what_means_something_else_is_refused_with_its_place(function, message) -> None:
+    with pytest.raises(SyntaxError, match=rf"test_specialize.py, line \d+, in {function.__name__}: .*{message}"):
+        flat(function, COUNT=3, ZERO=0)
+
+
+def test_what_a_target_says_of_an_operation_is_heard() -> None:
+    class WithoutIt(PythonTarget):
+        def intrinsic(self, primitive: object) -> object | None:
+            raise TypeError(f"{primitive} has no lowering for the target 'python'")
+
+    with pytest.raises(TypeError, match="has no lowering for the target 'python'"):
+        specialize(inner, Knobs(COUNT=2), WithoutIt())
+
+
+SHAPE = (2, 3)
+
+
+def numbers_of_numpy(x):
+    for i in unroll(c.COUNT):
+        x = x * 10 + i
+    for i in unroll(SHAPE):
+        x = x * 10 + i
+    for i in unroll(SHAPE[c.ROWS]):
+        x = x * 10 + i
+    return x
+
+
+def test_numbers_of_numpy_and_tuples_are_known() -> None:
+    written = flat(numbers_of_numpy, COUNT=np.int64(2), ROWS=np.int8(1))
+    assert "for" not in body(written)
+    assert written(0) == 123012
+
+
+this = sys.modules[__name__]
+
+
+def through_a_module(x):
+    total = this.registers(2, x)
+    for i in this.unroll(this.c.COUNT):
+        total[i] += this.mask("rows", i, 7)
+    this.adds_one_and(total, SCALE)
+    return total[0] + total[1]
+
+
+def test_the_language_is_known_through_a_module_too() -> None:
+    written = flat(through_a_module, COUNT=2)
+    assert "this" not in body(written)
+    assert written(5) == 5 + 5 + 0 + 1 + 1 + 3
