@@ -32,16 +32,35 @@ from qmm.kernels.lang.operation import operation
 __all__ = ["DEFAULT_FIELDS", "FieldAccess", "load1", "load16", "load2", "load4"]
 
 
-class FieldAccess(NamedTuple):
+ALIGNMENTS = 1, 2, 4, 8, 16
+SPACES = "shared", "global"
+
+
+class _FieldAccess(NamedTuple):  # which cannot have a constructor of its own
+    alignment: int
+    space: Literal["shared", "global"]
+
+
+class FieldAccess(_FieldAccess):
     """How a GPU's kernel reads fields.
 
     Attributes:
         alignment: 1, 2, 4, 8 or 16; an n-byte field lies at a multiple of n or of this, whichever is smaller.
         space: ``"shared"`` or ``"global"``, the memory that blocks lie in.
+
+    Raises:
+        ValueError: they are others.
     """
 
-    alignment: int = 1
-    space: Literal["shared", "global"] = "shared"
+    __slots__ = ()
+
+    def __new__(cls, alignment: int = 1, space: Literal["shared", "global"] = "shared") -> FieldAccess:
+        """Check them: of another space, or at another alignment, kernels would compile to wrong loads."""
+        if alignment not in ALIGNMENTS:
+            raise ValueError(f"FieldAccess: the alignment is one of {ALIGNMENTS}, not {alignment!r}")
+        if space not in SPACES:
+            raise ValueError(f"FieldAccess: the space is one of {SPACES}, not {space!r}")
+        return super().__new__(cls, alignment, space)
 
 
 DEFAULT_FIELDS = FieldAccess()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qmm.kernels.lang import simd
 from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.fields import FieldAccess, load1, load4, load16
 from qmm.kernels.lang.masks import mask, masks_of
@@ -37,6 +38,7 @@ from qmm.kernels.lang.ptx.global_memory import (
 from qmm.kernels.lang.ptx.grid import lane_index, thread_index, wait_for_predecessors
 from qmm.kernels.lang.ptx.shared_memory import load_shared16, load_shared_float, store_shared16, store_shared_float
 from qmm.kernels.lang.ptx.warp import max_magnitude_of_warp, sum_of_half_warp
+from qmm.kernels.lang.simd import store_float
 from qmm.kernels.lang.specialize import registers, unroll
 from qmm.kernels.lang.targets.emulator import EmulatorError, Memory, Region, Settings, emulate, launch
 from qmm.kernels.lang.targets.emulator.memory import SHARED_START as SHARED
@@ -362,3 +364,35 @@ def test_the_examples_of_emulate_run() -> None:
     ran = [doctest.DocTestRunner().run(examples) for examples in found]
     assert [result.failed for result in ran] == [0]
     assert ran[0].attempted > 5
+
+
+def by_name(target):
+    store_float(target, 0, 0.5)
+
+
+def by_module(target):
+    simd.store_float(target, 0, 0.5)
+
+
+@pytest.mark.parametrize("kernel", [by_name, by_module])
+def test_an_operation_of_the_cpu_is_refused_by_name(kernel: Callable[[int], None]) -> None:
+    """It would write at the emulator's addresses in this process."""
+    memory = Memory()
+    with pytest.raises(
+        TypeError, match=r"store_float\(.*\) -> None> of qmm.kernels.lang.simd has no lowering for GPUs"
+    ):
+        emulate(kernel, memory=memory, target=memory.add("target", 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4, "globl"), r"the space is one of \('shared', 'global'\), not 'globl'"),
+        ((3,), r"the alignment is one of \(1, 2, 4, 8, 16\), not 3"),
+        ((0, "global"), "not 0"),
+        ((32, "global"), "not 32"),
+    ],
+)
+def test_how_fields_are_read_is_checked(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"FieldAccess: .*{message}"):
+        FieldAccess(*arguments)

@@ -32,8 +32,12 @@ class EmulatorTarget:
         self.absent_masks = absent_masks
 
     def intrinsic(self, value: object) -> object | None:
-        """The meaning of an operation; None where ``value`` is not one."""
-        return value.meaning if isinstance(value, Operation) else None
+        """The meaning of an operation; None where ``value`` is not one.
+
+        Raises:
+            TypeError: GPUs do not have the operation.
+        """
+        return value.emulated() if isinstance(value, Operation) else None
 
     def device_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that kernels call."""
