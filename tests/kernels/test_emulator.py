@@ -54,7 +54,7 @@ def run_lanes(
     kernel: Callable[[], None],
     threads: int = 32,
     shared_nbytes: int = 256,
-    alignment: int = 1,
+    fields: FieldAccess | None = FieldAccess(1, "shared"),
     after_predecessors: bool = True,
     **options: Any,
 ) -> Memory:
@@ -69,7 +69,7 @@ def run_lanes(
         grid=1,
         threads=threads,
         shared_nbytes=shared_nbytes,
-        fields=FieldAccess(alignment),
+        fields=fields,
         settings=Settings(**options),
         after_predecessors=after_predecessors,
     )
@@ -117,6 +117,20 @@ def test_accesses_that_are_refused(action: Callable[[], object], message: str) -
         run_lanes(of_lane(7, action))
 
 
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda: load_global_float(DATA + 61), "the read ends 1 bytes past the end of data"),
+        (lambda: load_global_float(DATA - 2), "the read begins 2 bytes before data"),
+        (lambda: store_global_float(DATA + 254, np.float32(1)), "the write begins 2 bytes before scratch"),
+        (lambda: load1(8, 0), "the read begins .* bytes before data"),
+    ],
+)
+def test_messages_say_what_and_where(action: Callable[[], object], message: str) -> None:
+    with pytest.raises(EmulatorError, match=f"are not within any of .*; {message}$"):
+        run_lanes(of_lane(5, action), fields=FieldAccess(1, "global"))
+
+
 def test_messages_name_the_lane() -> None:
     with pytest.raises(EmulatorError, match="CTA 0 warp 1 lane 5: 1 bytes"):
         run_lanes(of_lane(37, lambda: load_global_byte(DATA + 100)), threads=64)
@@ -129,11 +143,11 @@ def test_fields_are_read_within_shared_memory_words_around_them_too() -> None:
         with pytest.raises(EmulatorError, match="not within"):
             run_lanes(of_lane(0, lambda load=load, offset=offset: load(SHARED, offset)))
     with pytest.raises(EmulatorError, match="multiple of 4"):
-        run_lanes(of_lane(0, lambda: load16(SHARED, 2)), alignment=4)
+        run_lanes(of_lane(0, lambda: load16(SHARED, 2)), fields=FieldAccess(4))
     with pytest.raises(EmulatorError, match="multiple of 4"):
-        run_lanes(of_lane(0, lambda: load16(SHARED, 10)), alignment=8)
+        run_lanes(of_lane(0, lambda: load16(SHARED, 10)), fields=FieldAccess(8))
     with pytest.raises(EmulatorError, match="multiple of 16"):
-        run_lanes(of_lane(0, lambda: load16(SHARED, 8)), alignment=16)
+        run_lanes(of_lane(0, lambda: load16(SHARED, 8)), fields=FieldAccess(16))
 
 
 def test_what_a_kernel_before_may_write_is_not_touched_before_the_wait() -> None:
