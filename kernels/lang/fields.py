@@ -29,7 +29,7 @@ from greenlet import getcurrent
 
 from qmm.kernels.lang.operation import operation
 
-__all__ = ["DEFAULT_FIELDS", "FieldAccess", "load1", "load16", "load2", "load4"]
+__all__ = ["DEFAULT_FIELDS", "HOW", "LOADS", "FieldAccess", "load1", "load16", "load2", "load4"]
 
 
 ALIGNMENTS = 1, 2, 4, 8, 16
@@ -64,6 +64,12 @@ class FieldAccess(_FieldAccess):
 
 
 DEFAULT_FIELDS = FieldAccess()
+"""For targets that do not ask."""
+HOW = (
+    'fields=FieldAccess(n, "global") for blocks in global memory, or FieldAccess(n, "shared") for blocks that the '
+    "kernel has copied to shared memory; n is what their addresses divide by"
+)
+"""What kernels lack that load fields without a FieldAccess, for messages."""
 
 
 def _field(block: Any, offset: int, nbytes: int) -> tuple[Any, int]:
@@ -192,3 +198,7 @@ def _funnel(e: Any, low: Any, high: Any, address: Any) -> Any:
     """The four bytes that start at ``address & 3`` of two neighbouring registers."""
     shift = e.shl(address, e.constant(e.i32, 3))  # the instruction takes it modulo 32
     return e.ptx("shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", low, high, shift)
+
+
+LOADS = frozenset({load1, load2, load4, load16})
+"""The operations that need a FieldAccess on a GPU."""

@@ -43,6 +43,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from qmm.errors import EmulatorError
 from qmm.kernels.lang.current import cta_or_none, this_lane
 
 __all__ = ["Operation", "operation"]
@@ -111,11 +112,11 @@ class Operation:
         """The meaning, for the emulator.
 
         Raises:
-            TypeError: GPUs do not have the operation. One of the CPU would take the emulator's addresses for this
+            EmulatorError: GPUs do not have the operation. One of the CPU would take the emulator's addresses for this
                 process's.
         """
         if "cuda" not in self.lowerings:
-            raise TypeError(
+            raise EmulatorError(
                 f"{self} of {self.__module__} has no lowering for GPUs (.cuda or .llvm): the emulator of one cannot "
                 "run it"
             )

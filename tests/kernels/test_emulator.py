@@ -13,7 +13,7 @@ import pytest
 
 from qmm.kernels.lang import simd
 from qmm.kernels.lang.constants import Constants
-from qmm.kernels.lang.fields import FieldAccess, load1, load4, load16
+from qmm.kernels.lang.fields import DEFAULT_FIELDS, FieldAccess, load1, load4, load16
 from qmm.kernels.lang.masks import mask, masks_of
 from qmm.kernels.lang.ptx.arithmetic import fma, zero_words
 from qmm.kernels.lang.ptx.barrier import (
@@ -54,7 +54,7 @@ def run_lanes(
     kernel: Callable[[], None],
     threads: int = 32,
     shared_nbytes: int = 256,
-    fields: FieldAccess | None = FieldAccess(1, "shared"),
+    fields: FieldAccess | None = DEFAULT_FIELDS,
     after_predecessors: bool = True,
     **options: Any,
 ) -> Memory:
@@ -355,9 +355,24 @@ def test_a_mask_of_ones_own_can_be_left_out() -> None:
         run_products(5, 12, frozenset({"rows"}))
 
 
+def test_fields_are_not_loaded_without_saying_from_where() -> None:
+    load = of_lane(3, lambda: load4(DATA, 0))
+    with pytest.raises(
+        EmulatorError, match=r'lane 3 loads a field .* no FieldAccess: .*\(n, "global"\).*\(n, "shared"\)'
+    ):
+        run_lanes(load, fields=None)
+    with pytest.raises(EmulatorError, match=r'lane 3 loads 4 bytes .* global memory.*FieldAccess\(2, "global"\)'):
+        run_lanes(load, fields=FieldAccess(2))
+
+
 def test_arguments_that_a_kernel_has_not_are_refused() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'n'"):
+    place = r"^products \(.*test_emulator.py, line \d+\): "
+    with pytest.raises(TypeError, match=f"{place}.*unexpected keyword argument 'n'"):
         run_products(5, 12, n=1)
+    with pytest.raises(TypeError, match=f"{place}missing a required argument: 'x'"):
+        emulate(products, memory=Memory(), weights=0)
+    with pytest.raises(TypeError, match=f"{place}k must be an integer or a Region, not a float: 1.5"):
+        emulate(products, memory=Memory(), k=1.5)  # type: ignore[arg-type]
     for threads in (0, 48, 2048):
         with pytest.raises(TypeError, match=f"whole warps of 32, not {threads}"):
             run_lanes(lambda: None, threads=threads)
@@ -393,7 +408,7 @@ def test_an_operation_of_the_cpu_is_refused_by_name(kernel: Callable[[int], None
     """It would write at the emulator's addresses in this process."""
     memory = Memory()
     with pytest.raises(
-        TypeError, match=r"store_float\(.*\) -> None> of qmm.kernels.lang.simd has no lowering for GPUs"
+        EmulatorError, match=r"store_float\(.*\) -> None> of qmm.kernels.lang.simd has no lowering for GPUs"
     ):
         emulate(kernel, memory=memory, target=memory.add("target", 4))
 

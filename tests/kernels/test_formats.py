@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from gguf_files import random_blocks
 
-from qmm.kernels.formats import FORMATS, Format
 from qmm.errors import EmulatorError
+from qmm.kernels.formats import FORMATS, Format
 from qmm.kernels.lang.fields import load2, load16
 from qmm.kernels.lang.primitives import run_weights
 
@@ -149,7 +149,10 @@ def test_a_geometry_that_kernels_cannot_have_is_refused(name: str, fields: dict[
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"load": lambda block, lane: (load2(block, 0), load16(block, 2), load16(block, 20))}, "2 bytes past the end of a"),
+        (
+            {"load": lambda block, lane: (load2(block, 0), load16(block, 2), load16(block, 20))},
+            "2 bytes past the end of a",
+        ),
         ({"load": lambda block, lane: (load2(block, -2), load16(block, 2), load16(block, 18))}, "2 bytes before"),
         ({"load": lambda block, lane: (load2(block, 0), load16(block, 1), load16(block, 18))}, "multiple of 2"),
         ({"unpack": lambda lane, *registers: ()}, "unpack of lane 0 gives 0 runs, not 2"),

@@ -9,7 +9,7 @@ from greenlet import getcurrent
 
 from qmm.errors import EmulatorError
 
-__all__ = ["FORBIDDEN", "SHARED_START", "UNWRITTEN", "WRITTEN", "Memory", "Region", "SharedMemory", "who"]
+__all__ = ["FIRST", "FORBIDDEN", "SHARED_START", "UNWRITTEN", "WRITTEN", "Memory", "Region", "SharedMemory", "who"]
 
 SHARED_START = 1024
 """Where a CTA's own shared memory starts in the shared window; the driver keeps the first KiB for itself."""
