@@ -53,6 +53,8 @@ class Format:
     position(lane, i)
         Which of the block's ``block_weights // 16`` runs the lane's ``i``-th one is.
 
+    Its numbers are checked when it is made, its functions by :meth:`check`.
+
     A plain format (F32, F16, BF16) consists of numbers, not of blocks: ``block_weights`` is 16, its ``q`` is Floats,
     and the last block of a row may be partial (``row_nbytes``).
     """
@@ -81,6 +83,12 @@ class Format:
     """Of a plain format: whether its numbers have at most 11 significant bits, which tensor cores multiply exactly."""
 
     def __post_init__(self) -> None:
+        for field in ("block_weights", "block_nbytes", "lanes", "runs", "alignment"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{self.name}: {field} must be at least 1, not {getattr(self, field)}")
+        for field in ("lanes", "alignment"):  # kernels find lanes and aligned addresses by masks
+            if (value := getattr(self, field)) & (value - 1):
+                raise ValueError(f"{self.name}: {field} must be a power of two, not {value}")
         if 16 * self.lanes * self.runs != self.block_weights:
             raise ValueError(
                 f"{self.name}: {self.lanes} lanes of {self.runs} runs of 16 make "
@@ -88,6 +96,51 @@ class Format:
             )
         if gcd(self.block_nbytes, 16) % self.alignment:
             raise ValueError(f"{self.name}: blocks of {self.block_nbytes} bytes cannot be aligned to {self.alignment}")
+        if self.plain and self.block_weights != 16:
+            raise ValueError(f"{self.name}: block_weights of a plain format must be 16, not {self.block_weights}")
+        if self.short and not self.plain:
+            raise ValueError(f"{self.name}: short is for plain formats, whose numbers tensor cores take as they are")
+        if self.pairs and self.runs % 2:
+            raise ValueError(f"{self.name}: runs must be even for pairs of them, not {self.runs}")
+        if self.run_minima and not self.pairs:
+            raise ValueError(f"{self.name}: run_minima says how the runs of pairs differ, but pairs is False")
+
+    def check(self) -> None:
+        """Check what the format's functions do with one block of zeros; for the tests of a format.
+
+        Each lane's ``load`` and ``unpack`` are run in the emulator.
+
+        Raises:
+            ValueError: ``unpack`` gives another number of runs than ``runs``, or ``position`` does not give each run of
+                the block once, pairs side by side.
+            EmulatorError: ``load`` reads bytes outside the block, or at a multiple of less than ``alignment``.
+        """
+        from qmm.kernels.lang.fields import FieldAccess
+        from qmm.kernels.lang.ptx.grid import thread_index
+        from qmm.kernels.lang.targets.emulator import Memory, launch
+
+        lanes = [[self.position(lane, i) for i in range(self.runs)] for lane in range(self.lanes)]
+        places, count = sorted(place for lane in lanes for place in lane), self.block_weights // 16
+        if places != list(range(count)):
+            raise ValueError(f"{self.name}: position must give each of 0 to {count - 1} once, but gives {places}")
+        for lane in lanes if self.pairs else ():
+            for first, second in zip(lane[::2], lane[1::2], strict=True):
+                if first % 2 or second != first + 1:
+                    raise ValueError(f"{self.name}: position gives a pair {first} and {second}, not 2 j and 2 j + 1")
+
+        def visit(block: int) -> None:
+            if thread_index() == 0:  # one after the other, since a block may have more lanes than a CTA
+                for lane in range(self.lanes):
+                    for name in ("unpack", "unpack_product"):
+                        unpack = getattr(self, name)
+                        runs = len(unpack(lane, *self.load(block, lane))) if unpack else self.runs
+                        if runs != self.runs:
+                            raise ValueError(f"{self.name}: {name} of lane {lane} gives {runs} runs, not {self.runs}")
+
+        memory = Memory()
+        block = memory.add(f"a block of {self.name}", bytes(self.block_nbytes), constant=True, shift=self.alignment)
+        fields = FieldAccess(self.alignment, "global")
+        launch(visit, {"block": block.start}, memory=memory, grid=1, threads=32, fields=fields)
 
     def constants(self, product: bool = False) -> FormatConstants:
         """The compile-time constants of the format, for products or for other kernels."""

@@ -29,22 +29,47 @@ from greenlet import getcurrent
 
 from qmm.kernels.lang.operation import operation
 
-__all__ = ["DEFAULT_FIELDS", "FieldAccess", "load1", "load16", "load2", "load4"]
+__all__ = ["DEFAULT_FIELDS", "HOW", "LOADS", "FieldAccess", "load1", "load16", "load2", "load4"]
 
 
-class FieldAccess(NamedTuple):
+ALIGNMENTS = 1, 2, 4, 8, 16
+SPACES = "shared", "global"
+
+
+class _FieldAccess(NamedTuple):  # which cannot have a constructor of its own
+    alignment: int
+    space: Literal["shared", "global"]
+
+
+class FieldAccess(_FieldAccess):
     """How a GPU's kernel reads fields.
 
     Attributes:
         alignment: 1, 2, 4, 8 or 16; an n-byte field lies at a multiple of n or of this, whichever is smaller.
         space: ``"shared"`` or ``"global"``, the memory that blocks lie in.
+
+    Raises:
+        ValueError: they are others.
     """
 
-    alignment: int = 1
-    space: Literal["shared", "global"] = "shared"
+    __slots__ = ()
+
+    def __new__(cls, alignment: int = 1, space: Literal["shared", "global"] = "shared") -> FieldAccess:
+        """Check them: of another space, or at another alignment, kernels would compile to wrong loads."""
+        if alignment not in ALIGNMENTS:
+            raise ValueError(f"FieldAccess: the alignment is one of {ALIGNMENTS}, not {alignment!r}")
+        if space not in SPACES:
+            raise ValueError(f"FieldAccess: the space is one of {SPACES}, not {space!r}")
+        return super().__new__(cls, alignment, space)
 
 
 DEFAULT_FIELDS = FieldAccess()
+"""For targets that do not ask."""
+HOW = (
+    'fields=FieldAccess(n, "global") for blocks in global memory, or FieldAccess(n, "shared") for blocks that the '
+    "kernel has copied to shared memory; n is what their addresses divide by"
+)
+"""What kernels lack that load fields without a FieldAccess, for messages."""
 
 
 def _field(block: Any, offset: int, nbytes: int) -> tuple[Any, int]:
@@ -173,3 +198,7 @@ def _funnel(e: Any, low: Any, high: Any, address: Any) -> Any:
     """The four bytes that start at ``address & 3`` of two neighbouring registers."""
     shift = e.shl(address, e.constant(e.i32, 3))  # the instruction takes it modulo 32
     return e.ptx("shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", low, high, shift)
+
+
+LOADS = frozenset({load1, load2, load4, load16})
+"""The operations that need a FieldAccess on a GPU."""

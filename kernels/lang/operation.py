@@ -43,7 +43,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from qmm.kernels.lang.current import this_lane
+from qmm.errors import EmulatorError
+from qmm.kernels.lang.current import cta_or_none, this_lane
 
 __all__ = ["Operation", "operation"]
 
@@ -89,7 +90,7 @@ class Operation:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run its meaning."""
-        return self.meaning(*arguments)
+        return (self.meaning if cta_or_none() is None else self.emulated())(*arguments)
 
     def __repr__(self) -> str:
         return f"<operation {self.name}({', '.join(self.arguments)}) -> {self.result}>"
@@ -106,6 +107,20 @@ class Operation:
         """Attach a lowering that is the same everywhere."""
         self.cuda(lowering)
         self.cpu(lowering)
+
+    def emulated(self) -> Callable[..., Any]:
+        """The meaning, for the emulator.
+
+        Raises:
+            EmulatorError: GPUs do not have the operation. One of the CPU would take the emulator's addresses for this
+                process's.
+        """
+        if "cuda" not in self.lowerings:
+            raise EmulatorError(
+                f"{self} of {self.__module__} has no lowering for GPUs (.cuda or .llvm): the emulator of one cannot "
+                "run it"
+            )
+        return self.meaning
 
     def literals(self) -> tuple[int, ...]:
         """Which arguments must be constants of the source."""

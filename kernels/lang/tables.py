@@ -43,6 +43,8 @@ def table(values: npt.ArrayLike) -> Operation:
     rows = np.asarray(values)
     if rows.ndim not in (1, 2) or (rows.ndim == 2 and rows.shape[1] not in (4, 8)) or not rows.size:
         raise ValueError(f"a table is (entries,), (entries, 4) or (entries, 8), not {rows.shape}")
+    if rows.dtype.kind not in "iu":
+        raise ValueError(f"a table holds signed bytes, not {rows.dtype}: make it of whole numbers")
     if len(rows) > (256 if rows.ndim == 1 else 65536) or rows.min() < -128 or rows.max() > 127:
         raise ValueError(f"a table of {len(rows)} entries from {rows.min()} to {rows.max()}: too many, or no int8")
     content = rows.astype(np.int8)

@@ -28,8 +28,15 @@ _HEAD = re.compile(r"\.visible \.entry \w+\([^)]*\)\s*(?=\{)")
 
 @functools.cache
 def function_of(kernel: Kernel) -> Callable[..., Any]:
-    """The specialized function of a kernel, uncompiled."""
-    return specialize(kernel.function, kernel.constants, CUDATarget(kernel.fields))
+    """The specialized function of a kernel, uncompiled.
+
+    Raises:
+        ValueError: it loads fields of blocks, but does not say from which memory.
+    """
+    try:
+        return specialize(kernel.function, kernel.constants, CUDATarget(kernel.fields))
+    except ValueError as reason:
+        raise ValueError(f"{kernel.name}: {reason}") from reason
 
 
 def signature_of(kernel: Kernel) -> Any:

@@ -9,8 +9,9 @@ write, and its key and digest are right. Any other file is a miss, and is replac
     8 bytes   4         4            4              8             ...    ...     ...    32
     magic   | version | key length | entry length | code length | key  | entry | code | SHA-256 of all before
 
-The folder is ``$QMM_CACHE_DIR`` (empty: nothing is kept), else ``qmm/kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
-Where it cannot be written, kernels are compiled in every process; a warning says so if the user named the folder.
+The folder is ``$QMM_CACHE_DIR`` (empty: nothing is kept; ``~`` is the home directory), else ``qmm/kernels`` in
+``$XDG_CACHE_HOME`` or ``~/.cache``. Where it cannot be written, kernels are compiled in every process; a warning says
+so if the user named the folder.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def store() -> Store | None:
     """The user's cache; None if it is turned off."""
     named = os.environ.get("QMM_CACHE_DIR")
     if named is not None:
-        return _store(Path(named), True) if named else None
+        return _store(Path(os.path.expanduser(named)), True) if named else None
     try:
         return _store(cache_folder() / "kernels", False)
     except RuntimeError:

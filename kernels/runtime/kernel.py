@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmm.kernels.lang.constants import Constants
-from qmm.kernels.lang.fields import DEFAULT_FIELDS, FieldAccess
+from qmm.kernels.lang.fields import FieldAccess
 
 __all__ = ["Kernel"]
 
@@ -26,7 +26,7 @@ class Kernel:
         function: the kernel, as plain Python.
         constants: its compile-time constants.
         threads: of a CTA.
-        fields: how it reads block fields, if it does.
+        fields: how it reads block fields; None if it reads none. One that does is not compiled without.
         shared: whether launches ask for dynamic shared memory, as much as the device has for a CTA if need be.
     """
 
@@ -34,7 +34,7 @@ class Kernel:
     function: Callable[..., None]
     constants: Constants
     threads: int
-    fields: FieldAccess = DEFAULT_FIELDS
+    fields: FieldAccess | None = None
     shared: bool = False
 
     @functools.cached_property

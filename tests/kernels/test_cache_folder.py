@@ -108,6 +108,8 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert place() == tmp_path / "xdg" / "qmm" / "kernels"
     monkeypatch.setenv("QMM_CACHE_DIR", str(tmp_path / "named"))
     assert place() == tmp_path / "named"
+    monkeypatch.setenv("QMM_CACHE_DIR", "~/mine")  # quoted, so that no shell expanded it
+    assert place() == tmp_path / "mine"
     monkeypatch.setenv("QMM_CACHE_DIR", "")
     assert place() is None
     monkeypatch.delenv("QMM_CACHE_DIR")

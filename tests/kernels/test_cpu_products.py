@@ -17,7 +17,7 @@ from cpu_weights import COLUMNS, Weights, assert_same_bits, columns_for, each_fo
 from gguf_files import small_blocks
 
 from qmm.kernels.formats import FORMATS, Format
-from qmm.kernels.ops.cpu import parallel
+from qmm.kernels.ops.cpu import parallel, products
 
 U = 2.0**-24
 ROWS = (1, 3, 37)
@@ -222,6 +222,12 @@ def test_threads_change_no_bit(name: str, m: int, rng: np.random.Generator, monk
     for result in results[1:]:
         for one, many in zip(results[0], result, strict=True):
             assert_same_bits(many, one)
+
+
+def test_activations_are_int8_or_f16() -> None:
+    row, y = np.zeros(34, np.uint8), np.empty((1, 1), np.float32)
+    with pytest.raises(ValueError, match='"int8" or "f16", not \'int4\''):
+        products.matmul(FORMATS["Q8_0"], row.ctypes.data, 1, 32, np.zeros((1, 32), np.float32), y, "int4")
 
 
 def test_the_number_of_threads_is_any_whole_number_above_zero() -> None:

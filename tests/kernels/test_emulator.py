@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qmm.kernels.lang import simd
 from qmm.kernels.lang.constants import Constants
-from qmm.kernels.lang.fields import FieldAccess, load1, load4, load16
+from qmm.kernels.lang.fields import DEFAULT_FIELDS, FieldAccess, load1, load4, load16
 from qmm.kernels.lang.masks import mask, masks_of
 from qmm.kernels.lang.ptx.arithmetic import fma, zero_words
 from qmm.kernels.lang.ptx.barrier import (
@@ -37,6 +38,7 @@ from qmm.kernels.lang.ptx.global_memory import (
 from qmm.kernels.lang.ptx.grid import lane_index, thread_index, wait_for_predecessors
 from qmm.kernels.lang.ptx.shared_memory import load_shared16, load_shared_float, store_shared16, store_shared_float
 from qmm.kernels.lang.ptx.warp import max_magnitude_of_warp, sum_of_half_warp
+from qmm.kernels.lang.simd import store_float
 from qmm.kernels.lang.specialize import registers, unroll
 from qmm.kernels.lang.targets.emulator import EmulatorError, Memory, Region, Settings, emulate, launch
 from qmm.kernels.lang.targets.emulator.memory import SHARED_START as SHARED
@@ -52,7 +54,7 @@ def run_lanes(
     kernel: Callable[[], None],
     threads: int = 32,
     shared_nbytes: int = 256,
-    alignment: int = 1,
+    fields: FieldAccess | None = DEFAULT_FIELDS,
     after_predecessors: bool = True,
     **options: Any,
 ) -> Memory:
@@ -67,7 +69,7 @@ def run_lanes(
         grid=1,
         threads=threads,
         shared_nbytes=shared_nbytes,
-        fields=FieldAccess(alignment),
+        fields=fields,
         settings=Settings(**options),
         after_predecessors=after_predecessors,
     )
@@ -115,6 +117,20 @@ def test_accesses_that_are_refused(action: Callable[[], object], message: str) -
         run_lanes(of_lane(7, action))
 
 
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda: load_global_float(DATA + 61), "the read ends 1 bytes past the end of data"),
+        (lambda: load_global_float(DATA - 2), "the read begins 2 bytes before data"),
+        (lambda: store_global_float(DATA + 254, np.float32(1)), "the write begins 2 bytes before scratch"),
+        (lambda: load1(8, 0), "the read begins .* bytes before data"),
+    ],
+)
+def test_messages_say_what_and_where(action: Callable[[], object], message: str) -> None:
+    with pytest.raises(EmulatorError, match=f"are not within any of .*; {message}$"):
+        run_lanes(of_lane(5, action), fields=FieldAccess(1, "global"))
+
+
 def test_messages_name_the_lane() -> None:
     with pytest.raises(EmulatorError, match="CTA 0 warp 1 lane 5: 1 bytes"):
         run_lanes(of_lane(37, lambda: load_global_byte(DATA + 100)), threads=64)
@@ -127,11 +143,11 @@ def test_fields_are_read_within_shared_memory_words_around_them_too() -> None:
         with pytest.raises(EmulatorError, match="not within"):
             run_lanes(of_lane(0, lambda load=load, offset=offset: load(SHARED, offset)))
     with pytest.raises(EmulatorError, match="multiple of 4"):
-        run_lanes(of_lane(0, lambda: load16(SHARED, 2)), alignment=4)
+        run_lanes(of_lane(0, lambda: load16(SHARED, 2)), fields=FieldAccess(4))
     with pytest.raises(EmulatorError, match="multiple of 4"):
-        run_lanes(of_lane(0, lambda: load16(SHARED, 10)), alignment=8)
+        run_lanes(of_lane(0, lambda: load16(SHARED, 10)), fields=FieldAccess(8))
     with pytest.raises(EmulatorError, match="multiple of 16"):
-        run_lanes(of_lane(0, lambda: load16(SHARED, 8)), alignment=16)
+        run_lanes(of_lane(0, lambda: load16(SHARED, 8)), fields=FieldAccess(16))
 
 
 def test_what_a_kernel_before_may_write_is_not_touched_before_the_wait() -> None:
@@ -339,9 +355,24 @@ def test_a_mask_of_ones_own_can_be_left_out() -> None:
         run_products(5, 12, frozenset({"rows"}))
 
 
+def test_fields_are_not_loaded_without_saying_from_where() -> None:
+    load = of_lane(3, lambda: load4(DATA, 0))
+    with pytest.raises(
+        EmulatorError, match=r'lane 3 loads a field .* no FieldAccess: .*\(n, "global"\).*\(n, "shared"\)'
+    ):
+        run_lanes(load, fields=None)
+    with pytest.raises(EmulatorError, match=r'lane 3 loads 4 bytes .* global memory.*FieldAccess\(2, "global"\)'):
+        run_lanes(load, fields=FieldAccess(2))
+
+
 def test_arguments_that_a_kernel_has_not_are_refused() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'n'"):
+    place = r"^products \(.*test_emulator.py, line \d+\): "
+    with pytest.raises(TypeError, match=f"{place}.*unexpected keyword argument 'n'"):
         run_products(5, 12, n=1)
+    with pytest.raises(TypeError, match=f"{place}missing a required argument: 'x'"):
+        emulate(products, memory=Memory(), weights=0)
+    with pytest.raises(TypeError, match=f"{place}k must be an integer or a Region, not a float: 1.5"):
+        emulate(products, memory=Memory(), k=1.5)  # type: ignore[arg-type]
     for threads in (0, 48, 2048):
         with pytest.raises(TypeError, match=f"whole warps of 32, not {threads}"):
             run_lanes(lambda: None, threads=threads)
@@ -362,3 +393,35 @@ def test_the_examples_of_emulate_run() -> None:
     ran = [doctest.DocTestRunner().run(examples) for examples in found]
     assert [result.failed for result in ran] == [0]
     assert ran[0].attempted > 5
+
+
+def by_name(target):
+    store_float(target, 0, 0.5)
+
+
+def by_module(target):
+    simd.store_float(target, 0, 0.5)
+
+
+@pytest.mark.parametrize("kernel", [by_name, by_module])
+def test_an_operation_of_the_cpu_is_refused_by_name(kernel: Callable[[int], None]) -> None:
+    """It would write at the emulator's addresses in this process."""
+    memory = Memory()
+    with pytest.raises(
+        EmulatorError, match=r"store_float\(.*\) -> None> of qmm.kernels.lang.simd has no lowering for GPUs"
+    ):
+        emulate(kernel, memory=memory, target=memory.add("target", 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4, "globl"), r"the space is one of \('shared', 'global'\), not 'globl'"),
+        ((3,), r"the alignment is one of \(1, 2, 4, 8, 16\), not 3"),
+        ((0, "global"), "not 0"),
+        ((32, "global"), "not 32"),
+    ],
+)
+def test_how_fields_are_read_is_checked(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"FieldAccess: .*{message}"):
+        FieldAccess(*arguments)

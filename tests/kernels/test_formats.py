@@ -6,6 +6,7 @@ for it is a block by hand.
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable
 from types import FunctionType
@@ -16,7 +17,9 @@ import numpy as np
 import pytest
 from gguf_files import random_blocks
 
+from qmm.errors import EmulatorError
 from qmm.kernels.formats import FORMATS, Format
+from qmm.kernels.lang.fields import load2, load16
 from qmm.kernels.lang.primitives import run_weights
 
 each_format = pytest.mark.parametrize("block_format", FORMATS.values(), ids=FORMATS)
@@ -113,6 +116,58 @@ def test_loads_keep_to_the_alignment(block_format: Format) -> None:
 
 
 @each_format
+def test_formats_check_themselves(block_format: Format) -> None:
+    block_format.check()
+
+
+def changed(name: str, **fields: Any) -> Format:
+    return dataclasses.replace(FORMATS[name], **fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("Q4_K", {"lanes": 3, "block_weights": 48 * FORMATS["Q4_K"].runs}, "lanes must be a power of two, not 3"),
+        ("Q8_0", {"lanes": 0, "block_weights": 0}, "block_weights must be at least 1, not 0"),
+        ("Q8_0", {"lanes": 0}, "lanes must be at least 1, not 0"),
+        ("Q8_0", {"lanes": -1, "runs": -2}, "lanes must be at least 1, not -1"),
+        ("Q8_0", {"runs": 0}, "runs must be at least 1, not 0"),
+        ("Q8_0", {"block_nbytes": 0}, "block_nbytes must be at least 1, not 0"),
+        ("Q8_0", {"alignment": 0}, "alignment must be at least 1, not 0"),
+        ("Q8_0", {"alignment": 3, "block_nbytes": 36}, "alignment must be a power of two, not 3"),
+        ("F16", {"block_weights": 32, "runs": 2}, "block_weights of a plain format must be 16, not 32"),
+        ("Q8_0", {"short": True}, "short is for plain formats"),
+        ("F32", {"pairs": True}, "runs must be even for pairs of them, not 1"),
+        ("F32", {"run_minima": True}, "pairs is False"),
+    ],
+)
+def test_a_geometry_that_kernels_cannot_have_is_refused(name: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
+        changed(name, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"load": lambda block, lane: (load2(block, 0), load16(block, 2), load16(block, 20))},
+            "2 bytes past the end of a",
+        ),
+        ({"load": lambda block, lane: (load2(block, -2), load16(block, 2), load16(block, 18))}, "2 bytes before"),
+        ({"load": lambda block, lane: (load2(block, 0), load16(block, 1), load16(block, 18))}, "multiple of 2"),
+        ({"unpack": lambda lane, *registers: ()}, "unpack of lane 0 gives 0 runs, not 2"),
+        ({"unpack_product": lambda lane, *registers: (1,)}, "unpack_product of lane 0 gives 1 runs, not 2"),
+        ({"position": lambda lane, i: i + 1}, r"each of 0 to 1 once, but gives \[1, 2\]"),
+        ({"position": lambda lane, i: 0}, r"gives \[0, 0\]"),
+        ({"position": lambda lane, i: 1 - i}, "a pair 1 and 0"),
+    ],
+)
+def test_functions_that_break_their_promises_are_noticed(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, EmulatorError), match=f"Q8_0.*{message}|{message} .*Q8_0"):
+        changed("Q8_0", **{"pairs": True, **fields}).check()
+
+
+@each_format
 def test_runs_are_signed_bytes_and_minima_only_where_promised(block_format: Format, rng: np.random.Generator) -> None:
     data = random_blocks(block_format.name, (1, block_format.block_weights), rng)
     for lane in range(block_format.lanes):
@@ -141,7 +196,7 @@ def test_the_tensor_cores_of_matvec_are_exact(block_format: Format, rng: np.rand
 
 def spaced(*places: tuple[int, ...]) -> Format:
     """A format whose lanes take the runs at these places."""
-    fields = {**vars(FORMATS["Q8_0"]), "lanes": len(places), "runs": len(places[0])}
+    fields = {**vars(FORMATS["Q8_0"]), "lanes": len(places), "runs": len(places[0]), "pairs": False}
     weights = 16 * len(places) * len(places[0])
     return Format(**{**fields, "block_weights": weights, "position": lambda lane, i: places[lane][i]})
 

@@ -13,6 +13,7 @@ from ptx_kernels import groups
 
 from qmm.cuda import CudaCallError
 from qmm.kernels.lang.constants import Constants
+from qmm.kernels.lang.fields import FieldAccess, load16
 from qmm.kernels.ops.op import LaunchSpec, alignment_of
 from qmm.kernels.runtime import build
 from qmm.kernels.runtime.kernel import Kernel
@@ -192,3 +193,16 @@ def test_the_threads_of_a_block_are_said_between_a_kernels_head_and_its_body() -
 def test_text_without_a_kernel_is_refused(text: str) -> None:
     with pytest.raises(AssertionError, match="entry point"):
         build.bounded(text, 640)
+
+
+def reads_a_block(x):
+    """A kernel that loads a field."""
+    load16(x, 0)
+
+
+def test_a_kernel_that_loads_fields_says_from_where() -> None:
+    """Blocks in global memory were once compiled to loads from shared memory, at 32 bits of their addresses."""
+    kernel = Kernel("mine", reads_a_block, Constants(), 32)
+    with pytest.raises(ValueError, match=r'mine: load16 .* no FieldAccess: .*\(n, "global"\).*\(n, "shared"\)'):
+        build.function_of(kernel)
+    build.function_of(dataclasses.replace(kernel, fields=FieldAccess(2, "global")))

@@ -174,7 +174,9 @@ def test_tables_are_what_numpy_takes() -> None:
     [
         (np.zeros((4, 3)), r"not \(4, 3\)"),
         (np.zeros(0), r"not \(0,\)"),
-        (np.zeros(257), "257 entries"),
+        (np.zeros(257, int), "257 entries"),
+        ([0, 0.5], "signed bytes, not float64"),
+        ([True, False], "signed bytes, not bool"),
         ([-129, 0], "from -129 to 0"),
         ([1, 200], "from 1 to 200"),
     ],

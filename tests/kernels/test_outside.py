@@ -211,6 +211,11 @@ def emulated(name: str, given: Numbers, settings: Settings) -> dict[str, Region]
 
 
 @formats
+def test_the_format_checks_itself(name: str) -> None:
+    OUTSIDE[name].format.check()
+
+
+@formats
 def test_the_product_is_right_on_the_cpu(name: str) -> None:
     assert OUTSIDE[name].format.name not in FORMATS
     given, y = numbers(name), np.empty((1, 70), np.float32)

@@ -11,7 +11,7 @@ from numba.cuda.core.errors import RequireLiteralValue
 from numba.cuda.extending import core_models, intrinsic, lower_builtin, register_model
 from numba.cuda.typing.templates import AbstractTemplate, infer_global, signature
 
-from qmm.kernels.lang.fields import DEFAULT_FIELDS, FieldAccess
+from qmm.kernels.lang.fields import DEFAULT_FIELDS, HOW, LOADS, FieldAccess
 from qmm.kernels.lang.intrinsics import Intrinsics, Toolkit
 from qmm.kernels.lang.operation import Operation
 
@@ -40,13 +40,22 @@ class CUDATarget:
     name = "cuda"
     absent_masks: frozenset[str] = frozenset()
 
-    def __init__(self, fields: FieldAccess = DEFAULT_FIELDS) -> None:
-        """Args are how kernels read block fields."""
+    def __init__(self, fields: FieldAccess | None = None) -> None:
+        """Args are how kernels read block fields; None if they read none."""
         self._fields = fields
 
     def intrinsic(self, value: object) -> object | None:
-        """The target's implementation of an operation; None where ``value`` is not one."""
-        return INTRINSICS.of(value, self._fields) if isinstance(value, Operation) else None
+        """The target's implementation of an operation; None where ``value`` is not one.
+
+        Raises:
+            TypeError: GPUs have no such operation.
+            ValueError: it loads fields, and nobody said from which memory.
+        """
+        if not isinstance(value, Operation):
+            return None
+        if self._fields is None and value in LOADS:
+            raise ValueError(f"{value.name} loads a field of a block, but the kernel has no FieldAccess: give it {HOW}")
+        return INTRINSICS.of(value, self._fields or DEFAULT_FIELDS)
 
     def device_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that kernels call."""

@@ -74,10 +74,13 @@ def matmul(
             take the latter. Ignored if ``x`` is :class:`CPUActivations`.
 
     Raises:
-        ValueError: ``x`` or ``out`` has another shape or layout, or activations for a plain format were quantized.
+        ValueError: ``x`` or ``out`` has another shape or layout, activations for a plain format were quantized, or
+            ``activations`` is another word.
     """
     address, m, k = map(operator.index, (address, m, k))
     if not isinstance(x, CPUActivations):
+        if activations not in ("int8", "f16"):
+            raise ValueError(f'activations are "int8" or "f16", not {activations!r}')
         x = quantize(x, activations == "int8" and not block_format.plain)
     _check(block_format, m, k, x, out)
     if not out.size:

@@ -10,10 +10,10 @@ import numpy as np
 from greenlet import getcurrent
 
 from qmm.errors import EmulatorError
-from qmm.kernels.lang.fields import FieldAccess
+from qmm.kernels.lang.fields import HOW, FieldAccess
 from qmm.kernels.lang.targets.emulator.barriers import MBarriers, NamedBarrier
 from qmm.kernels.lang.targets.emulator.lanes import Lane, Warp, named
-from qmm.kernels.lang.targets.emulator.memory import Memory, SharedMemory
+from qmm.kernels.lang.targets.emulator.memory import FIRST, Memory, SharedMemory, who
 
 __all__ = ["CTA", "Settings"]
 
@@ -46,7 +46,7 @@ class CTA:
         threads: how many lanes it has, a multiple of 32.
         memory: global memory.
         shared: its shared memory.
-        fields: how its lanes read block fields.
+        fields: how its lanes read block fields; None if they may not.
         after_predecessors: whether the kernels before had ended when it started.
         mbarriers: those in its shared memory.
         named_barriers: the named barriers at which warps have arrived, by number.
@@ -58,7 +58,7 @@ class CTA:
         self,
         memory: Memory,
         shared_nbytes: int,
-        fields: FieldAccess,
+        fields: FieldAccess | None,
         index: int,
         count: int,
         threads: int,
@@ -106,7 +106,14 @@ class CTA:
         Raises:
             EmulatorError: it may not be read.
         """
+        if self.fields is None:
+            raise EmulatorError(f"{who()} loads a field of a block, but the kernel has no FieldAccess: give it {HOW}")
         if self.fields.space == "shared":
+            if address >= FIRST:  # shared memory lies far below
+                raise EmulatorError(
+                    f"{who()} loads {nbytes} bytes of a block at {address:#x}, an address of global memory, as if it "
+                    f'were shared: give the kernel fields=FieldAccess({self.fields.alignment}, "global")'
+                )
             return self.shared.field(address, nbytes, self.fields.alignment)
         return self.memory.read(address, nbytes, min(nbytes, self.fields.alignment))
 

@@ -9,7 +9,7 @@ from greenlet import getcurrent
 
 from qmm.errors import EmulatorError
 
-__all__ = ["FORBIDDEN", "SHARED_START", "UNWRITTEN", "WRITTEN", "Memory", "Region", "SharedMemory", "who"]
+__all__ = ["FIRST", "FORBIDDEN", "SHARED_START", "UNWRITTEN", "WRITTEN", "Memory", "Region", "SharedMemory", "who"]
 
 SHARED_START = 1024
 """Where a CTA's own shared memory starts in the shared window; the driver keeps the first KiB for itself."""
@@ -98,8 +98,8 @@ class Memory:
             self._next = (region.end + 2 * 4096) & -4096
         return region
 
-    def find(self, address: int, nbytes: int) -> Region:
-        """The region that holds all of these bytes.
+    def find(self, address: int, nbytes: int, doing: str = "access") -> Region:
+        """The region that holds all of these bytes; ``doing`` is for the message.
 
         Raises:
             EmulatorError: there is none.
@@ -107,7 +107,20 @@ class Memory:
         for region in self.regions:
             if region.start <= address and address + nbytes <= region.end:
                 return region
-        raise EmulatorError(f"{who()}: {nbytes} bytes at {address:#x} are not within any of {self.regions}")
+        raise EmulatorError(
+            f"{who()}: {nbytes} bytes at {address:#x} are not within any of {self.regions}"
+            f"{self._nearest(address, nbytes, doing)}"
+        )
+
+    def _nearest(self, address: int, nbytes: int, doing: str) -> str:
+        """How far an access is from the nearest region, for messages."""
+        if not self.regions:
+            return f" (a {doing})"
+        end = address + nbytes
+        region = min(self.regions, key=lambda region: max(region.start - address, end - region.end))
+        if address < region.start:
+            return f"; the {doing} begins {region.start - address} bytes before {region.name}"
+        return f"; the {doing} ends {end - region.end} bytes past the end of {region.name}"
 
     def source(self, address: int, nbytes: int, alignment: int) -> tuple[Region, int]:
         """Count a read: the region that holds these bytes, and their offset.
@@ -115,7 +128,7 @@ class Memory:
         Raises:
             EmulatorError: they may not be read.
         """
-        region = self._accessed(address, nbytes, alignment)
+        region = self._accessed(address, nbytes, alignment, "read")
         at = address - region.start
         if region.state.find(UNWRITTEN, at, at + nbytes) >= 0:
             raise EmulatorError(f"{who()} reads {nbytes} bytes at {address:#x} of {region}, which nobody has written")
@@ -137,7 +150,7 @@ class Memory:
         Raises:
             EmulatorError: they may not be written.
         """
-        region = self._accessed(address, len(content), alignment)
+        region = self._accessed(address, len(content), alignment, "write")
         if region.constant:
             raise EmulatorError(
                 f"{who()} writes {len(content)} bytes at {address:#x} of {region}, which must not change"
@@ -152,12 +165,12 @@ class Memory:
         """
         if nbytes <= 0 or nbytes & 15 or address & 15:
             raise EmulatorError(f"{who()} prefetches {nbytes} bytes at {address:#x}: both must be multiples of 16")
-        region = self.find(address, nbytes)
+        region = self.find(address, nbytes, "prefetch")
         at = address - region.start
         region.prefetched[at : at + nbytes] = b"\1" * nbytes
 
-    def _accessed(self, address: int, nbytes: int, alignment: int) -> Region:
-        region = self.find(address, nbytes)
+    def _accessed(self, address: int, nbytes: int, alignment: int, doing: str) -> Region:
+        region = self.find(address, nbytes, doing)
         if address & (alignment - 1):
             raise EmulatorError(
                 f"{who()}: an access at {address:#x} ({region.name}) must be at a multiple of {alignment}"

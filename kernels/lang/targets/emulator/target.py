@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from qmm.kernels.lang.constants import Constants
-from qmm.kernels.lang.fields import DEFAULT_FIELDS, FieldAccess
+from qmm.kernels.lang.fields import FieldAccess
 from qmm.kernels.lang.operation import Operation
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets.emulator.cta import CTA, Settings
@@ -32,8 +33,12 @@ class EmulatorTarget:
         self.absent_masks = absent_masks
 
     def intrinsic(self, value: object) -> object | None:
-        """The meaning of an operation; None where ``value`` is not one."""
-        return value.meaning if isinstance(value, Operation) else None
+        """The meaning of an operation; None where ``value`` is not one.
+
+        Raises:
+            EmulatorError: GPUs do not have the operation.
+        """
+        return value.emulated() if isinstance(value, Operation) else None
 
     def device_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that kernels call."""
@@ -47,7 +52,7 @@ def emulate(
     grid: int = 1,
     threads: int = 32,
     shared_nbytes: int = 0,
-    fields: FieldAccess = DEFAULT_FIELDS,
+    fields: FieldAccess | None = None,
     constants: Constants = NO_CONSTANTS,
     settings: Settings = USUAL,
     **arguments: Region | int,
@@ -60,7 +65,7 @@ def emulate(
         grid: how many CTAs.
         threads: of a CTA, a multiple of 32.
         shared_nbytes: shared memory of a CTA.
-        fields: the memory that blocks lie in, and the alignment of fields.
+        fields: the memory that blocks lie in, and the alignment of fields; None for a kernel that loads none.
         constants: what the kernel is specialized with.
         settings: how to run it.
         arguments: the kernel's, by name: integers, or regions, which are passed as their address.
@@ -87,10 +92,22 @@ def emulate(
 
     Without the comparison, lane 8 of the second CTA would raise an EmulatorError that names the byte it reads.
     """
-    inspect.signature(kernel).bind(**arguments)
+    given = {}
+    for name, value in arguments.items():
+        try:
+            given[name] = value.start if isinstance(value, Region) else operator.index(value)
+        except TypeError:
+            kind = type(value).__name__
+            raise TypeError(
+                f"{_named(kernel)}: {name} must be an integer or a Region, not a {kind}: {value!r}"
+            ) from None
+    try:
+        inspect.signature(kernel).bind(**given)
+    except TypeError as reason:
+        raise TypeError(f"{_named(kernel)}: {reason}") from None
     launch(
         specialize(kernel, constants, EmulatorTarget(settings.faults)),
-        {name: value.start if isinstance(value, Region) else int(value) for name, value in arguments.items()},
+        given,
         memory=memory,
         grid=grid,
         threads=threads,
@@ -98,6 +115,11 @@ def emulate(
         fields=fields,
         settings=settings,
     )
+
+
+def _named(kernel: Callable[..., None]) -> str:
+    """A kernel and where it is, for messages."""
+    return f"{kernel.__name__} ({kernel.__code__.co_filename}, line {kernel.__code__.co_firstlineno})"
 
 
 def launch(
@@ -108,7 +130,7 @@ def launch(
     grid: int,
     threads: int,
     shared_nbytes: int = 0,
-    fields: FieldAccess = DEFAULT_FIELDS,
+    fields: FieldAccess | None = None,
     settings: Settings = USUAL,
     after_predecessors: bool = True,
 ) -> None:
@@ -121,7 +143,7 @@ def launch(
         grid: how many CTAs; they run one after the other.
         threads: of a CTA.
         shared_nbytes: shared memory of a CTA.
-        fields: the memory that blocks lie in, and the alignment of fields.
+        fields: the memory that blocks lie in, and the alignment of fields; None for a kernel that loads none.
         settings: how to run it.
         after_predecessors: whether the kernels before had ended when this one starts. If not, lanes have to wait for
             them (``wait_for_predecessors``) before they use memory that is not constant.
