@@ -186,6 +186,7 @@ class _Source:
             raise SyntaxError(f"{place}: specialize cannot write out {what}")
 
     def line_of(self, node: ast.AST) -> int:
+        """Its line in the function's file."""
         return self._first + getattr(node, "lineno", 1) - 1
 
 
@@ -288,8 +289,8 @@ class _Flatten(ast.NodeTransformer):
         (name, *others) = node.targets
         assert isinstance(node.value, ast.Call)
         plain = len(node.value.args) == 2 and not node.value.keywords and not others
+        plain = plain and isinstance(name, ast.Name)
         self.refuse(node, not plain, "registers but as name = registers(count, value)")
-        self.refuse(node, not isinstance(name, ast.Name), "registers that are not a variable")
         assert isinstance(name, ast.Name)
         count = self.evaluate(node.value.args[0], "a number of registers", operator.index)
         numbered = [f"{name.id}_{i}" for i in range(count)]
@@ -382,17 +383,19 @@ class _Flatten(ast.NodeTransformer):
         return self.known(node.func) if isinstance(node, ast.Call) else None
 
     def known(self, node: ast.expr) -> Any:
-        """The value of a name or of a constant of the namespace; None for a variable."""
+        """The value of a name, of a constant of the namespace or of a module's attribute; None for a variable."""
         if isinstance(node, ast.Name) and node.id not in self.names and node.id not in self.banks:
             return self.source.visible.get(node.id)
-        owner = self.known(node.value) if isinstance(node, ast.Attribute) else None
-        if isinstance(node, ast.Attribute) and isinstance(owner, Constants):
-            return self.constant(node)
-        if isinstance(node, ast.Attribute) and isinstance(owner, types.ModuleType):
-            return getattr(owner, node.attr, None)
+        if isinstance(node, ast.Attribute):
+            owner = self.known(node.value)
+            if isinstance(owner, Constants):
+                return self.constant(node)
+            if isinstance(owner, types.ModuleType):
+                return getattr(owner, node.attr, None)
         return None
 
     def constant(self, node: ast.Attribute) -> Any:
+        """The constant that an attribute of the placeholder names."""
         try:
             return self.scope.constants.value(node.attr)
         except AttributeError as reason:
