@@ -154,8 +154,9 @@ class _Source:
             node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
         }
         visible: dict[str, Any] = {**closure.globals, **closure.nonlocals, **closure.builtins}
-        # Attributes' names are among them, and so are variables' that are attributes' too.
-        self.visible = {name: value for name, value in visible.items() if name not in self.assigned}
+        # getclosurevars takes an attribute's name for a global's, even where a variable has it.
+        own = {*self.assigned, *self.arguments}
+        self.visible = {name: value for name, value in visible.items() if name not in own}
 
     @functools.cached_property
     def outlasting(self) -> set[str | None]:
@@ -185,6 +186,7 @@ class _Source:
             raise SyntaxError(f"{place}: specialize cannot write out {what}")
 
     def line_of(self, node: ast.AST) -> int:
+        """Its line in the function's file."""
         return self._first + getattr(node, "lineno", 1) - 1
 
 
@@ -271,7 +273,8 @@ class _Flatten(ast.NodeTransformer):
         leaves = any(isinstance(inner, ast.Break | ast.Continue) for inner in ast.walk(node))
         self.refuse(node, leaves, "break or continue inside unroll")
         name, flat = node.target.id, []
-        values = self.rounds(node.iter)
+        self.refuse(node, len(node.iter.args) != 1 or bool(node.iter.keywords), "unroll without just one argument")
+        values = self.evaluate(node.iter.args[0], "how often to unroll", _rounds)
         for value in values:
             self.literals[name] = value
             # Each copy is a fresh tree: the transformer changes nodes in place.
@@ -282,33 +285,20 @@ class _Flatten(ast.NodeTransformer):
             flat.append(ast.Assign([ast.Name(self.names[name], ast.Store())], ast.Constant(values[-1]), lineno=0))
         return flat
 
-    def rounds(self, call: ast.Call) -> list[Any]:
-        """The values of the variable of an unrolled loop."""
-        self.refuse(call, len(call.args) != 1 or bool(call.keywords), "unroll without exactly one argument")
-        count = self.evaluate(call.args[0], "how often to unroll")
-        try:
-            return [value if isinstance(value, (*Literal, tuple)) else operator.index(value) for value in unroll(count)]
-        except TypeError as reason:
-            self.refuse(call, True, f"unroll: {reason}")
-            raise
-
     def bank(self, node: ast.Assign) -> list[ast.stmt]:
         (name, *others) = node.targets
         assert isinstance(node.value, ast.Call)
         plain = len(node.value.args) == 2 and not node.value.keywords and not others
+        plain = plain and isinstance(name, ast.Name)
         self.refuse(node, not plain, "registers but as name = registers(count, value)")
-        self.refuse(node, not isinstance(name, ast.Name), "registers that are not a variable")
         assert isinstance(name, ast.Name)
-        count = self.integer(node, node.value.args[0], "a number of registers")
-        self.banks[name.id] = own = [self.own(node, f"{name.id}_{i}") for i in range(count)]
+        count = self.evaluate(node.value.args[0], "a number of registers", operator.index)
+        numbered = [f"{name.id}_{i}" for i in range(count)]
+        for taken in sorted({*self.source.assigned, *self.source.arguments}.intersection(numbered)):
+            self.refuse(node, True, f"a variable {taken}: specialize has its own of such names")
+        self.banks[name.id] = own = [self.prefix + register for register in numbered]
         value = self.visit(node.value.args[1])
         return [ast.Assign([ast.Name(register, ast.Store())], _copy(value), lineno=0) for register in own]
-
-    def own(self, node: ast.AST, name: str) -> str:
-        """What a variable that this function does not have by itself is called in the flat function."""
-        taken = name in self.source.assigned or name in self.source.arguments
-        self.refuse(node, taken, f"a variable {name}: specialize has its own of that name")
-        return self.prefix + name
 
     # Helpers ----------------------------------------------------------------------------------------------------------
 
@@ -325,8 +315,8 @@ class _Flatten(ast.NodeTransformer):
         self.refuse(call, helper in self.active, f"{helper.__name__}, which calls itself")
         source = _Source(helper)
         own = self.scope.prefix_of(helper.__name__)
-        for name in {*source.assigned, *source.parameters}:
-            self.own(call, own + name)
+        for name in (*self.source.assigned, *self.source.arguments):
+            self.refuse(call, name.startswith(own), f"a variable {name}: specialize has its own of such names")
         prefix = self.prefix + own
         inner = _Flatten(self.scope, source, {}, prefix)
         inner.active = (*self.active, helper)
@@ -393,43 +383,38 @@ class _Flatten(ast.NodeTransformer):
         return self.known(node.func) if isinstance(node, ast.Call) else None
 
     def known(self, node: ast.expr) -> Any:
-        """The value of a name or of a constant of the namespace; None for a variable."""
+        """The value of a name, of a constant of the namespace or of a module's attribute; None for a variable."""
         if isinstance(node, ast.Name) and node.id not in self.names and node.id not in self.banks:
             return self.source.visible.get(node.id)
-        owner = self.known(node.value) if isinstance(node, ast.Attribute) else None
-        if isinstance(node, ast.Attribute) and isinstance(owner, Constants):
-            return self.constant(node)
-        if isinstance(node, ast.Attribute) and isinstance(owner, types.ModuleType):
-            return getattr(owner, node.attr, None)
+        if isinstance(node, ast.Attribute):
+            owner = self.known(node.value)
+            if isinstance(owner, Constants):
+                return self.constant(node)
+            if isinstance(owner, types.ModuleType):
+                return getattr(owner, node.attr, None)
         return None
 
     def constant(self, node: ast.Attribute) -> Any:
+        """The constant that an attribute of the placeholder names."""
         try:
             return self.scope.constants.value(node.attr)
         except AttributeError as reason:
             place = f"{self.source.function.__code__.co_filename}:{self.source.line_of(node)}"
             raise AttributeError(f"{self.source.name} ({place}): {reason}") from None
 
-    def evaluate(self, node: ast.expr, what: str) -> Any:
-        """The value of an expression over literals, ``range``, ``min`` and ``max``; no other can be unrolled."""
+    def evaluate(self, node: ast.expr, what: str, kind: Callable[[Any], Any]) -> Any:
+        """The value of an expression over literals, ``range``, ``min`` and ``max``, as ``kind`` converts it."""
         visited = self.visit(_copy(node))
         expression = ast.fix_missing_locations(ast.Expression(visited))
         # Numbers of numpy, and tuples, are globals of the flat function rather than literals.
         plain = {name: value for name, value in self.scope.used.items() if isinstance(value, np.integer | tuple)}
         allowed: dict[str, Any] = {"__builtins__": {}, "max": max, "min": min, "range": range, **plain}
         try:
-            return eval(compile(expression, "<unroll>", "eval"), allowed)
+            return kind(eval(compile(expression, "<unroll>", "eval"), allowed))
         except NameError as reason:
             self.refuse(node, True, f"{what} by a variable: {reason.name!r} is not known when the kernel is compiled")
         except Exception as reason:  # whatever the expression raises
             self.refuse(node, True, f"{what}: {reason}")
-
-    def integer(self, node: ast.AST, value: ast.expr, what: str) -> int:
-        """The value of an expression that is an integer."""
-        self.refuse(node, isinstance(value, ast.Slice), f"{what} by a slice")
-        number = self.evaluate(value, what)
-        self.refuse(node, not isinstance(number, int | np.integer), f"{what} by {number!r}, which is no integer")
-        return int(number)
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         name = node.id
@@ -469,7 +454,7 @@ class _Flatten(ast.NodeTransformer):
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         if isinstance(node.value, ast.Name) and node.value.id in self.banks:
             bank, own = node.value.id, self.banks[node.value.id]
-            index = self.integer(node, node.slice, f"registers {bank} indexed")
+            index = self.evaluate(node.slice, f"registers {bank} indexed", operator.index)
             self.refuse(node, not 0 <= index < len(own), f"register {index} of {bank}, which has {len(own)}")
             return ast.Name(own[index], node.ctx)
         return self.generic_visit(node)  # type: ignore[return-value]
@@ -525,6 +510,11 @@ class _SingleFloats(ast.NodeTransformer):
         if isinstance(node.value, float):
             return ast.Call(ast.Name("float32", ast.Load()), [node], [])
         return node
+
+
+def _rounds(count: Any) -> list[Any]:
+    """The values of the variable of an unrolled loop."""
+    return [value if isinstance(value, (*Literal, tuple)) else operator.index(value) for value in unroll(count)]
 
 
 def _read(node: ast.AST) -> str | None:

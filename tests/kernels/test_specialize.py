@@ -749,6 +749,11 @@ def by_a_slice(x):
     return total[0:1]
 
 
+def half_an_index(x):
+    total = registers(2, x)
+    return total[c.COUNT / 2]
+
+
 def half_a_round(x):
     for i in unroll(2.5):
         x += i
@@ -773,16 +778,17 @@ def new_value_for_registers(x):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (two_of_a_name, "a variable total_0: specialize has its own of that name"),
-        (argument_of_a_name, "a variable total_1: specialize has its own of that name"),
-        (helper_of_a_name, "a variable adds_to_1_step: specialize has its own of that name"),
+        (two_of_a_name, "a variable total_0: specialize has its own of such names"),
+        (argument_of_a_name, "a variable total_1: specialize has its own of such names"),
+        (helper_of_a_name, "a variable adds_to_1_step: specialize has its own of such names"),
         (global_of_a_name, "GLOBAL_0, both a variable and a global or a constant"),
         (past_the_end, "register 3 of total, which has 2"),
         (before_the_start, "register -1 of total, which has 2"),
-        (by_a_slice, "registers total indexed by a slice"),
-        (half_a_round, "unroll: 'float' object is not iterable"),
+        (by_a_slice, "registers total indexed: "),
+        (half_a_round, "how often to unroll: 'float' object is not iterable"),
         (divides_by_zero, "1 // 0: integer division or modulo by zero"),
         (two_names_at_once, r"registers but as name = registers\(count, value\)"),
+        (half_an_index, "registers total indexed: 'float' object cannot be interpreted as an integer"),
         (new_value_for_registers, "registers total as a whole"),
     ],
 )
@@ -798,6 +804,23 @@ def test_what_a_target_says_of_an_operation_is_heard() -> None:
 
     with pytest.raises(TypeError, match="has no lowering for the target 'python'"):
         specialize(inner, Knobs(COUNT=2), WithoutIt())
+
+
+def named_like_an_attribute(x):
+    total = registers(1, x)
+    adds_a_real(total, x + 1)
+    return total[0]
+
+
+real = 100
+
+
+def adds_a_real(total, real):
+    total[0] += real.real
+
+
+def test_an_argument_named_like_an_attribute_hides_a_global() -> None:
+    assert flat(named_like_an_attribute)(1) == named_like_an_attribute(1) == 3
 
 
 SHAPE = (2, 3)
