@@ -255,7 +255,7 @@ def test_fields_are_loaded_at_each_alignment_that_kernels_use() -> None:
     loads = {load1, load2, load4, load16}
     found = {case.fields for case in CASES.values() if loads <= set(called_by(case.function))}
     assert found == {FieldAccess(alignment, space) for alignment in (1, 2, 4, 8, 16) for space in ("shared", "global")}
-    assert {kernel.fields.alignment for kernel in kernels()} <= {alignment for alignment, _ in found}
+    assert {kernel.fields.alignment for kernel in kernels() if kernel.fields} <= {alignment for alignment, _ in found}
 
 
 @cases
