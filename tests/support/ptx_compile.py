@@ -183,6 +183,6 @@ def pool() -> ProcessPoolExecutor:
 
 
 def begin() -> None:
-    """A compiler steps back behind the tests, some of which go by the time; Numba leaves no garbage worth collecting."""
+    """Step back behind the tests, some of which go by the time. Numba leaves no garbage that is worth collecting."""
     os.nice(10)
     gc.disable()
