@@ -9,27 +9,28 @@ shares its 16 bytes, so exactly once where all parts begin at multiples of 16.
 *Every schedule.* A product is run with one of the schedules that real GPUs take for real shapes
 (``emulated_schedules.py``), on a GPU of one to three SMs and with rows just long enough. Of some 14,000 kinds the usual
 run takes SCHEDULES of each format of TELLING, chosen so that every value of every attribute is among them (the test
-asserts it) and as many pairs of values as can be. Each is run with EXAMPLES drawn shapes, the same in each
-run. Then there are products of every format as the host plans them for small shapes, and dequantizations.
+asserts it) and as many pairs of values as can be. Each is run with a drawn shape, the same in each run. Then there are
+products of every format as the host plans them for small shapes, and dequantizations.
 
-``QMM_EMULATED=<factor>`` takes so many times the schedules of every format, the further ones by lot, and draws anew in
-each run; 240 and more take all of them, which is some four hours. What fails names its Case, to be run again alone.
+``--all`` takes the schedules of every format. ``--draws=N`` takes N times as many, the further ones by lot, and draws
+anew in each run; with ``--all``, 240 and more take all of them, which is some four hours. What fails names its Case, to
+be run again alone.
 
 *Masks.* The last tests leave one mask of the kernels out (:mod:`qmm.kernels.lang.masks`) and have the same properties
-fail: with one format each in the usual run, with all formats where QMM_EMULATED is more than 1.
+fail: with one format each in the usual run, with all formats by ``--all``.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
-import os
 import pkgutil
 import random
 from collections import Counter
 from dataclasses import replace
 
 import pytest
+import tiers
 from emulated_cases import (
     REACHES,
     Case,
@@ -52,10 +53,9 @@ from qmm.kernels.ops.layout import COLUMN_TILES
 from qmm.kernels.ops.matvec.config import Schedule
 from qmm.kernels.ops.tiling import Tiling
 
-FACTOR = int(os.environ.get("QMM_EMULATED", "1"))
+FACTOR = max(1, round(tiers.draws))
 SCHEDULES = 8
-EXAMPLES = 2
-USUAL_PRODUCTS = 4
+USUAL_PRODUCTS = 3
 DEQUANTIZATIONS = 5
 WORK = 1200
 """The most of a case, as work_of() has it: about a second."""
@@ -71,46 +71,64 @@ drawn = settings(derandomize=True, deadline=None, database=None, phases=[Phase.g
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-Ran = list[tuple[Case, Schedule | Tiling]]
-"""Cases, and how each was cut."""
-
-
-def require(cases: st.SearchStrategy[Case], examples: int, lots: random.Random, mask: str | None = None) -> Ran:
-    """Run drawn cases; with a mask, kernels lack it. Which they were."""
+def require(
+    cases: st.SearchStrategy[Case], take: slice, lots: random.Random, mask: str | None = None
+) -> list[tuple[Case, Schedule | Tiling]]:
+    """Run some of the cases that hypothesis draws, of which the first is the simplest: one column more than half of a
+    tile, one row more than a tile, and so on. With a mask, kernels lack it. Which they were, and how each was cut."""
     faults = frozenset() if mask is None else frozenset({mask})
-    ran: Ran = []
+    found: list[Case] = []
 
     @seed(lots.getrandbits(32))
-    @settings(drawn, max_examples=examples)
+    @settings(drawn, max_examples=take.stop)
     @given(cases)
-    def holds(case: Case) -> None:
-        ran.append((case, replace(case, settings=replace(case.settings, faults=faults)).run()))
+    def draw(case: Case) -> None:
+        found.append(replace(case, settings=replace(case.settings, faults=faults)))
 
-    holds()
-    return ran
+    draw()
+    return [(case, run(case)) for case in found[take]]
+
+
+def run(case: Case) -> Schedule | Tiling:
+    """Run a case; what fails names it."""
+    try:
+        return case.run()
+    except (EmulatorError, AssertionError) as error:
+        error.add_note(repr(case))
+        raise
+
+
+def in_turn(number: int) -> slice:
+    """Of every other kind of product or dequantization the simplest case, of those between a drawn one."""
+    return slice(0, 1) if number % 2 == 0 else slice(1, 2)
 
 
 def lots_of(name: str) -> random.Random:
     """What schedules and shapes are drawn by."""
-    return random.Random(name if FACTOR == 1 else None)
+    return random.Random(name if tiers.draws == 1 else None)
 
 
-def require_products(name: str, mask: str | None = None) -> tuple[Ran, Counter[str]]:
+Products = list[tuple[Case, Schedule]]
+"""Products that were run, and with which schedule each."""
+
+
+def require_products(name: str, lots: random.Random, mask: str | None = None) -> tuple[Products, Counter[str]]:
     """Run the products of a format; which they were, and how often what was reached."""
-    planned, lots = schedules_of(FORMATS[name]), lots_of(name)
+    planned = schedules_of(FORMATS[name])
     kinds = covering(planned, SCHEDULES, SCHEDULES * FACTOR, lots)
-    ran: Ran = []
+    ran: Products = []
     met: Counter[str] = Counter()
-    for kind in kinds:
+    for number, kind in enumerate(kinds):
         columns = columns_for(planned[kind].schedule, met)
         reach = reach_for(FORMATS[name], planned[kind], columns, met)
-        ran += require(products(planned[kind], reach, columns), EXAMPLES, lots, mask)
+        cases = products(planned[kind], reach, columns, in_file=number // 2 % 2 == 0)
+        ran += require(cases, in_turn(number), lots, mask)
     return ran, met
 
 
-def require_usual_products(name: str, mask: str | None = None) -> None:
+def require_usual_products(name: str, lots: random.Random, mask: str | None = None) -> None:
     """Run products as the host plans them."""
-    require(usual_products(name), USUAL_PRODUCTS * FACTOR, lots_of(name), mask)
+    require(usual_products(name), slice(0, USUAL_PRODUCTS * FACTOR), lots, mask)
 
 
 def columns_for(schedule: Schedule, met: Counter[str]) -> range:
@@ -131,23 +149,22 @@ def reach_for(block_format: Format, planned: Planned, columns: range, met: Count
     return REACHES[least]
 
 
-def require_dequantizations(name: str, mask: str | None = None) -> list[Kind]:
+def require_dequantizations(name: str, lots: random.Random, mask: str | None = None) -> list[Kind]:
     """Run the dequantizations of a format; what was run."""
     every = itertools.product(alignments_of(FORMATS[name]), GPUS, REACHES)
-    lots = lots_of(name)
     named = [tuple(zip(("alignment", "machine", "reach"), values, strict=True)) for values in every]
     kinds = covering(named, DEQUANTIZATIONS, DEQUANTIZATIONS * FACTOR, lots)
-    for (_, alignment), (_, machine), (_, reach) in kinds:
-        require(dequantizations(name, alignment, GPUS[machine], REACHES[reach]), EXAMPLES, lots, mask)
+    for number, ((_, alignment), (_, machine), (_, reach)) in enumerate(kinds):
+        require(dequantizations(name, alignment, GPUS[machine], REACHES[reach]), in_turn(number), lots, mask)
     return kinds
 
 
-@pytest.mark.parametrize("name", FORMATS if FACTOR > 1 else TELLING)
+@pytest.mark.parametrize("name", FORMATS if tiers.every else TELLING)
 def test_products_of_every_schedule(name: str) -> None:
-    ran, met = require_products(name)
+    ran, met = require_products(name, lots_of(name))
     kinds = {attributes(schedule) for _, schedule in ran}
     assert values_of(kinds) == values_of(schedules_of(FORMATS[name]))
-    assert len(ran) == EXAMPLES * len(kinds)
+    assert len(ran) == len(kinds)
     assert all(met[reach] for reach in REACHES)
     assert {case.n > COLUMN_TILES[-1] for case, _ in ran} == {False, True}
     assert {case.start % 32 == 0 for case, _ in ran} == {False, True}
@@ -155,12 +172,12 @@ def test_products_of_every_schedule(name: str) -> None:
 
 @formats
 def test_products_as_the_host_plans_them(name: str) -> None:
-    require_usual_products(name)
+    require_usual_products(name, lots_of(name))
 
 
 @formats
 def test_dequantizations(name: str) -> None:
-    kinds = require_dequantizations(name)
+    kinds = require_dequantizations(name, lots_of(name))
     assert len(values_of(kinds)) == len(alignments_of(FORMATS[name])) + len(GPUS) + len(REACHES)
 
 
@@ -171,6 +188,7 @@ def test_dequantizations(name: str) -> None:
 OUTSIDE = r"bytes at .* are not within any of \[zeros"
 COUNTED = "how often each byte of the weights was read"
 WRONG = "NMSE"
+MISPLACED = r"the target of a copy in flight|bytes at shared \d+ are not within"
 NOT_THERE = "nobody has written|are not within .* of its CTA|" + OUTSIDE
 PLAIN = [name for name in FORMATS if FORMATS[name].plain]
 QUANTIZED = [name for name in FORMATS if name not in PLAIN]
@@ -180,7 +198,7 @@ LONG = [name for name in PLAIN if name not in SHORT]
 FOUND = {
     "rows, bulk": (OUTSIDE + "|" + COUNTED, list(FORMATS)),
     "rows, by 16": (OUTSIDE + "|" + COUNTED, list(FORMATS)),  # only rows at multiples of 16 are copied from outside
-    "lines, bulk": (COUNTED + "|" + WRONG, list(FORMATS)),
+    "lines, bulk": (COUNTED + "|" + WRONG + "|" + MISPLACED, list(FORMATS)),
     "depth, bulk": (OUTSIDE + "|" + COUNTED, list(FORMATS)),
     "depth, by 16": (OUTSIDE + "|" + COUNTED, list(FORMATS)),
     "first piece, bulk": (OUTSIDE, list(FORMATS)),
@@ -217,21 +235,23 @@ def masks() -> list[tuple[str, str]]:
     """Masks, each with a format, by turns; or with all of them."""
     pairs = []
     for number, (mask, (_, names)) in enumerate(FOUND.items()):
-        pairs += [(mask, name) for name in (names if FACTOR > 1 else [names[(5 * number + 5) % len(names)]])]
+        pairs += [(mask, name) for name in (names if tiers.every else [names[(5 * number + 5) % len(names)]])]
     return pairs
 
 
 @pytest.mark.parametrize(("mask", "name"), masks())
 def test_without_a_mask_the_same_fails(mask: str, name: str) -> None:
     require = require_dequantizations if mask.endswith("of weights") else require_both_products
+    lots = lots_of(f"{name} without {mask}")
     with pytest.raises((EmulatorError, AssertionError), match=FOUND[mask][0]):
-        require(name, mask)
+        require(name, lots, mask)
 
 
-def require_both_products(name: str, mask: str) -> None:
-    """Run what takes little time first."""
-    require_usual_products(name, mask)
-    require_products(name, mask)
+def require_both_products(name: str, lots: random.Random, mask: str) -> None:
+    """Run what takes little time first, and then so much that no mask is missed for the lots drawn."""
+    require_usual_products(name, lots, mask)
+    for _ in range(4):
+        require_products(name, lots, mask)
 
 
 def test_every_mask_of_the_kernels_is_left_out_here() -> None:

@@ -1,15 +1,15 @@
-"""Damaged GGUF files by the ten thousand, each read by qmm and by a strict reference (tests/support/gguf_reference.py).
+"""Damaged GGUF files by the thousand, each read by qmm and by a strict reference (tests/support/gguf_reference.py).
 
 Whatever the file: qmm accepts it exactly if the reference does and it stays within the limits of header.py, and then
 both say the same of every key, array, tensor and byte. Otherwise qmm raises a QmmError that begins with the file and
 names a place. Either takes a second at most, and the run as a whole 64 MB.
 
 Two engines make the files. `test_damage_*` changes good files at random, knowing where every number and text of their
-headers lies: 40,000 cases. `test_models_*` has hypothesis build models from whole parts, and lie about them.
+headers lies: 20,000 cases. `test_models_*` has hypothesis build models from whole parts, and lie about them.
 
-QMM_FUZZ=10 runs ten times as many cases, all of them others (the factor seeds them); QMM_FUZZ=0.1 a tenth. A failure
-of the first engine gives the case's number and the file in hexadecimal: `damaged(bases(folder), number)` with the same
-QMM_FUZZ makes it again. Hypothesis prints its smallest example. A case found here becomes a test in test_damage.py.
+--draws=10 runs ten times as many cases, all of them others (the factor seeds them); --draws=0.1 a tenth. A failure of
+the first engine gives the case's number and the file in hexadecimal: `damaged(bases(folder), number)` with the same
+factor makes it again. Hypothesis prints its smallest example. A case found here becomes a test in test_damage.py.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import gguf_reference as reference
 import numpy as np
 import pytest
+import tiers
 from gguf_files import SCALAR_TYPES, Array, Value, write_gguf
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -38,9 +39,9 @@ from qmm.loaders import GGUFIndex
 from qmm.loaders.gguf import header, strings
 from qmm.loaders.gguf import index as gguf
 
-FACTOR = float(os.environ.get("QMM_FUZZ", "1"))
-CASES = int(20_000 * FACTOR)  # of each of the two tests of the first engine
-EXAMPLES = max(1, int(600 * FACTOR))
+FACTOR = tiers.draws
+CASES = int(10_000 * FACTOR)  # of each of the two tests of the first engine
+EXAMPLES = max(1, int(300 * FACTOR))
 SEED = int(FACTOR * 1000)
 MEMORY = 64 << 20
 
@@ -250,7 +251,7 @@ CHANGES: list[Callable[[random.Random, Base, bytearray, list[Base]], None]] = [
 
 
 def damaged(good: list[Base], number: int) -> bytes:
-    """Case ``number`` of this QMM_FUZZ."""
+    """Case ``number`` of this factor."""
     dice = random.Random(SEED << 40 | number)
     base = dice.choice(good)
     data = bytearray(base.data)
@@ -287,7 +288,7 @@ def run_damage(folder: Path, numbers: range) -> None:
                 try:
                     accepted += check(path)
                 except Exception as error:
-                    raise AssertionError(f"case {number}, QMM_FUZZ={FACTOR:g}: {error!r}\n{data.hex()}") from error
+                    raise AssertionError(f"case {number}, --draws={FACTOR:g}: {error!r}\n{data.hex()}") from error
     finally:
         os.close(descriptor)
     assert 0.1 < accepted / len(numbers) < 0.9  # or one half of the oracle hardly ran
@@ -424,5 +425,5 @@ def test_models_of_one_to_three_files(tmp_path: Path) -> None:
         outcomes[len(model) > 1, check(write_model(tmp_path, model)[opened])] += 1
 
     run()
-    if EXAMPLES >= 600:
+    if EXAMPLES >= 300:
         assert len(outcomes) == 4, outcomes  # files and split models, both accepted and refused

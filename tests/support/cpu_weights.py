@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -11,15 +10,16 @@ from typing import NamedTuple
 import gguf
 import numpy as np
 import pytest
+import tiers
 from gguf_files import random_blocks
 
 from qmm.kernels.formats import FORMATS, Format
 from qmm.kernels.ops.cpu import products as cpu
 
 COLUMNS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 33)
-FULL = (("Q8_0", "int8"), ("Q4_1", "int8"), ("Q4_K", "int8"), ("Q6_K", "f16"), ("F16", "f16"))
+FULL = (("Q8_0", "int8"), ("Q4_1", "int8"), ("Q4_K", "int8"), ("Q8_0", "f16"), ("F16", "f16"))
 """Products whose kernels for several columns the usual run compiles: with one partial sum a column and with two, with
-minima and without. QMM_KERNELS=all compiles all."""
+minima and without. ``--all`` compiles all."""
 
 each_format = pytest.mark.parametrize("block_format", FORMATS.values(), ids=FORMATS)
 each_product = pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def widths_of(block_format: Format) -> tuple[int, ...]:
 
 def columns_for(block_format: Format, activations: str, columns: Sequence[int] = COLUMNS) -> list[int]:
     """Numbers of columns, or 1 where kernels for several are not compiled in this run."""
-    full = os.environ.get("QMM_KERNELS") == "all" or (block_format.name, activations) in FULL
+    full = tiers.every or (block_format.name, activations) in FULL
     return list(columns) if full else [1]
 
 

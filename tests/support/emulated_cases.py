@@ -100,22 +100,22 @@ def depths_of_product(planned: Planned, reach: Reach) -> list[int]:
 
 
 @st.composite
-def starts(draw: st.DrawFn, block_format: Format, alignment: int, k: int) -> int:
-    """Where a tensor begins that keeps to no more than an alignment: as in a file, at a multiple of 32, if its rows
-    have that alignment; else as an engine's copy may."""
-    if min(block_format.alignment, alignment_of(block_format.row_nbytes(k))) > alignment:
-        return alignment * (2 * draw(st.integers(0, 40)) + 1)
-    return draw(st.sampled_from([32, 32, alignment])) * draw(st.integers(1, 40))
-
-
-@st.composite
 def shapes(
-    draw: st.DrawFn, block_format: Format, tiling: Tiling, reach: Reach, depths: list[int]
+    draw: st.DrawFn, block_format: Format, tiling: Tiling, reach: Reach, depths: list[int], in_file: bool
 ) -> tuple[int, int, int]:
-    """Rows, weights of each, and where the tensor begins."""
+    """Rows, weights of each, and where the tensor begins, so that rows have no more than the tiling's alignment: at a
+    multiple of 32 as in a file, if there are such rows, or where an engine's copy may begin."""
+
+    def keeps(k: int) -> bool:
+        """Whether rows of ``k`` weights have no more than that alignment wherever they begin."""
+        return min(block_format.alignment, alignment_of(block_format.row_nbytes(k))) <= tiling.alignment
+
     above = reach.tiles(tiling) * tiling.rows
-    k = draw(st.sampled_from(depths))
-    return draw(st.integers(above + 1, above + tiling.rows)), k, draw(starts(block_format, tiling.alignment, k))
+    k = draw(st.sampled_from([k for k in depths if in_file and keeps(k)] or depths))
+    m = draw(st.integers(above + 1, above + tiling.rows))
+    if not keeps(k):
+        return m, k, tiling.alignment * (2 * draw(st.integers(0, 40)) + 1)
+    return m, k, (32 if in_file else tiling.alignment) * draw(st.integers(1, 40))
 
 
 def ways(warps: int) -> st.SearchStrategy[Settings]:
@@ -125,11 +125,11 @@ def ways(warps: int) -> st.SearchStrategy[Settings]:
 
 
 @st.composite
-def products(draw: st.DrawFn, planned: Planned, reach: Reach, columns: range) -> Case:
-    """A product with a config."""
+def products(draw: st.DrawFn, planned: Planned, reach: Reach, columns: range, in_file: bool) -> Case:
+    """A product with a config, by weights that begin as they do in a file, or elsewhere."""
     block_format, schedule = planned.case.block_format, planned.schedule
     tiling = schedule.tiling
-    m, k, start = draw(shapes(block_format, tiling, reach, depths_of_product(planned, reach)))
+    m, k, start = draw(shapes(block_format, tiling, reach, depths_of_product(planned, reach), in_file))
     dtype = "float32" if schedule.fused else draw(st.sampled_from(list(ITEM_NBYTES)))
     x_start = (16 if schedule.fused else ITEM_NBYTES[dtype]) * draw(st.integers(0, 15))
     sms = 1 if reach.past_tiles is None else draw(st.integers(1, 3))
@@ -149,7 +149,7 @@ def usual_products(draw: st.DrawFn, name: str) -> Case:
     alignment = draw(st.sampled_from(alignments_of(block_format)))
     like = Tiling.of(block_format, alignment, 0, warps=8)
     reach = REACHES[draw(st.sampled_from(["within a tile", "past a tile"]))]
-    m, k, _ = draw(shapes(block_format, like, reach, depths(block_format, like, reach)))
+    m, k, _ = draw(shapes(block_format, like, reach, depths(block_format, like, reach), in_file=False))
     start = alignment * draw(st.integers(1, 80))
     n, dtype = draw(st.integers(1, 4) | st.integers(5, 10)), draw(st.sampled_from(list(ITEM_NBYTES)))
     x_start = ITEM_NBYTES[dtype] * draw(st.sampled_from([0, 0, 1, 4]))
@@ -161,6 +161,7 @@ def usual_products(draw: st.DrawFn, name: str) -> Case:
 def dequantizations(draw: st.DrawFn, name: str, alignment: int, architecture: Architecture, reach: Reach) -> Case:
     """A dequantization."""
     tiling = dequantization_tiling(FORMATS[name], alignment, architecture)
-    m, k, start = draw(shapes(FORMATS[name], tiling, reach, depths(FORMATS[name], tiling, reach)))
+    shape = shapes(FORMATS[name], tiling, reach, depths(FORMATS[name], tiling, reach), draw(st.booleans()))
+    m, k, start = draw(shape)
     sms = 1 if reach.past_tiles is None else draw(st.integers(1, 3))
     return Case(name, replace(architecture, sms=sms), m, k, start, settings=draw(ways(tiling.warps)))

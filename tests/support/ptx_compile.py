@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import gc
 import multiprocessing
+import os
 import re
 import struct
 import subprocess
@@ -177,5 +178,11 @@ def problems(compiled: Compiled, target: str) -> list[str]:
 
 def pool() -> ProcessPoolExecutor:
     """As many compilers as there are CPUs; ``submit(compile_spec, spec, targets)``."""
-    # Spawned: threads and the CPU tests' compiled code stay behind. Numba leaves no garbage worth collecting.
-    return ProcessPoolExecutor(available_cpus(), multiprocessing.get_context("spawn"), initializer=gc.disable)
+    # Spawned: threads and the compiled code of tests stay behind.
+    return ProcessPoolExecutor(available_cpus(), multiprocessing.get_context("spawn"), initializer=begin)
+
+
+def begin() -> None:
+    """Step back behind the tests, some of which go by the time. Numba leaves no garbage that is worth collecting."""
+    os.nice(10)
+    gc.disable()

@@ -16,6 +16,7 @@ from qmm.kernels.ops.dequantize import dequantize_kernel
 from qmm.kernels.ops.matvec.choose import choose, dequantization_tiling
 from qmm.kernels.ops.matvec.config import Case
 from qmm.kernels.ops.matvec.constants import matvec_kernel
+from qmm.kernels.ops.matvec.naive import naive_kernel
 from qmm.kernels.ops.op import DTYPES, Architecture
 from qmm.kernels.ops.quantize.plan import cast_kernel, quantize_kernel
 from qmm.kernels.ops.read import checksum_kernel, read_kernel
@@ -61,12 +62,16 @@ MACHINES = {
 NAMES = {HOPPER: "H100", GEFORCE_50: "RTX 5090", AMPERE: "A100", GEFORCE_30: "RTX 3090"}
 TELLING = ("Q2_K", "Q4_K")
 """Formats that are compiled for every machine in the usual run: ptxas is likeliest to spill with them."""
+LOADED = ("Q4_K", "F32", "Q6_K")
+"""A format of each way to load: 16 bytes at a time, 4, and 1."""
 VARIED = ("F16", "Q4_0", "Q4_K", "Q6_K")
 """Formats that other shapes are compiled for too: they differ in how many lanes share a block, and in its size."""
 
 MAKERS: dict[str, Callable[..., Kernel]] = {
     maker.__name__: maker
-    for maker in (matvec_kernel, dequantize_kernel, quantize_kernel, cast_kernel, read_kernel, checksum_kernel)
+    for maker in (
+        *(matvec_kernel, naive_kernel, dequantize_kernel, quantize_kernel, cast_kernel, read_kernel, checksum_kernel),
+    )
 }
 
 
@@ -122,53 +127,72 @@ def of_dequantization(name: str, machine: Architecture, alignment: int = 16) -> 
     return Spec(", ".join(words), "dequantize_kernel", (name, tiling, machine.bulk))
 
 
-def products_of(name: str, machine: Architecture, every: bool) -> Iterator[Spec]:
+def products_of(name: str, machine: Architecture) -> Iterator[Spec]:
     """Products of a format, those whose kernels take longest to compile first."""
     best = not FORMATS[name].plain
-    every = every or name in TELLING
-    for n in (8, 4, 2, 1) if machine is HOPPER and every else (8, 1):
+    for n in (8, 4, 2, 1) if machine is HOPPER else (8, 1):
         yield of_product(name, machine, n, int8=best)
-    if machine in (HOPPER, AMPERE) and every:
+    if machine in (HOPPER, AMPERE):
         yield of_product(name, machine, 8, int8=False)
-    if machine is HOPPER and every:
+    if machine is HOPPER:
         yield of_product(name, machine, 2, int8=False)
-    if machine is HOPPER and name in VARIED and every:
-        yield of_product(name, machine, 8, int8=best, k=65536)  # activations in global memory
-        yield of_product(name, machine, 8, int8=best, m=4096, k=14336)  # activations by one bulk copy
+    if machine is HOPPER and name in VARIED:
+        yield from places_of_activations(name)
         yield of_product(name, machine, 8, int8=best, m=512)  # fewer rows a lane
-        yield of_product(name, machine, 8, int8=best, m=512, k=640)  # quantized by each CTA for itself
         yield of_product(name, machine, 8, int8=best, m=262144, k=640)  # several tiles a CTA
         yield of_product(name, machine, 1, int8=best, m=262144, k=640)
-        yield of_product(name, machine, 1, int8=best, fusible=False)
         for n in (1, 8):
             yield of_product(name, machine, n, int8=best, mapped=True)
+
+
+def places_of_activations(name: str) -> Iterator[Spec]:
+    """Products that have their activations elsewhere than the others."""
+    best = not FORMATS[name].plain
+    yield of_product(name, HOPPER, 8, int8=best, k=65536)  # in global memory
+    yield of_product(name, HOPPER, 8, int8=best, m=4096, k=14336)  # by one bulk copy
+    yield of_product(name, HOPPER, 8, int8=best, m=512, k=640)  # quantized by each CTA for itself
+    yield of_product(name, HOPPER, 1, int8=best, fusible=False)  # quantized before
+
+
+def telling_products_of(name: str, machine: Architecture) -> Iterator[Spec]:
+    """Those of the usual run: the most columns, which need the most registers, and one format's other main loops."""
+    best = not FORMATS[name].plain
+    yield of_product(name, machine, 8, int8=best)
+    if name in TELLING and machine in (HOPPER, AMPERE):
+        yield of_product(name, machine, 1, int8=best)
+    if name == TELLING[-1] and machine is HOPPER:
+        yield of_product(name, machine, 8, int8=False)
+        yield from places_of_activations(name)
 
 
 def kernels_of(name: str, every: bool) -> Group:
     """The kernels of a format."""
     machines = MACHINES if every or name in TELLING else (HOPPER,)
-    specs = {machine: list(products_of(name, machine, every)) for machine in machines}
+    products = products_of if every else telling_products_of
+    specs = {machine: list(products(name, machine)) for machine in machines}
     for machine in (HOPPER, AMPERE):
         if machine in specs:
             specs[machine].append(of_dequantization(name, machine))
     return group(specs)
 
 
-def unaligned(machine: Architecture) -> Iterator[Spec]:
-    """A tensor that starts at an odd address: for one format of each way to load (16 bytes at a time, 4, 1), whatever
-    the alignment would have let it do. What differs between formats otherwise is in their own kernels."""
-    for name in ("Q4_K", "F32", "Q6_K"):
+def unaligned(machine: Architecture, every: bool) -> Iterator[Spec]:
+    """A tensor that starts at an odd address, for LOADED, whatever the alignment would have let them do. What differs
+    between formats otherwise is in their own kernels."""
+    for name in LOADED:
         yield of_product(name, machine, 8, int8=not FORMATS[name].plain, alignment=1)
-        yield of_product(name, machine, 1, int8=False, alignment=1)
+        if every:
+            yield of_product(name, machine, 1, int8=False, alignment=1)
         yield of_dequantization(name, machine, alignment=1)
 
 
-def quantizations(machine: Architecture) -> Iterator[Spec]:
+def quantizations(machine: Architecture, every: bool) -> Iterator[Spec]:
     """The makers of activations."""
     for dtype in DTYPES:
         for int8 in (True, False):
-            use = f"quantize {dtype} to {'int8' if int8 else 'f16'}, {NAMES[machine]}"
-            yield Spec(use, "quantize_kernel", (dtype, int8, machine.bulk))
+            if every or dtype == "float32" or int8 == machine.bulk:
+                use = f"quantize {dtype} to {'int8' if int8 else 'f16'}, {NAMES[machine]}"
+                yield Spec(use, "quantize_kernel", (dtype, int8, machine.bulk))
 
 
 def group(specs: Mapping[Architecture, Iterable[Spec]]) -> Group:
@@ -187,12 +211,17 @@ def groups(every: bool) -> dict[str, Group]:
     Args:
         every: whether to have all kernels, for every machine.
     """
-    activations = group({machine: quantizations(machine) for machine in MACHINES})
+    activations = group({machine: quantizations(machine, every) for machine in MACHINES})
     casts = {Spec(f"cast {dtype}", "cast_kernel", (dtype,)): tuple(TARGETS) for dtype in DTYPES}
     checksums = {Spec(f"checksum, {count} loads", "checksum_kernel", (count,)): tuple(TARGETS) for count in (1, 8)}
+    naive = {
+        Spec(f"naive {name}", "naive_kernel", (name, FORMATS[name].alignment)): tuple(TARGETS)
+        for name in (FORMATS if every else LOADED)
+    }
     return {
         **{name: kernels_of(name, every) for name in FORMATS},
-        "unaligned": group({machine: unaligned(machine) for machine in ((HOPPER, AMPERE) if every else (HOPPER,))}),
+        "unaligned": group({machine: unaligned(machine, every) for machine in (HOPPER, AMPERE)[: 1 + every]}),
+        "naive": naive,
         "activations": {**activations, **casts},
         "probes": {**checksums, Spec("read", "read_kernel"): tuple(TARGETS)},
     }
