@@ -34,6 +34,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qmm.kernels.lang.constants import Constants
+from qmm.kernels.lang.folding import Folding, SingleFloats, copied, read_name, truth
 from qmm.kernels.lang.masks import mask
 
 __all__ = ["Target", "registers", "specialize", "unroll"]
@@ -105,7 +106,7 @@ class _Specializer:
         stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         for name in sorted(scope.used.keys() & {*stored, *source_of.arguments}):
             source_of.refuse(definition, True, f"{name}, both a variable and a global or a constant")
-        _SingleFloats().visit(tree)
+        SingleFloats().visit(tree)
         source = ast.unparse(ast.fix_missing_locations(tree))
         namespace = {name: self.bind(value) for name, value in scope.used.items()}
         namespace["float32"] = np.float32
@@ -166,17 +167,17 @@ class _Source:
             within = [node for statement in loop.body for node in ast.walk(statement)]
             over = ast.unparse(loop.target)
             if not any(isinstance(node, ast.For) and ast.unparse(node.target) == over for node in within):
-                inside |= {node for node in within if _read(node) == over}
-        return {_read(node) for node in ast.walk(self._tree) if node not in inside}
+                inside |= {node for node in within if read_name(node) == over}
+        return {read_name(node) for node in ast.walk(self._tree) if node not in inside}
 
     def definition(self) -> ast.FunctionDef:
         """A copy of the tree, without annotations and decorators."""
-        copied: ast.FunctionDef = _copy(self._tree)
-        copied.decorator_list, copied.returns = [], None
-        for argument in ast.walk(copied.args):
+        definition: ast.FunctionDef = copied(self._tree)
+        definition.decorator_list, definition.returns = [], None
+        for argument in ast.walk(definition.args):
             if isinstance(argument, ast.arg):
                 argument.annotation = None
-        return copied
+        return definition
 
     def refuse(self, node: ast.AST, found: bool, what: str) -> None:
         """Reject code whose meaning specialization would change."""
@@ -214,7 +215,7 @@ class _Scope:
         return f"{helper}_{self._inlined[helper]}_"
 
 
-class _Flatten(ast.NodeTransformer):
+class _Flatten(Folding, ast.NodeTransformer):
     """Unrolls loops, and resolves registers, helpers and decided branches, of one function.
 
     Attributes:
@@ -247,13 +248,13 @@ class _Flatten(ast.NodeTransformer):
         if isinstance(node, ast.For):
             return self.loop(node)
         if isinstance(node, ast.If):
-            test = _truth(self.visit(node.test))
+            test = truth(self.visit(node.test))
             if isinstance(test, ast.Constant):
                 return self.block(node.body if test.value else node.orelse)
             return [ast.If(test, self.block(node.body) or [ast.Pass()], self.block(node.orelse))]
         if isinstance(node, ast.While):
             self.refuse(node, bool(node.orelse), "an else of a loop")
-            return [ast.While(_truth(self.visit(node.test)), self.block(node.body) or [ast.Pass()], [])]
+            return [ast.While(truth(self.visit(node.test)), self.block(node.body) or [ast.Pass()], [])]
         if isinstance(node, ast.Assign) and self.called(node.value) is registers:
             return self.bank(node)
         if isinstance(node, ast.Assign | ast.Expr) and isinstance(node.value, ast.Call):
@@ -278,7 +279,7 @@ class _Flatten(ast.NodeTransformer):
         for value in values:
             self.literals[name] = value
             # Each copy is a fresh tree: the transformer changes nodes in place.
-            flat.extend(self.block([_copy(statement) for statement in node.body]))
+            flat.extend(self.block([copied(statement) for statement in node.body]))
         self.literals.pop(name, None)
         if values and name in self.source.outlasting:
             self.names.setdefault(name, self.prefix + name)
@@ -298,7 +299,7 @@ class _Flatten(ast.NodeTransformer):
             self.refuse(node, True, f"a variable {taken}: specialize has its own of such names")
         self.banks[name.id] = own = [self.prefix + register for register in numbered]
         value = self.visit(node.value.args[1])
-        return [ast.Assign([ast.Name(register, ast.Store())], _copy(value), lineno=0) for register in own]
+        return [ast.Assign([ast.Name(register, ast.Store())], copied(value), lineno=0) for register in own]
 
     # Helpers ----------------------------------------------------------------------------------------------------------
 
@@ -404,7 +405,7 @@ class _Flatten(ast.NodeTransformer):
 
     def evaluate(self, node: ast.expr, what: str, kind: Callable[[Any], Any]) -> Any:
         """The value of an expression over literals, ``range``, ``min`` and ``max``, as ``kind`` converts it."""
-        visited = self.visit(_copy(node))
+        visited = self.visit(copied(node))
         expression = ast.fix_missing_locations(ast.Expression(visited))
         # Numbers of numpy, and tuples, are globals of the flat function rather than literals.
         plain = {name: value for name, value in self.scope.used.items() if isinstance(value, np.integer | tuple)}
@@ -459,99 +460,7 @@ class _Flatten(ast.NodeTransformer):
             return ast.Name(own[index], node.ctx)
         return self.generic_visit(node)  # type: ignore[return-value]
 
-    def fold(self, node: Any) -> ast.expr:
-        """The constant that results from an operation on constants."""
-        if all(isinstance(leaf, ast.Constant) for leaf in ast.iter_child_nodes(node) if isinstance(leaf, ast.expr)):
-            expression = ast.fix_missing_locations(ast.Expression(node))
-            try:
-                return ast.Constant(eval(compile(expression, "<fold>", "eval"), {"__builtins__": {}}))
-            except Exception as reason:
-                self.refuse(node, True, f"{ast.unparse(node)}: {reason}")
-        return node
-
-    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
-        return self.fold(self.generic_visit(node))
-
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
-        visited = self.generic_visit(node)
-        if isinstance(visited, ast.UnaryOp) and isinstance(visited.op, ast.Not):
-            visited.operand = _truth(visited.operand)
-        return self.fold(visited)
-
-    def visit_Compare(self, node: ast.Compare) -> ast.expr:
-        return self.fold(self.generic_visit(node))
-
-    def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
-        visited = self.generic_visit(node)
-        assert isinstance(visited, ast.BoolOp)
-        if all(_is_bool(value) for value in visited.values):
-            return _truth(visited)
-        values: list[ast.expr] = []
-        for value in visited.values:
-            values.append(value)
-            if isinstance(value, ast.Constant):
-                if bool(value.value) == isinstance(visited.op, ast.Or):
-                    break  # Python does not look at the rest
-                if value is not visited.values[-1]:
-                    values.pop()  # Python goes on; only the last operand is a result in any case
-        return values[0] if len(values) == 1 else ast.BoolOp(visited.op, values)
-
-    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
-        test = _truth(self.visit(node.test))
-        if isinstance(test, ast.Constant):
-            return self.visit(node.body if test.value else node.orelse)
-        return ast.IfExp(test, self.visit(node.body), self.visit(node.orelse))
-
-
-class _SingleFloats(ast.NodeTransformer):
-    """Makes every float literal a float32: to Numba a bare one is a double, and so is every result computed with it."""
-
-    def visit_Constant(self, node: ast.Constant) -> ast.expr:
-        if isinstance(node.value, float):
-            return ast.Call(ast.Name("float32", ast.Load()), [node], [])
-        return node
-
 
 def _rounds(count: Any) -> list[Any]:
     """The values of the variable of an unrolled loop."""
     return [value if isinstance(value, (*Literal, tuple)) else operator.index(value) for value in unroll(count)]
-
-
-def _read(node: ast.AST) -> str | None:
-    """The variable that a node reads, if any."""
-    if isinstance(node, ast.AugAssign):
-        return node.target.id if isinstance(node.target, ast.Name) else None
-    return node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) else None
-
-
-def _copy(node: Any) -> Any:
-    """A deep copy of a syntax tree."""
-    if isinstance(node, ast.AST):
-        copied = type(node)(**{name: _copy(value) for name, value in ast.iter_fields(node)})
-        return ast.copy_location(copied, node)
-    return [_copy(item) for item in node] if isinstance(node, list) else node
-
-
-def _is_bool(node: ast.expr) -> bool:
-    """Whether an expression is certainly True or False, so that its truth is its value."""
-    if isinstance(node, ast.BoolOp):
-        return all(_is_bool(value) for value in node.values)
-    if isinstance(node, ast.Constant):
-        return isinstance(node.value, bool)
-    return isinstance(node, ast.Compare) or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not))
-
-
-def _truth(node: ast.expr) -> ast.expr:
-    """The same where only its truth counts, as in the test of an ``if``: ``x and False`` is False, whatever x is."""
-    if not isinstance(node, ast.BoolOp):
-        return node
-    decisive = isinstance(node.op, ast.Or)
-    open_values = []
-    for value in map(_truth, node.values):
-        if not isinstance(value, ast.Constant):
-            open_values.append(value)
-        elif bool(value.value) == decisive:
-            return ast.Constant(decisive)
-    if not open_values:
-        return ast.Constant(not decisive)
-    return open_values[0] if len(open_values) == 1 else ast.BoolOp(node.op, open_values)
