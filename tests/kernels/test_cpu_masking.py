@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from cpu_weights import Weights, assert_same_bits, columns_for, each_format, each_product, widths_of
+from cpu_weights import Weights, columns_for, each_format, each_product, widths_of
+from decoded_blocks import assert_same_bits
 
 from qmm.kernels.formats import FORMATS, Format
 from qmm.kernels.ops.cpu import products as cpu

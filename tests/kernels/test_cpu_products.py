@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from cpu_activations import quantized
-from cpu_weights import COLUMNS, Weights, assert_same_bits, columns_for, each_format, each_product, widths_of
+from cpu_weights import COLUMNS, Weights, columns_for, each_format, each_product, widths_of
+from decoded_blocks import assert_same_bits
 from gguf_files import small_blocks
 
 from qmm.kernels.formats import FORMATS, Format

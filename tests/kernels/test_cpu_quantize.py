@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cpu_activations import quantized
-from cpu_weights import Weights, assert_same_bits
+from cpu_weights import Weights
+from decoded_blocks import assert_same_bits
 
 from qmm.kernels.formats import FORMATS
 from qmm.kernels.ops.cpu import products as cpu

@@ -95,11 +95,3 @@ class Weights(NamedTuple):
         rows = self.values[np.arange(n) % m].astype(np.float64)
         rows *= np.sqrt(k) / np.linalg.norm(rows, axis=1, keepdims=True)
         return (rows + rng.standard_normal((n, k))).astype(np.float32)
-
-
-def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Equal bit for bit; a NaN is a NaN."""
-    assert actual.dtype == expected.dtype == np.float32
-    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
-    numbers = ~np.isnan(expected)
-    np.testing.assert_array_equal(actual[numbers].view(np.uint32), expected[numbers].view(np.uint32))
