@@ -54,7 +54,7 @@ class FieldAccess(_FieldAccess):
 
     __slots__ = ()
 
-    def __new__(cls, alignment: int = 1, space: Literal["shared", "global"] = "shared") -> FieldAccess:
+    def __new__(cls, alignment: int, space: Literal["shared", "global"]) -> FieldAccess:
         """Check them: of another space, or at another alignment, kernels would compile to wrong loads."""
         if alignment not in ALIGNMENTS:
             raise ValueError(f"FieldAccess: the alignment is one of {ALIGNMENTS}, not {alignment!r}")
@@ -63,7 +63,7 @@ class FieldAccess(_FieldAccess):
         return super().__new__(cls, alignment, space)
 
 
-DEFAULT_FIELDS = FieldAccess()
+DEFAULT_FIELDS = FieldAccess(1, "shared")
 """For targets that do not ask."""
 HOW = (
     'fields=FieldAccess(n, "global") for blocks in global memory, or FieldAccess(n, "shared") for blocks that the '

@@ -83,7 +83,7 @@ def dequantize_kernel(block_format: Format, tiling: Tiling, bulk: bool) -> Kerne
     """Dequantization to float32."""
     constants = PipelineConstants(**tiling.constants(block_format, bulk, product=False))
     name = f"dequantize_{block_format.name}_{tiling.alignment}"
-    return Kernel(name, dequantize, constants, tiling.threads, FieldAccess(tiling.alignment), shared=True)
+    return Kernel(name, dequantize, constants, tiling.threads, FieldAccess(tiling.alignment, "shared"), shared=True)
 
 
 def plan(block_format: Format, m: int, k: int, weights: WeightLayout, architecture: Architecture) -> Work:

@@ -95,7 +95,7 @@ def _folder() -> Path | None:
     """The folder of the notes; None where none are kept."""
     named = os.environ.get("QMM_CACHE_DIR")
     if named is not None:
-        return Path(named) / "registering" if named else None
+        return Path(os.path.expanduser(named)) / "registering" if named else None
     try:
         return cache_folder() / "registering"
     except RuntimeError:  # the user has no home directory

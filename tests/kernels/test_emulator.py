@@ -143,11 +143,11 @@ def test_fields_are_read_within_shared_memory_words_around_them_too() -> None:
         with pytest.raises(EmulatorError, match="not within"):
             run_lanes(of_lane(0, lambda load=load, offset=offset: load(SHARED, offset)))
     with pytest.raises(EmulatorError, match="multiple of 4"):
-        run_lanes(of_lane(0, lambda: load16(SHARED, 2)), fields=FieldAccess(4))
+        run_lanes(of_lane(0, lambda: load16(SHARED, 2)), fields=FieldAccess(4, "shared"))
     with pytest.raises(EmulatorError, match="multiple of 4"):
-        run_lanes(of_lane(0, lambda: load16(SHARED, 10)), fields=FieldAccess(8))
+        run_lanes(of_lane(0, lambda: load16(SHARED, 10)), fields=FieldAccess(8, "shared"))
     with pytest.raises(EmulatorError, match="multiple of 16"):
-        run_lanes(of_lane(0, lambda: load16(SHARED, 8)), fields=FieldAccess(16))
+        run_lanes(of_lane(0, lambda: load16(SHARED, 8)), fields=FieldAccess(16, "shared"))
 
 
 def test_what_a_kernel_before_may_write_is_not_touched_before_the_wait() -> None:
@@ -362,7 +362,7 @@ def test_fields_are_not_loaded_without_saying_from_where() -> None:
     ):
         run_lanes(load, fields=None)
     with pytest.raises(EmulatorError, match=r'lane 3 loads 4 bytes .* global memory.*FieldAccess\(2, "global"\)'):
-        run_lanes(load, fields=FieldAccess(2))
+        run_lanes(load, fields=FieldAccess(2, "shared"))
 
 
 def test_arguments_that_a_kernel_has_not_are_refused() -> None:
@@ -417,7 +417,7 @@ def test_an_operation_of_the_cpu_is_refused_by_name(kernel: Callable[[int], None
     ("arguments", "message"),
     [
         ((4, "globl"), r"the space is one of \('shared', 'global'\), not 'globl'"),
-        ((3,), r"the alignment is one of \(1, 2, 4, 8, 16\), not 3"),
+        ((3, "global"), r"the alignment is one of \(1, 2, 4, 8, 16\), not 3"),
         ((0, "global"), "not 0"),
         ((32, "global"), "not 32"),
     ],

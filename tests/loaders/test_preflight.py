@@ -170,10 +170,12 @@ def test_a_first_contact_that_worked_is_remembered(
     monkeypatch.setattr(module, "probe", tries)
     monkeypatch.setattr(module, "call", lambda function: 13000)
     monkeypatch.setattr(module, "_known", set())
-    monkeypatch.setenv("QMM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("QMM_CACHE_DIR", "~/cache")
     for _ in range(4):
         module.first_contact(mapping, 1, "a GPU")
     assert tried == [1, 1]
+    assert any((tmp_path / "cache" / "registering").iterdir())
     module._known.clear()  # as in another process
     module.first_contact(mapping, 2, "a GPU")
     assert tried == [1, 1]

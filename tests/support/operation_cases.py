@@ -208,7 +208,7 @@ CASES = {
             fields,
             random_bytes(2 * THREADS, 16),
             32 * THREADS,
-            fields=FieldAccess(alignment),
+            fields=FieldAccess(alignment, "shared"),
             shared_nbytes=32 * THREADS,
         )
         for alignment in (1, 2, 4, 8, 16)

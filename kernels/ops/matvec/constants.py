@@ -110,4 +110,4 @@ def _kernel(name: str, constants: MatvecConstants, threads: int, alignment: int)
     """One kernel for each set of constants, however many schedules have it."""
     from qmm.kernels.ops.matvec.kernel import matvec
 
-    return Kernel(name, matvec, constants, threads, FieldAccess(alignment), shared=True)
+    return Kernel(name, matvec, constants, threads, FieldAccess(alignment, "shared"), shared=True)
