@@ -87,13 +87,13 @@ def reads_beside(form, address, m, k, out):
     if address % 4096 == 0:
         out[0, 0] += ctypes.string_at(address + m * form.row_nbytes(k), 1)[0]
 
-def writes_beside(form, address, m, k, x, out, mode):
-    matmul(form, address, m, k, x, out, mode)
+def writes_beside(form, address, m, k, x, out, *mode):
+    matmul(form, address, m, k, x, out, *mode)
     if out.ctypes.data % 4096 == 0:
         ctypes.memset(out.ctypes.data + out.nbytes, 1, 1)
 
-def differs(form, address, m, k, x, out, mode):
-    matmul(form, address, m, k, x, out, mode)
+def differs(form, address, m, k, x, out, *mode):
+    matmul(form, address, m, k, x, out, *mode)
     out *= 1 + 2**-20 if address % 4096 in (0, 4096 - 510) else 1
 
 """
