@@ -28,53 +28,31 @@ ANYWHERE = 4
 """cudaMemcpyDefault: the addresses say where they are."""
 
 
-Cells = list[tuple[ctypes.c_int64, int]]
-
-
 class Prepared:
     """Work on a device, ready to be queued again and again: kernels loaded, launches packed.
 
     Attributes:
         work: what was planned.
         launches: one for each of the work's.
-        bound: the addresses of the weights, x, y and workspace that the launches have now.
+        bases: the addresses that BASES names, which the launches read when they are queued.
+        shifted: arguments at an offset from a base: each with the base's number and the offset.
     """
 
     def __init__(self, work: Work, launches: list[Launch], zeros: int) -> None:
         """Args are the work, its launches in order, and the address of the device's zeros."""
         self.work = work
         self.launches = launches
-        self.bound: tuple[int, ...] = (0, 0, 0, 0)
-        cells: dict[str, Cells] = {base: [] for base in BASES}
+        self.bases = (ctypes.c_int64 * len(BASES))()
+        self.bases[BASES.index("zeros")] = zeros
+        self.shifted: list[tuple[ctypes.c_int64, int, int]] = []
         for launch, spec in zip(launches, work.launches, strict=True):
             for name, value in spec.arguments.items():
                 if isinstance(value, At):
-                    cells[value.base].append((launch.cell(name), value.offset))
-        self._weights, self._x, self._y, self._workspace = (cells[base] for base in BASES[:4])
-        for base, address in zip(BASES, (*self.bound, zeros), strict=True):
-            _set(cells[base], address)
-
-    def bind(self, addresses: tuple[int, int, int, int]) -> None:
-        """Set the addresses of the weights, x, y and workspace for later launches.
-
-        Only addresses that changed since the call before are set: setting one takes as long as everything else here.
-        """
-        weights, x, y, workspace = addresses
-        before = self.bound
-        if weights != before[0]:
-            _set(self._weights, weights)
-        if x != before[1]:
-            _set(self._x, x)
-        if y != before[2]:
-            _set(self._y, y)
-        if workspace != before[3]:
-            _set(self._workspace, workspace)
-        self.bound = addresses
-
-
-def _set(cells: Cells, address: int) -> None:
-    for cell, offset in cells:
-        cell.value = address + offset
+                    base = BASES.index(value.base)
+                    if value.offset:
+                        self.shifted.append((launch.cell(name), base, value.offset))
+                    else:
+                        launch.read_from(name, self.bases, base)
 
 
 class Device(Resource):
@@ -313,9 +291,10 @@ class Device(Resource):
     def _queue(self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, skip: int) -> None:
         if prepared.work.workspace_nbytes and not workspace:
             workspace = self.workspace(stream, prepared.work.workspace_nbytes)
-        addresses = weights, x, y, workspace
-        if addresses != prepared.bound:
-            prepared.bind(addresses)
+        bases = prepared.bases
+        bases[0], bases[1], bases[2], bases[3] = weights, x, y, workspace  # the order of BASES
+        for cell, base, offset in prepared.shifted:
+            cell.value = bases[base] + offset
         for launch in prepared.launches[skip:] if skip else prepared.launches:
             launch.queue(stream)
 

@@ -114,6 +114,7 @@ class Launch:
         start = ctypes.addressof(self._values)
         self._addresses = (ctypes.c_void_p * len(values))(*[start + 8 * i for i in range(len(values))])
         self._packed = ctypes.addressof(self._addresses)
+        self._read: list[object] = []  # keeps the arrays alive
         self._handle, self._launch = load(kernel, device)
         self._config = cuda.launch_config(ctas, kernel.threads, shared_nbytes, early)
         self._stream: int | None = None
@@ -121,6 +122,11 @@ class Launch:
     def cell(self, name: str) -> ctypes.c_int64:
         """An argument, to be changed before the next launch by setting its ``value``."""
         return ctypes.c_int64.from_buffer(self._values, 8 * self.kernel.parameters.index(name))
+
+    def read_from(self, name: str, values: ctypes.Array[ctypes.c_int64], index: int) -> None:
+        """From now on, take an argument from an element of an array, as it is when the launch is queued."""
+        self._addresses[self.kernel.parameters.index(name)] = ctypes.addressof(values) + 8 * index
+        self._read.append(values)
 
     def queue(self, stream: int) -> None:
         """Put the launch on a stream (its handle; 0 is the default stream).

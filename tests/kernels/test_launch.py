@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import inspect
 
@@ -60,6 +61,25 @@ def test_arguments_may_change_from_launch_to_launch(fake: Driver) -> None:
     launch.cell("x").value = 1 << 40
     launch.queue(0)
     assert [launched.arguments for launched in fake.launches] == [(1, 2, 3), (1 << 40, 2, -1)]
+
+
+def test_launches_may_read_an_argument_from_one_array(fake: Driver) -> None:
+    launches = [Launch(fake.kernel(three), 0, 1, {"x": 1, "y": 2, "n": 3}) for _ in range(2)]
+    shared = (ctypes.c_int64 * 2)(7, 8)
+    launches[0].read_from("y", shared, 1)
+    launches[1].read_from("x", shared, 1)
+    for launch in launches:
+        launch.queue(0)
+    shared[1] = 1 << 40
+    del shared  # the launches keep it
+    for launch in launches:
+        launch.queue(0)
+    assert [launched.arguments for launched in fake.launches] == [
+        (1, 8, 3),
+        (8, 2, 3),
+        (1, 1 << 40, 3),
+        (1 << 40, 2, 3),
+    ]
 
 
 def test_launches_of_one_kernel_have_arguments_of_their_own(fake: Driver) -> None:

@@ -46,6 +46,10 @@ class EmulatedLaunch:
         """An argument, to be changed before the next launch."""
         return self.cells[name]
 
+    def read_from(self, name: str, values: ctypes.Array[ctypes.c_int64], index: int) -> None:
+        """From now on, take an argument from an element of an array."""
+        self.cells[name] = ctypes.c_int64.from_buffer(values, 8 * index)
+
     def queue(self, stream: int) -> None:
         """Run it."""
         spec, device = self.spec, self.device
