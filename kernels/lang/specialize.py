@@ -34,7 +34,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qmm.kernels.lang.constants import Constants
-from qmm.kernels.lang.folding import Folding, SingleFloats, copied, read_name, truth
+from qmm.kernels.lang.folding import Folding, SingleFloats, acts, copied, outcome, read_name, truth
 from qmm.kernels.lang.masks import mask
 
 __all__ = ["Target", "registers", "specialize", "unroll"]
@@ -248,9 +248,10 @@ class _Flatten(Folding, ast.NodeTransformer):
         if isinstance(node, ast.For):
             return self.loop(node)
         if isinstance(node, ast.If):
-            test = truth(self.visit(node.test))
-            if isinstance(test, ast.Constant):
-                return self.block(node.body if test.value else node.orelse)
+            test, known = outcome(truth(self.visit(node.test)))
+            if known is not None:
+                calls: list[ast.stmt] = [ast.If(test, [ast.Pass()], [])] if test is not None else []
+                return calls + self.block(node.body if known else node.orelse)
             return [ast.If(test, self.block(node.body) or [ast.Pass()], self.block(node.orelse))]
         if isinstance(node, ast.While):
             self.refuse(node, bool(node.orelse), "an else of a loop")
@@ -360,6 +361,8 @@ class _Flatten(Folding, ast.NodeTransformer):
             self.refuse(call, last is None, f"{helper.__name__}, which returns nothing")
             assert last is not None
             flat.append(ast.Assign([self.visit(target) for target in node.targets], last, lineno=0))
+        elif last is not None and acts(last):
+            flat.append(ast.Expr(last))
         return flat
 
     def spread(self, call: ast.Call, count: int) -> list[ast.expr]:

@@ -31,6 +31,7 @@ class Knobs(Constants):
     COLUMNS: int
     MODE: int
     FLAG: bool
+    OFF: bool
     SIGNED: bool
     SHIFT: int
     ZERO: int
@@ -670,6 +671,49 @@ def only_their_truth(x):
 
 def test_a_test_is_decided_by_the_truth_of_its_operands() -> None:
     assert body(flat(only_their_truth, COUNT=3, FLAG=True)) == "while True:\n    return 2\nreturn 4"
+
+
+calls: list[int] = []
+
+
+def called(x):
+    calls.append(x)
+    return x
+
+
+def returns_a_call(total, x):
+    total[0] += x
+    return called(x)
+
+
+def calls_in_tests(x, y):
+    if called(x) and c.OFF:
+        not_even_a_name(x)  # noqa: F821
+    if y and called(x + 1) and y and c.OFF and called(x + 2):
+        return 0
+    elif called(x + 3) > 0 or not c.OFF:
+        y += 1
+    while called(x + 4) > 0 and c.OFF:
+        y += 2
+    y += 4 if called(x + 5) and c.OFF else 8
+    y += (called(x + 6) > 0 and c.OFF) + (not (called(x + 7) or c.COUNT))
+    if (z := x) and c.OFF:
+        return 0
+    total = registers(1, z)
+    returns_a_call(total, x + 8)
+    return y + total[0]
+
+
+@pytest.mark.parametrize("x", [0, 5])
+@pytest.mark.parametrize("y", [0, 7])
+def test_a_call_whose_truth_does_not_matter_is_still_made(x: int, y: int) -> None:
+    """It may store something."""
+    plain = type(calls_in_tests)(calls_in_tests.__code__, {**globals(), "c": Knobs(OFF=False, COUNT=3)})
+    expected = plain(x, y), [*calls]
+    calls.clear()
+    found = flat(calls_in_tests, OFF=False, COUNT=3)(x, y), [*calls]
+    calls.clear()
+    assert found == expected
 
 
 def adds_one_and(total, value):
