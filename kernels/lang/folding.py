@@ -123,10 +123,7 @@ def truth(node: ast.expr) -> ast.expr:
     return open_values[0] if len(open_values) == 1 else ast.BoolOp(node.op, open_values)
 
 
-def outcome(test: ast.expr) -> tuple[ast.expr | None, bool | None]:
-    """What remains to be evaluated of a :func:`truth`, and its outcome; None where that is open."""
-    if isinstance(test, ast.Constant):
-        return None, bool(test.value)
-    if isinstance(test, ast.BoolOp) and isinstance(test.values[-1], ast.Constant):  # the others are there to be called
-        return test, bool(test.values[-1].value)
-    return test, None
+def outcome(test: ast.expr) -> bool | None:
+    """The outcome of a :func:`truth`; None where it is open."""
+    last = test.values[-1] if isinstance(test, ast.BoolOp) else test  # operands before it are there to be called
+    return bool(last.value) if isinstance(last, ast.Constant) else None

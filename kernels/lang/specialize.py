@@ -248,9 +248,10 @@ class _Flatten(Folding, ast.NodeTransformer):
         if isinstance(node, ast.For):
             return self.loop(node)
         if isinstance(node, ast.If):
-            test, known = outcome(truth(self.visit(node.test)))
+            test = truth(self.visit(node.test))
+            known = outcome(test)
             if known is not None:
-                calls: list[ast.stmt] = [ast.If(test, [ast.Pass()], [])] if test is not None else []
+                calls: list[ast.stmt] = [ast.If(test, [ast.Pass()], [])] if acts(test) else []
                 return calls + self.block(node.body if known else node.orelse)
             return [ast.If(test, self.block(node.body) or [ast.Pass()], self.block(node.orelse))]
         if isinstance(node, ast.While):
