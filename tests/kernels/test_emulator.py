@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -353,6 +356,45 @@ def test_a_mask_of_ones_own_can_be_left_out() -> None:
     assert masks_of(sys.modules[__name__]) == ["rows"]
     with pytest.raises(EmulatorError, match=r"CTA 0 warp 0 lane \d+: 4 bytes at 0x\w+ are not within any of \[weights"):
         run_products(5, 12, frozenset({"rows"}))
+
+
+MASKED = """
+from qmm.kernels.lang import masks
+from qmm.kernels.lang.masks import mask, mask as within
+keep = masks.mask
+
+def kernel(n, m):
+    if within("by an alias", n < m) and masks.mask("by its module", n > 0):
+        return keep("by assignment", n) + mask("by its name", n)
+"""
+
+
+def module_of(tmp_path: Path, source: str) -> ModuleType:
+    (tmp_path / "masked.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("masked", tmp_path / "masked.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_masks_are_found_whatever_they_are_called(tmp_path: Path) -> None:
+    assert set(masks_of(module_of(tmp_path, MASKED))) == {
+        "by an alias", "by its module", "by assignment", "by its name"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("    own = masks.mask", "line 9: mask can only be called"),
+        ("    return mask(n, n < m)", "line 9: a mask without a name"),
+    ],
+)
+def test_masks_that_cannot_be_found_are_refused(line: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"masked.py, {message}"):
+        masks_of(module_of(tmp_path, MASKED + line))
 
 
 def test_fields_are_not_loaded_without_saying_from_where() -> None:
