@@ -13,7 +13,8 @@ transforms the syntax tree:
 * ``if`` and the conditional expression are decided where their test is known, so a disabled variant is not even typed;
 * a mask (:mod:`qmm.kernels.lang.masks`) is its value, or the value without it if the target leaves it out;
 * a float literal is a float32;
-* every other function that the kernel calls is specialized in turn, and every operation becomes the target's intrinsic.
+* every other function that the kernel calls is specialized in turn, and every operation becomes the target's intrinsic,
+  whether by its name or by a module's (``primitives.half``).
 
 The generated source is kept for tracebacks and for reading (``function.__source__``).
 """
@@ -40,6 +41,8 @@ from qmm.kernels.lang.masks import mask
 __all__ = ["Target", "registers", "specialize", "unroll"]
 
 Literal = (bool, int, float, str)
+COMPILERS_OWN = ("math", "numba", "numpy", "operator")
+"""Modules whose functions compilers know, so that their names stay as they are."""
 _serial = itertools.count()
 
 
@@ -438,12 +441,17 @@ class _Flatten(Folding, ast.NodeTransformer):
         return ast.Name(self.prefix + name if name in self.source.assigned else name, node.ctx)
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        if isinstance(self.known(node.value), Constants):
-            value = self.constant(node)
-            if isinstance(value, Literal):
-                return ast.Constant(value)
-            return ast.Name(self.scope.name_of(node.attr, value), node.ctx)
-        return self.generic_visit(node)  # type: ignore[return-value]
+        owner = self.known(node.value)
+        if isinstance(owner, types.ModuleType):
+            self.refuse(node, not hasattr(owner, node.attr), f"{ast.unparse(node)}: the module has no such name")
+            if owner.__name__.partition(".")[0] in COMPILERS_OWN:
+                return self.generic_visit(node)  # type: ignore[return-value]
+        elif not isinstance(owner, Constants):
+            return self.generic_visit(node)  # type: ignore[return-value]
+        value = self.known(node)
+        if isinstance(value, Literal):
+            return ast.Constant(value)
+        return ast.Name(self.scope.name_of(node.attr, value), node.ctx)
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         if self.called(node) is not mask:

@@ -901,3 +901,27 @@ def test_the_language_is_known_through_a_module_too() -> None:
     written = flat(through_a_module, COUNT=2)
     assert "this" not in body(written)
     assert written(5) == 5 + 5 + 0 + 1 + 1 + 3
+
+
+def calls_through_a_module(x):
+    return this.primitive(x) + this.inner(x) * this.SCALE + int(np.int64(this.this.HALF))
+
+
+def test_what_a_module_names_is_what_its_name_names() -> None:
+    target = PythonTarget({primitive: lambda x: 100 * x})
+    written = specialize(calls_through_a_module, Knobs(COUNT=2), target)
+    assert body(written) == "return primitive(x) + inner(x) * 3 + int(np.int64(float32(0.5)))"
+    assert target.device_functions == ["inner"]
+    assert written(1) == 100 + (1 + 0) * (1 + 100) * 3
+
+
+def a_name_that_a_module_lacks(x):
+    return this.nonesuch(x)
+
+
+def test_a_name_that_a_module_lacks_is_refused() -> None:
+    message = (
+        r"test_specialize.py, line \d+, in a_name_that_a_module_lacks: .* this.nonesuch: the module has no such name"
+    )
+    with pytest.raises(SyntaxError, match=message):
+        flat(a_name_that_a_module_lacks)
