@@ -67,10 +67,14 @@ class Folding(ast.NodeTransformer):
 class SingleFloats(ast.NodeTransformer):
     """Makes every float literal a float32: to Numba a bare one is a double, and so is every result computed with it."""
 
+    def __init__(self, name: str) -> None:
+        """Args are what float32 is called."""
+        self.name = name
+
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         """A float literal is wrapped."""
         if isinstance(node.value, float):
-            return ast.Call(ast.Name("float32", ast.Load()), [node], [])
+            return ast.Call(ast.Name(self.name, ast.Load()), [node], [])
         return node
 
 

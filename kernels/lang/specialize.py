@@ -103,16 +103,21 @@ class _Specializer:
         scope = _Scope(self.constants, self.target.absent_masks)
         source_of = _Source(function)
         definition = source_of.definition()
+        source_of.set_defaults(definition, scope)
         names = {name: name for name in source_of.arguments}
         definition.body = _Flatten(scope, source_of, names).block(definition.body) or [ast.Pass()]
         tree = ast.Module([definition], [])
         stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        for name in sorted(scope.used.keys() & {*stored, *source_of.arguments}):
+        variables = {*stored, *source_of.arguments}
+        for name in sorted(scope.used.keys() & variables):
             source_of.refuse(definition, True, f"{name}, both a variable and a global or a constant")
-        SingleFloats().visit(tree)
+        single = "float32"
+        while single in variables or scope.used.get(single, np.float32) is not np.float32:
+            single += "_"
+        SingleFloats(single).visit(tree)
         source = ast.unparse(ast.fix_missing_locations(tree))
         namespace = {name: self.bind(value) for name, value in scope.used.items()}
-        namespace["float32"] = np.float32
+        namespace[single] = np.float32
         filename = f"<qmm {function.__module__}.{function.__name__} #{next(_serial)}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         exec(compile(source, filename, "exec"), namespace)
@@ -181,6 +186,19 @@ class _Source:
             if isinstance(argument, ast.arg):
                 argument.annotation = None
         return definition
+
+    def set_defaults(self, definition: ast.FunctionDef, scope: _Scope) -> None:
+        """Replace the defaults of a :meth:`definition` by their values: their names are not the flat function's."""
+
+        def written(value: Any) -> ast.expr:
+            literal = isinstance(value, (*Literal, types.NoneType))
+            return ast.Constant(value) if literal else ast.Name(scope.name_of("default", value), ast.Load())
+
+        own = self.function.__kwdefaults__ or {}
+        definition.args.defaults = [written(value) for value in self.function.__defaults__ or ()]
+        definition.args.kw_defaults = [
+            written(own[argument.arg]) if argument.arg in own else None for argument in definition.args.kwonlyargs
+        ]
 
     def refuse(self, node: ast.AST, found: bool, what: str) -> None:
         """Reject code whose meaning specialization would change."""

@@ -925,3 +925,39 @@ def test_a_name_that_a_module_lacks_is_refused() -> None:
     )
     with pytest.raises(SyntaxError, match=message):
         flat(a_name_that_a_module_lacks)
+
+
+def with_defaults(x, scale=SCALE * 2, values=SHAPE, *, half=-HALF, nothing=None):
+    return x * scale + values[0] + half if nothing is None else x
+
+
+def uses_defaults(x):
+    return with_defaults(x) + with_defaults(x, half=4)
+
+
+def test_the_defaults_of_a_function_are_the_values_it_has() -> None:
+    written = flat(uses_defaults)
+    assert written(1) == uses_defaults(1)
+    assert written.__globals__["with_defaults"].__source__.startswith(
+        "def with_defaults(x, scale=6, values=default, *, half=float32(-0.5), nothing=None):"
+    )
+
+
+def a_variable_named_float32(x):
+    float32 = x * 0.5
+    return float32 + 0.25
+
+
+def float32(x):
+    return 10 * x
+
+
+def a_function_named_float32(x):
+    return float32(x) + 0.25
+
+
+@pytest.mark.parametrize("function", [a_variable_named_float32, a_function_named_float32])
+def test_a_name_float32_of_ones_own_is_not_the_type_of_literals(function: Callable[[int], float]) -> None:
+    written = flat(function)
+    assert written(3) == function(3)
+    assert "float32_(0.25)" in body(written)
