@@ -121,7 +121,7 @@ class _Specializer:
         filename = f"<qmm {function.__module__}.{function.__name__} #{next(_serial)}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         exec(compile(source, filename, "exec"), namespace)
-        flat = namespace[function.__name__]
+        flat = namespace[definition.name]
         flat.__module__ = function.__module__
         flat.__source__ = source
         return flat
@@ -148,13 +148,22 @@ class _Source:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.name = function.__name__
+        code = function.__code__
+        place = f"{code.co_filename}, line {code.co_firstlineno}, in {self.name}"
         try:
             lines, self._first = inspect.getsourcelines(function)
+            self._tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
         except (OSError, TypeError) as reason:
-            raise SyntaxError(f"{self.name}: its source cannot be read; a kernel is a function in a file") from reason
-        self._tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
+            raise SyntaxError(f"{place}: its source cannot be read; a kernel is a function in a file") from reason
+        except SyntaxError as reason:
+            raise SyntaxError(f"{place}: a kernel is defined by def, in a file as it was imported") from reason
         if not isinstance(self._tree, ast.FunctionDef):
-            raise SyntaxError(f"{self.name}: a kernel is defined by def")
+            raise SyntaxError(f"{place}: a kernel is defined by def")
+        if self._tree.name != code.co_name:
+            raise SyntaxError(
+                f"{place}: there is {self._tree.name} instead: the file has changed since it was imported, or a "
+                "decorator has put another function in its place"
+            )
         closure = inspect.getclosurevars(function)
         arguments = self._tree.args
         self.parameters = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]

@@ -5,9 +5,12 @@ Nothing is compiled here: the target of these tests leaves functions as they are
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -961,3 +964,43 @@ def test_a_name_float32_of_ones_own_is_not_the_type_of_literals(function: Callab
     written = flat(function)
     assert written(3) == function(3)
     assert "float32_(0.25)" in body(written)
+
+
+def test_a_source_that_cannot_be_read_has_a_place() -> None:
+    namespace: dict[str, Any] = {}
+    exec(compile("\n\ndef typed_in(x):\n    return x", "<input>", "exec"), namespace)
+    with pytest.raises(SyntaxError, match="^<input>, line 3, in typed_in: its source cannot be read"):
+        flat(namespace["typed_in"])
+    with pytest.raises(SyntaxError, match=r"test_specialize.py, line \d+, in <lambda>: a kernel is defined by def"):
+        flat(lambda x: x)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("def second(x):\n    return 2\n\n\ndef first(x):\n    return 1\n", "there is second instead"),
+        ("def first(x:\n    return 1\n", "in a file as it was imported"),
+        ("# nothing\n", "its source cannot be read"),
+    ],
+)
+def test_a_file_that_has_changed_gives_no_other_function(
+    changed: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file_that_changes.py"
+    path.write_text("def first(x):\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    first = importlib.import_module(path.stem).first
+    monkeypatch.delitem(sys.modules, path.stem)
+    assert flat(first)(0) == 1
+    path.write_text(changed)
+    with pytest.raises(SyntaxError, match=f"file_that_changes.py, line 1, in first: .*{message}"):
+        flat(first)
+
+
+def test_what_a_decorator_has_replaced_is_refused() -> None:
+    @functools.wraps(primitive)
+    def twice(x: int) -> int:
+        return 2 * int(primitive(x))
+
+    with pytest.raises(SyntaxError, match="in primitive: there is primitive instead: .* a decorator"):
+        flat(twice)
