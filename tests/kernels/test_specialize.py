@@ -969,7 +969,7 @@ def test_a_name_float32_of_ones_own_is_not_the_type_of_literals(function: Callab
 def test_a_source_that_cannot_be_read_has_a_place() -> None:
     namespace: dict[str, Any] = {}
     exec(compile("\n\ndef typed_in(x):\n    return x", "<input>", "exec"), namespace)
-    with pytest.raises(SyntaxError, match="^<input>, line 3, in typed_in: its source cannot be read"):
+    with pytest.raises(SyntaxError, match=r"^<input>, line 3, in typed_in: its source cannot be read"):
         flat(namespace["typed_in"])
     with pytest.raises(SyntaxError, match=r"test_specialize.py, line \d+, in <lambda>: a kernel is defined by def"):
         flat(lambda x: x)
@@ -990,7 +990,7 @@ def test_a_file_that_has_changed_gives_no_other_function(
     path.write_text("def first(x):\n    return 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     first = importlib.import_module(path.stem).first
-    monkeypatch.delitem(sys.modules, path.stem)
+    del sys.modules[path.stem]
     assert flat(first)(0) == 1
     path.write_text(changed)
     with pytest.raises(SyntaxError, match=f"file_that_changes.py, line 1, in first: .*{message}"):
@@ -1002,5 +1002,5 @@ def test_what_a_decorator_has_replaced_is_refused() -> None:
     def twice(x: int) -> int:
         return 2 * int(primitive(x))
 
-    with pytest.raises(SyntaxError, match="in primitive: there is primitive instead: .* a decorator"):
+    with pytest.raises(SyntaxError, match=r"in primitive: there is primitive instead: .* a decorator"):
         flat(twice)
