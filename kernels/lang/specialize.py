@@ -155,7 +155,7 @@ class _Source:
             self._tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
         except (OSError, TypeError) as reason:
             raise SyntaxError(f"{place}: its source cannot be read; a kernel is a function in a file") from reason
-        except SyntaxError as reason:
+        except (SyntaxError, IndexError) as reason:
             raise SyntaxError(f"{place}: a kernel is defined by def, in a file as it was imported") from reason
         if not isinstance(self._tree, ast.FunctionDef):
             raise SyntaxError(f"{place}: a kernel is defined by def")
