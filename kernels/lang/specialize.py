@@ -28,6 +28,7 @@ import itertools
 import linecache
 import operator
 import textwrap
+import tokenize
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -155,7 +156,7 @@ class _Source:
             self._tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
         except (OSError, TypeError) as reason:
             raise SyntaxError(f"{place}: its source cannot be read; a kernel is a function in a file") from reason
-        except (SyntaxError, IndexError) as reason:
+        except (SyntaxError, IndexError, tokenize.TokenError) as reason:
             raise SyntaxError(f"{place}: a kernel is defined by def, in a file as it was imported") from reason
         if not isinstance(self._tree, ast.FunctionDef):
             raise SyntaxError(f"{place}: a kernel is defined by def")

@@ -361,6 +361,7 @@ def test_a_mask_of_ones_own_can_be_left_out() -> None:
 MASKED = """
 from qmm.kernels.lang import masks
 from qmm.kernels.lang.masks import mask, mask as within
+from qmm.kernels.runtime.kernel import Kernel
 keep = masks.mask
 
 def kernel(n, m):
@@ -418,6 +419,24 @@ def test_arguments_that_a_kernel_has_not_are_refused() -> None:
     for threads in (0, 48, 2048):
         with pytest.raises(TypeError, match=f"whole warps of 32, not {threads}"):
             run_lanes(lambda: None, threads=threads)
+
+
+def test_a_kernel_has_its_own_threads_fields_and_constants() -> None:
+    fields = FieldAccess(4, "global")
+    kernel = Kernel("products", products, Sizes(COLUMNS=4, load=load_global_float), threads=64, fields=fields)
+    memory = Memory()
+    ones = {name: memory.add(name, np.ones(160, np.float32).tobytes(), constant=True) for name in ("weights", "x")}
+    y = memory.add("y", 4 * 40)
+    emulate(kernel, memory=memory, y=y, m=40, k=4, **ones)
+    assert set(y.array(np.float32)) == {4.0}  # of more rows than a warp has lanes
+    place = r"^products \(.*test_emulator.py, line \d+\): "
+    for given in ({"threads": 64}, {"fields": fields}, {"constants": kernel.constants}):
+        with pytest.raises(TypeError, match=f"{place}threads, fields and constants are those of the Kernel products"):
+            emulate(kernel, memory=memory, **given)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=f"{place}shared memory needs"):
+        emulate(kernel, memory=memory, shared_nbytes=16)
+    with pytest.raises(TypeError, match=f"{place}missing a required argument: 'y'"):
+        emulate(kernel, memory=memory, m=40, k=4, **ones)
 
 
 def test_regions_do_not_overlap() -> None:
