@@ -45,6 +45,7 @@ from qmm.kernels.lang.simd import store_float
 from qmm.kernels.lang.specialize import registers, unroll
 from qmm.kernels.lang.targets.emulator import EmulatorError, Memory, Region, Settings, emulate, launch
 from qmm.kernels.lang.targets.emulator.memory import SHARED_START as SHARED
+from qmm.kernels.runtime.kernel import Kernel
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
@@ -361,7 +362,6 @@ def test_a_mask_of_ones_own_can_be_left_out() -> None:
 MASKED = """
 from qmm.kernels.lang import masks
 from qmm.kernels.lang.masks import mask, mask as within
-from qmm.kernels.runtime.kernel import Kernel
 keep = masks.mask
 
 def kernel(n, m):

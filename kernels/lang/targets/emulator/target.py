@@ -7,7 +7,7 @@ import inspect
 import operator
 import types
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.fields import FieldAccess
@@ -103,6 +103,7 @@ def emulate(
     if isinstance(kernel, types.FunctionType):
         function, flat = kernel, specialize(kernel, constants or NO_CONSTANTS, EmulatorTarget(settings.faults))
     else:
+        kernel = cast("Kernel", kernel)
         function, flat = kernel.function, _flat(kernel, settings.faults)
         if (threads, fields, constants) != (None, None, None):
             raise TypeError(f"{_named(function)}: threads, fields and constants are those of the Kernel {kernel.name}")
