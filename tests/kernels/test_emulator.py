@@ -431,7 +431,7 @@ def test_a_kernel_has_its_own_threads_fields_and_constants() -> None:
     assert set(y.array(np.float32)) == {4.0}  # of more rows than a warp has lanes
     place = r"^products \(.*test_emulator.py, line \d+\): "
     for given in ({"threads": 64}, {"fields": fields}, {"constants": kernel.constants}):
-        with pytest.raises(TypeError, match=f"{place}threads, fields and constants are those of the Kernel products"):
+        with pytest.raises(TypeError, match=f"{place}threads, fields and constants are those of the Kernel"):
             emulate(kernel, memory=memory, **given)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=f"{place}shared memory needs"):
         emulate(kernel, memory=memory, shared_nbytes=16)

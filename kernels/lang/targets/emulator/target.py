@@ -100,16 +100,14 @@ def emulate(
 
     Without the comparison, lane 8 of the second CTA would raise an EmulatorError that names the byte it reads.
     """
-    if isinstance(kernel, types.FunctionType):
-        function, flat = kernel, specialize(kernel, constants or NO_CONSTANTS, EmulatorTarget(settings.faults))
-    else:
-        kernel = cast("Kernel", kernel)
-        function, flat = kernel.function, _flat(kernel, settings.faults)
+    described = None if isinstance(kernel, types.FunctionType) else cast("Kernel", kernel)
+    function = cast("Callable[..., None]", kernel) if described is None else described.function
+    if described is not None:
         if (threads, fields, constants) != (None, None, None):
-            raise TypeError(f"{_named(function)}: threads, fields and constants are those of the Kernel {kernel.name}")
-        if shared_nbytes and not kernel.shared:
+            raise TypeError(f"{_named(function)}: threads, fields and constants are those of the Kernel")
+        if shared_nbytes and not described.shared:
             raise TypeError(f"{_named(function)}: shared memory needs Kernel(..., shared=True)")
-        threads, fields = kernel.threads, kernel.fields
+        threads, fields = described.threads, described.fields
     given = {}
     for name, value in arguments.items():
         try:
@@ -124,7 +122,9 @@ def emulate(
     except TypeError as reason:
         raise TypeError(f"{_named(function)}: {reason}") from None
     launch(
-        flat,
+        _flat(described, settings.faults)
+        if described is not None
+        else specialize(function, constants or NO_CONSTANTS, EmulatorTarget(settings.faults)),
         given,
         memory=memory,
         grid=grid,
