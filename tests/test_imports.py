@@ -73,6 +73,20 @@ def test_the_rule_tells_right_from_wrong(name: str, room: str, forbidden: bool) 
     assert forbidden_to_room(name, room) == forbidden
 
 
+@pytest.mark.parametrize(
+    ("folder", "above"),
+    [
+        ("lang", ("qmm.kernels.runtime", "qmm.kernels.ops", "qmm.kernels.tuning")),
+        ("runtime", ("qmm.kernels.ops", "qmm.kernels.tuning")),
+    ],
+)
+def test_a_folder_of_kernels_imports_nothing_above_it(folder: str, above: tuple[str, ...]) -> None:
+    kernel = "qmm.kernels.runtime.kernel"  # a description, which the emulator's types name
+    found = [(path, name) for path in (ROOT / "kernels" / folder).rglob("*.py") for _, name in imported(path)]
+    bad = [(path, name) for path, name in found if any(inside(name, package) for package in above)]
+    assert [f"{path.relative_to(ROOT)}: {name}" for path, name in bad if not inside(name, kernel)] == []
+
+
 def test_imports_are_absolute_and_name_what_they_take() -> None:
     found = [(path, line, name) for path in sources() for line, name in imported(path)]
     assert [f"{p.relative_to(ROOT)}:{n}: {m}" for p, n, m in found if m.startswith(".") or m.endswith(".*")] == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-__all__ = ["Folding", "SingleFloats", "copied", "read_name", "truth"]
+__all__ = ["Folding", "SingleFloats", "acts", "copied", "outcome", "read_name", "truth"]
 
 
 class Folding(ast.NodeTransformer):
@@ -67,10 +67,14 @@ class Folding(ast.NodeTransformer):
 class SingleFloats(ast.NodeTransformer):
     """Makes every float literal a float32: to Numba a bare one is a double, and so is every result computed with it."""
 
+    def __init__(self, name: str) -> None:
+        """Args are what float32 is called."""
+        self.name = name
+
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         """A float literal is wrapped."""
         if isinstance(node.value, float):
-            return ast.Call(ast.Name("float32", ast.Load()), [node], [])
+            return ast.Call(ast.Name(self.name, ast.Load()), [node], [])
         return node
 
 
@@ -98,17 +102,32 @@ def _is_bool(node: ast.expr) -> bool:
     return isinstance(node, ast.Compare) or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not))
 
 
+def acts(node: ast.AST) -> bool:
+    """Whether an expression may do more than give a value: it calls a function, which may store, or sets a variable."""
+    return any(isinstance(inner, ast.Call | ast.NamedExpr) for inner in ast.walk(node))
+
+
 def truth(node: ast.expr) -> ast.expr:
-    """The same where only its truth counts, as in the test of an ``if``: ``x and False`` is False, whatever x is."""
+    """The same where only its truth counts, as in the test of an ``if``: ``x and False`` is False, whatever x is. But
+    ``f(x) and False`` calls f."""
     if not isinstance(node, ast.BoolOp):
         return node
     decisive = isinstance(node.op, ast.Or)
-    open_values = []
+    open_values: list[ast.expr] = []
     for value in map(truth, node.values):
         if not isinstance(value, ast.Constant):
             open_values.append(value)
         elif bool(value.value) == decisive:
-            return ast.Constant(decisive)
+            while open_values and not acts(open_values[-1]):
+                open_values.pop()
+            result = ast.Constant(decisive)
+            return ast.BoolOp(node.op, [*open_values, result]) if open_values else result
     if not open_values:
         return ast.Constant(not decisive)
     return open_values[0] if len(open_values) == 1 else ast.BoolOp(node.op, open_values)
+
+
+def outcome(test: ast.expr) -> bool | None:
+    """The outcome of a :func:`truth`; None where it is open."""
+    last = test.values[-1] if isinstance(test, ast.BoolOp) else test  # operands before it are there to be called
+    return bool(last.value) if isinstance(last, ast.Constant) else None

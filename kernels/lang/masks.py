@@ -33,8 +33,32 @@ def mask(name: str, value: Any, without: Any = True) -> Any:
 
 
 def masks_of(module: ModuleType) -> list[str]:
-    """The names of the masks in a module's source, in order."""
+    """The names of the masks in a module's source, in order, whatever :func:`mask` is called there.
+
+    Raises:
+        ValueError: a mask's name is not a literal, or a function hands ``mask`` on, so that its masks are not found.
+    """
+
+    def named(node: ast.AST) -> Any:
+        if isinstance(node, ast.Name):
+            return vars(module).get(node.id)
+        if isinstance(node, ast.Attribute):
+            owner = named(node.value)
+            return getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
+        return None
+
     tree = ast.parse(inspect.getsource(module))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    found = [node.args[0] for node in calls if isinstance(node.func, ast.Name) and node.func.id == "mask"]
-    return [ast.literal_eval(name) for name in found]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and named(node.func) is mask]
+    followed = {call.func for call in calls} | {node.value for node in tree.body if isinstance(node, ast.Assign)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Name | ast.Attribute) or isinstance(node.ctx, ast.Store):
+            continue
+        if named(node) is mask and node not in followed:
+            raise ValueError(f"{module.__file__}, line {node.lineno}: mask can only be called")
+    names: list[str] = []
+    for call in calls:
+        name = call.args[0] if call.args else None
+        if not (isinstance(name, ast.Constant) and isinstance(name.value, str)):
+            raise ValueError(f"{module.__file__}, line {call.lineno}: a mask without a name of its own")
+        names.append(name.value)
+    return names

@@ -13,7 +13,8 @@ transforms the syntax tree:
 * ``if`` and the conditional expression are decided where their test is known, so a disabled variant is not even typed;
 * a mask (:mod:`qmm.kernels.lang.masks`) is its value, or the value without it if the target leaves it out;
 * a float literal is a float32;
-* every other function that the kernel calls is specialized in turn, and every operation becomes the target's intrinsic.
+* every other function that the kernel calls is specialized in turn, and every operation becomes the target's intrinsic,
+  whether by its name or by a module's (``primitives.half``).
 
 The generated source is kept for tracebacks and for reading (``function.__source__``).
 """
@@ -27,6 +28,7 @@ import itertools
 import linecache
 import operator
 import textwrap
+import tokenize
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -34,12 +36,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from qmm.kernels.lang.constants import Constants
-from qmm.kernels.lang.folding import Folding, SingleFloats, copied, read_name, truth
+from qmm.kernels.lang.folding import Folding, SingleFloats, acts, copied, outcome, read_name, truth
 from qmm.kernels.lang.masks import mask
 
 __all__ = ["Target", "registers", "specialize", "unroll"]
 
 Literal = (bool, int, float, str)
+COMPILERS_OWN = ("math", "numba", "numpy", "operator")
+"""Modules whose functions compilers know, so that their names stay as they are."""
 _serial = itertools.count()
 
 
@@ -100,20 +104,25 @@ class _Specializer:
         scope = _Scope(self.constants, self.target.absent_masks)
         source_of = _Source(function)
         definition = source_of.definition()
+        source_of.set_defaults(definition, scope)
         names = {name: name for name in source_of.arguments}
         definition.body = _Flatten(scope, source_of, names).block(definition.body) or [ast.Pass()]
         tree = ast.Module([definition], [])
         stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        for name in sorted(scope.used.keys() & {*stored, *source_of.arguments}):
+        variables = {*stored, *source_of.arguments}
+        for name in sorted(scope.used.keys() & variables):
             source_of.refuse(definition, True, f"{name}, both a variable and a global or a constant")
-        SingleFloats().visit(tree)
+        single = "float32"
+        while single in variables or scope.used.get(single, np.float32) is not np.float32:
+            single += "_"
+        SingleFloats(single).visit(tree)
         source = ast.unparse(ast.fix_missing_locations(tree))
         namespace = {name: self.bind(value) for name, value in scope.used.items()}
-        namespace["float32"] = np.float32
+        namespace[single] = np.float32
         filename = f"<qmm {function.__module__}.{function.__name__} #{next(_serial)}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         exec(compile(source, filename, "exec"), namespace)
-        flat = namespace[function.__name__]
+        flat = namespace[definition.name]
         flat.__module__ = function.__module__
         flat.__source__ = source
         return flat
@@ -140,13 +149,22 @@ class _Source:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.name = function.__name__
+        code = function.__code__
+        place = f"{code.co_filename}, line {code.co_firstlineno}, in {self.name}"
         try:
             lines, self._first = inspect.getsourcelines(function)
+            self._tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
         except (OSError, TypeError) as reason:
-            raise SyntaxError(f"{self.name}: its source cannot be read; a kernel is a function in a file") from reason
-        self._tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
+            raise SyntaxError(f"{place}: its source cannot be read; a kernel is a function in a file") from reason
+        except (SyntaxError, IndexError, tokenize.TokenError) as reason:
+            raise SyntaxError(f"{place}: a kernel is defined by def, in a file as it was imported") from reason
         if not isinstance(self._tree, ast.FunctionDef):
-            raise SyntaxError(f"{self.name}: a kernel is defined by def")
+            raise SyntaxError(f"{place}: a kernel is defined by def")
+        if self._tree.name != code.co_name:
+            raise SyntaxError(
+                f"{place}: there is {self._tree.name} instead: the file has changed since it was imported, or a "
+                "decorator has put another function in its place"
+            )
         closure = inspect.getclosurevars(function)
         arguments = self._tree.args
         self.parameters = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
@@ -178,6 +196,19 @@ class _Source:
             if isinstance(argument, ast.arg):
                 argument.annotation = None
         return definition
+
+    def set_defaults(self, definition: ast.FunctionDef, scope: _Scope) -> None:
+        """Replace the defaults of a :meth:`definition` by their values: their names are not the flat function's."""
+
+        def written(value: Any) -> ast.expr:
+            literal = isinstance(value, (*Literal, types.NoneType))
+            return ast.Constant(value) if literal else ast.Name(scope.name_of("default", value), ast.Load())
+
+        own = self.function.__kwdefaults__ or {}
+        definition.args.defaults = [written(value) for value in self.function.__defaults__ or ()]
+        definition.args.kw_defaults = [
+            written(own[argument.arg]) if argument.arg in own else None for argument in definition.args.kwonlyargs
+        ]
 
     def refuse(self, node: ast.AST, found: bool, what: str) -> None:
         """Reject code whose meaning specialization would change."""
@@ -249,8 +280,10 @@ class _Flatten(Folding, ast.NodeTransformer):
             return self.loop(node)
         if isinstance(node, ast.If):
             test = truth(self.visit(node.test))
-            if isinstance(test, ast.Constant):
-                return self.block(node.body if test.value else node.orelse)
+            known = outcome(test)
+            if known is not None:
+                calls: list[ast.stmt] = [ast.If(test, [ast.Pass()], [])] if acts(test) else []
+                return calls + self.block(node.body if known else node.orelse)
             return [ast.If(test, self.block(node.body) or [ast.Pass()], self.block(node.orelse))]
         if isinstance(node, ast.While):
             self.refuse(node, bool(node.orelse), "an else of a loop")
@@ -360,6 +393,8 @@ class _Flatten(Folding, ast.NodeTransformer):
             self.refuse(call, last is None, f"{helper.__name__}, which returns nothing")
             assert last is not None
             flat.append(ast.Assign([self.visit(target) for target in node.targets], last, lineno=0))
+        elif last is not None and acts(last):
+            flat.append(ast.Expr(last))
         return flat
 
     def spread(self, call: ast.Call, count: int) -> list[ast.expr]:
@@ -434,12 +469,17 @@ class _Flatten(Folding, ast.NodeTransformer):
         return ast.Name(self.prefix + name if name in self.source.assigned else name, node.ctx)
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        if isinstance(self.known(node.value), Constants):
-            value = self.constant(node)
-            if isinstance(value, Literal):
-                return ast.Constant(value)
-            return ast.Name(self.scope.name_of(node.attr, value), node.ctx)
-        return self.generic_visit(node)  # type: ignore[return-value]
+        owner = self.known(node.value)
+        if isinstance(owner, types.ModuleType):
+            self.refuse(node, not hasattr(owner, node.attr), f"{ast.unparse(node)}: the module has no such name")
+            if owner.__name__.partition(".")[0] in COMPILERS_OWN:
+                return self.generic_visit(node)  # type: ignore[return-value]
+        elif not isinstance(owner, Constants):
+            return self.generic_visit(node)  # type: ignore[return-value]
+        value = self.known(node)
+        if isinstance(value, Literal):
+            return ast.Constant(value)
+        return ast.Name(self.scope.name_of(node.attr, value), node.ctx)
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         if self.called(node) is not mask:

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
-
-import numpy as np
 
 from qmm.children import ending, no_start, python
 from qmm.errors import DeviceError, QmmError
 
-__all__ = ["check_cpu", "check_cuda", "compiling", "try_cpu"]
+__all__ = ["check_cpu", "check_cuda", "compiling", "trust_cpu"]
 
 WAY_OUT = "Unset that: in the environment, in .numba_config.yaml, or in numba.config."
 NO_SIMULATION = "Numba's simulator of a GPU cannot run the kernels, which are written for a real one"
-CHILD = "from qmm.kernels.runtime.compiler import try_cpu; sys.exit(try_cpu())"
+CHILD = "from qmm.kernels.ops.cpu.trial import try_cpu; sys.exit(try_cpu())"
+"""The child process's program. It runs products, so it is with them; nothing here imports it."""
 
 _failures: dict[tuple[str | None, str | None], str] = {}
 """The failure of compiling for a CPU's name and features; empty if it works."""
@@ -121,22 +118,7 @@ def _tried(name: str | None, features: str | None) -> str:
     return f"{what} {ending(done.returncode)}{': ' if said else ''}{said}. {WAY_OUT}"
 
 
-def try_cpu() -> int:
-    """The child; returns its exit status. It runs most of the instructions that kernels use."""
-    from numba.core import config
-
+def trust_cpu() -> None:
+    """Take the CPU that the settings name as tried, in the child process that tries it."""
+    config = _settings()
     _failures[config.CPU_NAME, config.CPU_FEATURES] = ""
-    from qmm.kernels.formats import FORMATS
-    from qmm.kernels.ops.cpu import products as cpu
-
-    def product_of_ones(name: str, row: bytes, activations: str) -> Any:
-        data, x, y = np.frombuffer(row, np.uint8), np.ones((1, 32), np.float32), np.empty((1, 1), np.float32)
-        cpu.matmul(FORMATS[name], data.ctypes.data, 1, 32, x, y, activations)
-        return y[0, 0]
-
-    one = np.float16(1).tobytes()
-    q5_0 = one + bytes([0xFF] * 4 + [0x11] * 16)  # d, high bits, low bits; a weight is d * (bits - 16)
-    found = [product_of_ones("Q5_0", q5_0, "int8"), product_of_ones("F16", one * 32, "f16")]
-    if not np.allclose(found, 32):
-        sys.exit(f"products that should be 32 are {found}")
-    return 0

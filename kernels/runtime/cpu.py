@@ -74,9 +74,10 @@ class CPUKernel:
         def compiled() -> Code:
             check_cpu()  # with some settings Numba cannot even be imported
             from qmm.kernels.lang.targets.cpu import CPUTarget
+            from qmm.kernels.runtime import build_cpu
 
             target = CPUTarget(fastmath)
-            return target.compiled(specialize(function, constants, target))
+            return build_cpu.compiled(specialize(function, constants, target), target)
 
         key = {"function": function, "constants": constants.described(), "fastmath": fastmath}
         return cls(name, tuple(inspect.signature(function).parameters), compiled, key)
@@ -114,7 +115,7 @@ class CPUKernel:
                 return _Loaded(code)
         code = self._compiled()
         loaded = _Loaded(code)
-        from qmm.kernels.lang.targets.cpu import has_usual_settings
+        from qmm.kernels.runtime.build_cpu import has_usual_settings
 
         if has_usual_settings():
             cached.put(code)

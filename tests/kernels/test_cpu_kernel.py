@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from children import run_python
+from flat_kernels import flat_kernel
 from llvmlite import binding
 from numba.core import config
 from numba.core.registry import cpu_target
@@ -20,7 +21,7 @@ from numba.core.registry import cpu_target
 from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.simd import fetch_add
 from qmm.kernels.lang.targets.cpu import CPU, CPUTarget
-from qmm.kernels.runtime import cpu
+from qmm.kernels.runtime import build_cpu, cpu
 from qmm.kernels.runtime.cache import CachedKernel, Code
 from qmm.kernels.runtime.cpu import CPUKernel, host
 
@@ -67,13 +68,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of functions that were compiled."""
-    made, usual = [], CPUTarget.compiled
+    made, usual = [], build_cpu.compiled
 
-    def compiled(target: CPUTarget, function: Callable[..., None]) -> Code:
+    def compiled(function: Callable[..., None], target: CPUTarget) -> Code:
         made.append(function.__name__)
-        return usual(target, function)
+        return usual(function, target)
 
-    monkeypatch.setattr(CPUTarget, "compiled", compiled)
+    monkeypatch.setattr(build_cpu, "compiled", compiled)
     return made
 
 
@@ -100,14 +101,14 @@ def test_an_exception_of_a_kernel_is_an_error() -> None:
         if number < 0:
             raise ValueError("negative")
 
-    kernel = CPU.kernel(refuse)
+    kernel = flat_kernel(refuse)
     kernel(1)
     with pytest.raises(RuntimeError, match="refuse raised an exception"):
         kernel(-1)
 
 
 def test_threads_that_call_a_kernel_first_compile_it_once(compilations: list[str]) -> None:
-    kernel, number, all_there = CPU.kernel(add_one), np.zeros(1, np.int64), threading.Barrier(4)
+    kernel, number, all_there = flat_kernel(add_one), np.zeros(1, np.int64), threading.Barrier(4)
 
     def call() -> None:
         all_there.wait()

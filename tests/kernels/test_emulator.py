@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -42,6 +45,7 @@ from qmm.kernels.lang.simd import store_float
 from qmm.kernels.lang.specialize import registers, unroll
 from qmm.kernels.lang.targets.emulator import EmulatorError, Memory, Region, Settings, emulate, launch
 from qmm.kernels.lang.targets.emulator.memory import SHARED_START as SHARED
+from qmm.kernels.runtime.kernel import Kernel
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
@@ -355,6 +359,45 @@ def test_a_mask_of_ones_own_can_be_left_out() -> None:
         run_products(5, 12, frozenset({"rows"}))
 
 
+MASKED = """
+from qmm.kernels.lang import masks
+from qmm.kernels.lang.masks import mask, mask as within
+keep = masks.mask
+
+def kernel(n, m):
+    if within("by an alias", n < m) and masks.mask("by its module", n > 0):
+        return keep("by assignment", n) + mask("by its name", n)
+"""
+
+
+def module_of(tmp_path: Path, source: str) -> ModuleType:
+    (tmp_path / "masked.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("masked", tmp_path / "masked.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_masks_are_found_whatever_they_are_called(tmp_path: Path) -> None:
+    assert set(masks_of(module_of(tmp_path, MASKED))) == {
+        "by an alias", "by its module", "by assignment", "by its name"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("    own = masks.mask", "line 9: mask can only be called"),
+        ("    return mask(n, n < m)", "line 9: a mask without a name"),
+    ],
+)
+def test_masks_that_cannot_be_found_are_refused(line: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"masked.py, {message}"):
+        masks_of(module_of(tmp_path, MASKED + line))
+
+
 def test_fields_are_not_loaded_without_saying_from_where() -> None:
     load = of_lane(3, lambda: load4(DATA, 0))
     with pytest.raises(
@@ -376,6 +419,24 @@ def test_arguments_that_a_kernel_has_not_are_refused() -> None:
     for threads in (0, 48, 2048):
         with pytest.raises(TypeError, match=f"whole warps of 32, not {threads}"):
             run_lanes(lambda: None, threads=threads)
+
+
+def test_a_kernel_has_its_own_threads_fields_and_constants() -> None:
+    fields = FieldAccess(4, "global")
+    kernel = Kernel("products", products, Sizes(COLUMNS=4, load=load_global_float), threads=64, fields=fields)
+    memory = Memory()
+    ones = {name: memory.add(name, np.ones(160, np.float32).tobytes(), constant=True) for name in ("weights", "x")}
+    y = memory.add("y", 4 * 40)
+    emulate(kernel, memory=memory, y=y, m=40, k=4, **ones)
+    assert set(y.array(np.float32)) == {4.0}  # of more rows than a warp has lanes
+    place = r"^products \(.*test_emulator.py, line \d+\): "
+    for given in ({"threads": 64}, {"fields": fields}, {"constants": kernel.constants}):
+        with pytest.raises(TypeError, match=f"{place}threads, fields and constants are those of the Kernel"):
+            emulate(kernel, memory=memory, **given)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=f"{place}shared memory needs"):
+        emulate(kernel, memory=memory, shared_nbytes=16)
+    with pytest.raises(TypeError, match=f"{place}missing a required argument: 'y'"):
+        emulate(kernel, memory=memory, m=40, k=4, **ones)
 
 
 def test_regions_do_not_overlap() -> None:

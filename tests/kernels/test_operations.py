@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from arithmetic_kernels import FEW, MANY, ROWS_OF_EIGHT, ROWS_OF_FOUR, SIGNED, SIXTEEN
 from cpu_operation_kernels import CPU_CASES, CPUCase
+from flat_kernels import flat_kernel
 from numba.core import errors
 from numba.cuda import types
 from operation_cases import CASES, Case
@@ -141,7 +142,7 @@ def test_arguments_and_results_have_the_declared_types(name: str) -> None:
 def test_the_cpu_makes_what_python_makes(name: str) -> None:
     case = CPU_CASES[name]
     results = []
-    compiled_kernel = CPU.kernel(specialize(case.function, Constants(), CPU))
+    compiled_kernel = flat_kernel(specialize(case.function, Constants(), CPU))
     for kernel in (specialize(case.function, Constants(), TypedEmulator()), compiled_kernel):
         results.append(np.zeros(case.target_nbytes, np.uint8))
         with np.errstate(all="ignore"):

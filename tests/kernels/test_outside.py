@@ -197,12 +197,9 @@ def emulated(name: str, given: Numbers, settings: Settings) -> dict[str, Region]
         "y": memory.add("y", 4 * given.y.size),
     }
     emulate(
-        kernel.function,
+        kernel,
         memory=memory,
         grid=-(-given.sizes["m"] // THREADS),
-        threads=THREADS,
-        fields=kernel.fields,
-        constants=kernel.constants,
         settings=settings,
         **regions,
         **given.sizes,

@@ -5,9 +5,12 @@ Nothing is compiled here: the target of these tests leaves functions as they are
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,7 @@ class Knobs(Constants):
     COLUMNS: int
     MODE: int
     FLAG: bool
+    OFF: bool
     SIGNED: bool
     SHIFT: int
     ZERO: int
@@ -672,6 +676,49 @@ def test_a_test_is_decided_by_the_truth_of_its_operands() -> None:
     assert body(flat(only_their_truth, COUNT=3, FLAG=True)) == "while True:\n    return 2\nreturn 4"
 
 
+calls: list[int] = []
+
+
+def called(x):
+    calls.append(x)
+    return x
+
+
+def returns_a_call(total, x):
+    total[0] += x
+    return called(x)
+
+
+def calls_in_tests(x, y):
+    if called(x) and c.OFF:
+        not_even_a_name(x)  # noqa: F821
+    if y and called(x + 1) and y and c.OFF and called(x + 2):
+        return 0
+    elif called(x + 3) > 0 or not c.OFF:
+        y += 1
+    while called(x + 4) > 0 and c.OFF:
+        y += 2
+    y += 4 if called(x + 5) and c.OFF else 8
+    y += (called(x + 6) > 0 and c.OFF) + (not (called(x + 7) or c.COUNT))
+    if (z := x) and c.OFF:
+        return 0
+    total = registers(1, z)
+    returns_a_call(total, x + 8)
+    return y + total[0]
+
+
+@pytest.mark.parametrize("x", [0, 5])
+@pytest.mark.parametrize("y", [0, 7])
+def test_a_call_whose_truth_does_not_matter_is_still_made(x: int, y: int) -> None:
+    """It may store something."""
+    plain = type(calls_in_tests)(calls_in_tests.__code__, {**globals(), "c": Knobs(OFF=False, COUNT=3)})
+    expected = plain(x, y), [*calls]
+    calls.clear()
+    found = flat(calls_in_tests, OFF=False, COUNT=3)(x, y), [*calls]
+    calls.clear()
+    assert found == expected
+
+
 def adds_one_and(total, value):
     total[0] += 1
     total[1] += value
@@ -857,3 +904,103 @@ def test_the_language_is_known_through_a_module_too() -> None:
     written = flat(through_a_module, COUNT=2)
     assert "this" not in body(written)
     assert written(5) == 5 + 5 + 0 + 1 + 1 + 3
+
+
+def calls_through_a_module(x):
+    return this.primitive(x) + this.inner(x) * this.SCALE + int(np.int64(this.this.HALF))
+
+
+def test_what_a_module_names_is_what_its_name_names() -> None:
+    target = PythonTarget({primitive: lambda x: 100 * x})
+    written = specialize(calls_through_a_module, Knobs(COUNT=2), target)
+    assert body(written) == "return primitive(x) + inner(x) * 3 + int(np.int64(float32(0.5)))"
+    assert target.device_functions == ["inner"]
+    assert written(1) == 100 + (1 + 0) * (1 + 100) * 3
+
+
+def a_name_that_a_module_lacks(x):
+    return this.nonesuch(x)
+
+
+def test_a_name_that_a_module_lacks_is_refused() -> None:
+    message = (
+        r"test_specialize.py, line \d+, in a_name_that_a_module_lacks: .* this.nonesuch: the module has no such name"
+    )
+    with pytest.raises(SyntaxError, match=message):
+        flat(a_name_that_a_module_lacks)
+
+
+def with_defaults(x, scale=SCALE * 2, values=SHAPE, *, half=-HALF, nothing=None):
+    return x * scale + values[0] + half if nothing is None else x
+
+
+def uses_defaults(x):
+    return with_defaults(x) + with_defaults(x, half=4)
+
+
+def test_the_defaults_of_a_function_are_the_values_it_has() -> None:
+    written = flat(uses_defaults)
+    assert written(1) == uses_defaults(1)
+    assert written.__globals__["with_defaults"].__source__.startswith(
+        "def with_defaults(x, scale=6, values=default, *, half=float32(-0.5), nothing=None):"
+    )
+
+
+def a_variable_named_float32(x):
+    float32 = x * 0.5
+    return float32 + 0.25
+
+
+def float32(x):
+    return 10 * x
+
+
+def a_function_named_float32(x):
+    return float32(x) + 0.25
+
+
+@pytest.mark.parametrize("function", [a_variable_named_float32, a_function_named_float32])
+def test_a_name_float32_of_ones_own_is_not_the_type_of_literals(function: Callable[[int], float]) -> None:
+    written = flat(function)
+    assert written(3) == function(3)
+    assert "float32_(0.25)" in body(written)
+
+
+def test_a_source_that_cannot_be_read_has_a_place() -> None:
+    namespace: dict[str, Any] = {}
+    exec(compile("\n\ndef typed_in(x):\n    return x", "<input>", "exec"), namespace)
+    with pytest.raises(SyntaxError, match=r"^<input>, line 3, in typed_in: its source cannot be read"):
+        flat(namespace["typed_in"])
+    with pytest.raises(SyntaxError, match=r"test_specialize.py, line \d+, in <lambda>: a kernel is defined by def"):
+        flat(lambda x: x)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("def second(x):\n    return 2\n\n\ndef first(x):\n    return 1\n", "there is second instead"),
+        ("def first(x:\n    return 1\n", "in a file as it was imported"),
+        ("# nothing\n", "in a file as it was imported"),
+    ],
+)
+def test_a_file_that_has_changed_gives_no_other_function(
+    changed: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file_that_changes.py"
+    path.write_text("def first(x):\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    first = importlib.import_module(path.stem).first
+    del sys.modules[path.stem]
+    assert flat(first)(0) == 1
+    path.write_text(changed)
+    with pytest.raises(SyntaxError, match=f"file_that_changes.py, line 1, in first: .*{message}"):
+        flat(first)
+
+
+def test_what_a_decorator_has_replaced_is_refused() -> None:
+    @functools.wraps(primitive)
+    def twice(x: int) -> int:
+        return 2 * int(primitive(x))
+
+    with pytest.raises(SyntaxError, match=r"in primitive: there is primitive instead: .* a decorator"):
+        flat(twice)

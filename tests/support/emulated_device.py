@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import threading
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from qmm.device import Device, Prepared
-from qmm.kernels.lang.specialize import specialize
-from qmm.kernels.lang.targets import emulator
-from qmm.kernels.lang.targets.emulator import EmulatorTarget, Memory, Region, Settings
+from qmm.kernels.lang.targets.emulator import Memory, Region, Settings, emulate
 from qmm.kernels.ops.layout import ZERO_NBYTES
 from qmm.kernels.ops.op import Architecture, At, LaunchSpec, Work
-from qmm.kernels.runtime.kernel import Kernel
 
 __all__ = ["AMPERE", "HOPPER", "USUAL", "EmulatedDevice", "EmulatedLaunch"]
 
@@ -25,12 +20,6 @@ AMPERE = Architecture(sms=2, shared_nbytes=166912, bulk=False, l2_nbytes=6 << 20
 USUAL = Settings()
 
 
-@functools.lru_cache(maxsize=256)
-def flat(kernel: Kernel, faults: frozenset[str]) -> Callable[..., None]:
-    """The kernel for the emulator, without the masks that are among the faults."""
-    return specialize(kernel.function, kernel.constants, EmulatorTarget(faults))
-
-
 class EmulatedLaunch:
     """Stands in for :class:`qmm.kernels.runtime.launch.Launch`."""
 
@@ -39,7 +28,6 @@ class EmulatedLaunch:
         self.spec = spec
         values = {name: 0 if isinstance(value, At) else value for name, value in spec.arguments.items()}
         self.cells = {name: ctypes.c_int64(value) for name, value in values.items()}
-        assert spec.kernel.shared or not spec.shared_nbytes
         assert spec.shared_nbytes <= device.architecture.shared_nbytes, "more shared memory than a CTA may have"
 
     def cell(self, name: str) -> ctypes.c_int64:
@@ -53,16 +41,14 @@ class EmulatedLaunch:
     def queue(self, stream: int) -> None:
         """Run it."""
         spec, device = self.spec, self.device
-        emulator.launch(
-            flat(spec.kernel, device.settings.faults),
-            {name: cell.value for name, cell in self.cells.items()},
+        emulate(
+            spec.kernel,
             memory=device.memory,
             grid=spec.ctas,
-            threads=spec.kernel.threads,
             shared_nbytes=spec.shared_nbytes,
-            fields=spec.kernel.fields,
             settings=device.settings,
             after_predecessors=not spec.early,
+            **{name: cell.value for name, cell in self.cells.items()},
         )
 
 

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-import runpy
 from collections.abc import Callable, Collection
 from typing import Any
 
 import numba
-from llvmlite import binding, ir
 from numba import extending
-from numba.core import config, types
+from numba.core import types
 from numba.core.errors import RequireLiteralValue
-from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
 from qmm.kernels.lang.fields import DEFAULT_FIELDS
 from qmm.kernels.lang.intrinsics import Intrinsics, Toolkit
 from qmm.kernels.lang.operation import Operation
-from qmm.kernels.runtime.cache import Code
-from qmm.kernels.runtime.compiler import check_cpu, compiling
-from qmm.kernels.runtime.cpu import CPUKernel
 
-__all__ = ["CPU", "CPUTarget", "has_usual_settings"]
+__all__ = ["CPU", "CPUTarget"]
 
 INTRINSICS = Intrinsics(
     "cpu",
@@ -38,15 +31,10 @@ INTRINSICS = Intrinsics(
         require_literal=RequireLiteralValue,
     ),
 )
-SETTINGS = (
-    *("BOUNDSCHECK", "CPU_FEATURES", "CPU_NAME", "DEBUGINFO_DEFAULT", "ENABLE_AVX", "LOOP_VECTORIZE", "OPT"),
-    "SLP_VECTORIZE",
-)
-"""Numba's settings that change machine code."""
 
 
 class CPUTarget:
-    """Specializes and compiles kernels for the CPU that runs them.
+    """Specializes kernels for the CPU that runs them.
 
     Args:
         fastmath: LLVM's fast-math flags; none where results must equal the reference's bit for bit.
@@ -70,53 +58,7 @@ class CPUTarget:
 
     def device_function(self, function: Callable[..., Any]) -> Any:
         """A function that only kernels call."""
-        check_cpu()
         return numba.njit(**self._options)(function)
-
-    def kernel(self, function: Callable[..., Any]) -> CPUKernel:
-        """A specialized function that Python calls, compiled at its first call in each process."""
-        parameters = tuple(inspect.signature(function).parameters)
-        return CPUKernel(function.__name__, parameters, lambda: self.compiled(function))
-
-    def compiled(self, function: Callable[..., Any]) -> Code:
-        """Machine code of a specialized function of int64 arguments that returns nothing, as :class:`CPUKernel` calls
-        it.
-
-        Raises:
-            DeviceError: a setting of Numba forbids compiling.
-        """
-        dispatcher = self.device_function(function)
-        arguments = (types.int64,) * len(inspect.signature(function).parameters)
-        with compiling():
-            dispatcher.compile(types.void(*arguments))
-            native = dispatcher.overloads[arguments].fndesc.llvm_func_name
-            module = binding.parse_assembly(dispatcher.inspect_llvm(arguments))
-            entry = f"qmm_{function.__name__}"
-            module.link_in(binding.parse_assembly(str(_entry_point(entry, native, len(arguments)))))
-            machine = cpu_target.target_context.codegen()._tm  # Numba has no public attribute for what it compiles for
-            return Code(entry, machine.emit_object(module))
-
-
-def _entry_point(name: str, native: str, count: int) -> ir.Module:
-    """A C function that calls one of Numba's. It takes the address of ``count`` arguments, and returns its status:
-    0, or another number if it raises an exception."""
-    pointer, status, word = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
-    module = ir.Module(name)
-    module.triple = binding.get_process_triple()
-    callee = ir.Function(module, ir.FunctionType(status, [pointer, pointer, *[word] * count]), native)
-    function = ir.Function(module, ir.FunctionType(status, [word.as_pointer()]), name)
-    builder = ir.IRBuilder(function.append_basic_block())
-    # Memory for a result and an exception.
-    outputs = [builder.bitcast(builder.alloca(pointer), pointer) for _ in range(2)]
-    places = [builder.gep(function.args[0], [ir.Constant(word, i)]) for i in range(count)]
-    builder.ret(builder.call(callee, [*outputs, *map(builder.load, places)]))
-    return module
-
-
-def has_usual_settings() -> bool:
-    """Whether Numba's settings are those of the environment, not changed by the program."""
-    usual = runpy.run_path(config.__file__)
-    return all(usual[name] == getattr(config, name) for name in SETTINGS)
 
 
 CPU = CPUTarget()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
+import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.fields import FieldAccess
@@ -13,6 +15,9 @@ from qmm.kernels.lang.operation import Operation
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.targets.emulator.cta import CTA, Settings
 from qmm.kernels.lang.targets.emulator.memory import Memory, Region
+
+if TYPE_CHECKING:
+    from qmm.kernels.runtime.kernel import Kernel
 
 __all__ = ["EmulatorTarget", "emulate", "launch"]
 
@@ -46,28 +51,31 @@ class EmulatorTarget:
 
 
 def emulate(
-    kernel: Callable[..., None],
+    kernel: Kernel | Callable[..., None],
     *,
     memory: Memory,
     grid: int = 1,
-    threads: int = 32,
+    threads: int | None = None,
     shared_nbytes: int = 0,
     fields: FieldAccess | None = None,
-    constants: Constants = NO_CONSTANTS,
+    constants: Constants | None = None,
     settings: Settings = USUAL,
+    after_predecessors: bool = True,
     **arguments: Region | int,
 ) -> None:
     """Run a kernel lane by lane on the CPU, in memory that rejects wrong accesses which a GPU might not notice.
 
     Args:
-        kernel: a Python function over the operations of :mod:`qmm.kernels.lang`.
+        kernel: a :class:`qmm.kernels.runtime.kernel.Kernel`, which has its own threads, fields and constants; or a
+            Python function over the operations of :mod:`qmm.kernels.lang`.
         memory: global memory, where the kernel finds its inputs and leaves its results.
-        grid: how many CTAs.
-        threads: of a CTA, a multiple of 32.
+        grid: how many CTAs; they run one after the other.
+        threads: of a CTA, a multiple of 32; of a function 32 if not given.
         shared_nbytes: shared memory of a CTA.
-        fields: the memory that blocks lie in, and the alignment of fields; None for a kernel that loads none.
-        constants: what the kernel is specialized with.
+        fields: the memory that blocks lie in, and the alignment of fields; None for a function that loads none.
+        constants: what a function is specialized with.
         settings: how to run it.
+        after_predecessors: as in :func:`launch`.
         arguments: the kernel's, by name: integers, or regions, which are passed as their address.
 
     Raises:
@@ -92,6 +100,14 @@ def emulate(
 
     Without the comparison, lane 8 of the second CTA would raise an EmulatorError that names the byte it reads.
     """
+    described = None if isinstance(kernel, types.FunctionType) else cast("Kernel", kernel)
+    function = cast("Callable[..., None]", kernel) if described is None else described.function
+    if described is not None:
+        if (threads, fields, constants) != (None, None, None):
+            raise TypeError(f"{_named(function)}: threads, fields and constants are those of the Kernel")
+        if shared_nbytes and not described.shared:
+            raise TypeError(f"{_named(function)}: shared memory needs Kernel(..., shared=True)")
+        threads, fields = described.threads, described.fields
     given = {}
     for name, value in arguments.items():
         try:
@@ -99,22 +115,31 @@ def emulate(
         except TypeError:
             kind = type(value).__name__
             raise TypeError(
-                f"{_named(kernel)}: {name} must be an integer or a Region, not a {kind}: {value!r}"
+                f"{_named(function)}: {name} must be an integer or a Region, not a {kind}: {value!r}"
             ) from None
     try:
-        inspect.signature(kernel).bind(**given)
+        inspect.signature(function).bind(**given)
     except TypeError as reason:
-        raise TypeError(f"{_named(kernel)}: {reason}") from None
+        raise TypeError(f"{_named(function)}: {reason}") from None
     launch(
-        specialize(kernel, constants, EmulatorTarget(settings.faults)),
+        _flat(described, settings.faults)
+        if described is not None
+        else specialize(function, constants or NO_CONSTANTS, EmulatorTarget(settings.faults)),
         given,
         memory=memory,
         grid=grid,
-        threads=threads,
+        threads=32 if threads is None else threads,
         shared_nbytes=shared_nbytes,
         fields=fields,
         settings=settings,
+        after_predecessors=after_predecessors,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _flat(kernel: Kernel, faults: frozenset[str]) -> Callable[..., None]:
+    """A kernel for the emulator, without the masks that are among the faults."""
+    return specialize(kernel.function, kernel.constants, EmulatorTarget(faults))
 
 
 def _named(kernel: Callable[..., None]) -> str:
