@@ -19,13 +19,14 @@ from qmm.arrays import KINDS, ArrayKind, kind_of, stream_handle
 from qmm.calls import Calls, Found, check_activations
 from qmm.children import PerProcess, process
 from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
-from qmm.graph import Plan, Step, queue_sequence
 from qmm.host import HostProducts, cpu
 from qmm.in_flight import InFlight
 from qmm.loaders.closing import Resource
 from qmm.memory.machine import Choice, choose
 from qmm.memory.placement import Weights
 from qmm.model import Model, Tensor, open_model
+from qmm.plan import Plan
+from qmm.sequence import Step, queue_sequence
 from qmm.tracing import outside, untraced, watched
 
 if TYPE_CHECKING:
