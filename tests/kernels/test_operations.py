@@ -40,10 +40,10 @@ from qmm.kernels.lang.ptx.warp import shuffle_xor_add
 from qmm.kernels.lang.simd import sum_floats
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.tables import table
-from qmm.kernels.lang.targets.cpu import CPU
 from qmm.kernels.lang.targets.cuda import CUDATarget
 from qmm.kernels.lang.targets.emulator import EmulatorError, EmulatorTarget
 from qmm.kernels.runtime.cache import key_of
+from qmm.kernels.runtime.cpu import CPUKernel
 from qmm.kernels.runtime.kernel import Kernel
 from qmm.kernels.runtime.launch import ptx
 
@@ -141,7 +141,7 @@ def test_arguments_and_results_have_the_declared_types(name: str) -> None:
 def test_the_cpu_makes_what_python_makes(name: str) -> None:
     case = CPU_CASES[name]
     results = []
-    compiled_kernel = CPU.kernel(specialize(case.function, Constants(), CPU))
+    compiled_kernel = CPUKernel.of(name, case.function, Constants())
     for kernel in (specialize(case.function, Constants(), TypedEmulator()), compiled_kernel):
         results.append(np.zeros(case.target_nbytes, np.uint8))
         with np.errstate(all="ignore"):

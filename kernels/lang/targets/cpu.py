@@ -20,9 +20,8 @@ from qmm.kernels.lang.intrinsics import Intrinsics, Toolkit
 from qmm.kernels.lang.operation import Operation
 from qmm.kernels.runtime.cache import Code
 from qmm.kernels.runtime.compiler import check_cpu, compiling
-from qmm.kernels.runtime.cpu import CPUKernel
 
-__all__ = ["CPU", "CPUTarget", "has_usual_settings"]
+__all__ = ["CPUTarget", "has_usual_settings"]
 
 INTRINSICS = Intrinsics(
     "cpu",
@@ -73,14 +72,9 @@ class CPUTarget:
         check_cpu()
         return numba.njit(**self._options)(function)
 
-    def kernel(self, function: Callable[..., Any]) -> CPUKernel:
-        """A specialized function that Python calls, compiled at its first call in each process."""
-        parameters = tuple(inspect.signature(function).parameters)
-        return CPUKernel(function.__name__, parameters, lambda: self.compiled(function))
-
     def compiled(self, function: Callable[..., Any]) -> Code:
-        """Machine code of a specialized function of int64 arguments that returns nothing, as :class:`CPUKernel` calls
-        it.
+        """Machine code of a specialized function of int64 arguments that returns nothing, as
+        :class:`qmm.kernels.runtime.cpu.CPUKernel` calls it.
 
         Raises:
             DeviceError: a setting of Numba forbids compiling.
@@ -117,6 +111,3 @@ def has_usual_settings() -> bool:
     """Whether Numba's settings are those of the environment, not changed by the program."""
     usual = runpy.run_path(config.__file__)
     return all(usual[name] == getattr(config, name) for name in SETTINGS)
-
-
-CPU = CPUTarget()
