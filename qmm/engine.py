@@ -75,6 +75,7 @@ class Engine(Resource):
         DeviceError: the device cannot be used, or contradicts the placement.
         RegistrationError: CUDA refuses to register the mapping.
         TensorNotFoundError: one of ``tensors`` is not in the model.
+        GGUFError: ``model`` is neither a model nor the path of one, or its file is damaged.
         ClosedError: the model was closed.
     """
 
@@ -203,7 +204,7 @@ class Engine(Resource):
     @untraced
     def matmul_each(
         self,
-        tensors: Iterable[str | Tensor],
+        tensors: str | Tensor | Iterable[str | Tensor],
         x: Any,
         outs: Sequence[Any] | None = None,
         stream: Any = None,
@@ -215,7 +216,7 @@ class Engine(Resource):
         ``x`` is quantized once for all tensors that need the same form; results are those of :meth:`matmul`.
 
         Args:
-            tensors: their names, or tensors of this engine's model.
+            tensors: their names, or tensors of this engine's model; a single one is a list of one.
             x: as for :meth:`matmul`.
             outs: one for each tensor, as for :meth:`matmul`; none of them shares memory with ``x``.
             stream: as for :meth:`matmul`.
@@ -231,6 +232,8 @@ class Engine(Resource):
         if watched():
             each: list[Any] = outside(Engine.matmul_each)(self, tensors, x, outs, stream, activations=activations)
             return each
+        if isinstance(tensors, str | Tensor):
+            tensors = [tensors]
         named = [self._tensor(tensor) for tensor in tensors]
         results = [None] * len(named) if outs is None else list(outs)
         if len(results) != len(named):
