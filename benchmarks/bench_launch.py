@@ -29,9 +29,10 @@ from benchmarks.support import gpu as machine
 from benchmarks.support.rounds import Quantiles
 from qmm import direct
 from qmm.arrays import View
-from qmm.graph import Step, queue_sequence, time_ms
+from qmm.graph import time_ms
 from qmm.kernels.formats import FORMATS
 from qmm.kernels.ops.op import At, WeightLayout
+from qmm.sequence import Step, queue_sequence
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

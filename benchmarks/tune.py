@@ -32,7 +32,7 @@ from benchmarks.support import gpu as machine
 from benchmarks.support.placed import GRAPH_PRODUCTS, Placed, Weight, allocated, in_a_mapped_file, in_device_memory
 from benchmarks.support.rounds import Side, take_turns
 from qmm.device import Device
-from qmm.graph import Step, queue_sequence, replay
+from qmm.graph import replay
 from qmm.kernels.formats import FORMATS
 from qmm.kernels.ops.cpu.parallel import available_cpus
 from qmm.kernels.ops.matvec.choose import rule
@@ -40,6 +40,7 @@ from qmm.kernels.ops.matvec.config import X_PLACES, Case, Config, Schedule, lega
 from qmm.kernels.ops.matvec.plan import Product, scheduled
 from qmm.kernels.ops.op import Operand, WeightLayout, alignment_of
 from qmm.kernels.ops.tiling import MOST_STAGES
+from qmm.sequence import Step, queue_sequence
 
 FOLDER = Path(__file__).resolve().parents[1] / "kernels" / "tuning"
 GAIN = 0.015

@@ -27,9 +27,9 @@ from qmm.errors import (
 
 if TYPE_CHECKING:
     from qmm.engine import Engine
-    from qmm.graph import Plan
     from qmm.model import Model, Tensor
     from qmm.model import open_model as open
+    from qmm.plan import Plan
 
 __version__ = "0.1.0"
 
@@ -59,7 +59,7 @@ __all__ = [
 _LAZY = {
     "Engine": ("qmm.engine", "Engine"),
     "Model": ("qmm.model", "Model"),
-    "Plan": ("qmm.graph", "Plan"),
+    "Plan": ("qmm.plan", "Plan"),
     "Tensor": ("qmm.model", "Tensor"),
     "open": ("qmm.model", "open_model"),
 }

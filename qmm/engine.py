@@ -19,13 +19,14 @@ from qmm.arrays import KINDS, ArrayKind, kind_of, stream_handle
 from qmm.calls import Calls, Found, check_activations
 from qmm.children import PerProcess, process
 from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
-from qmm.graph import Plan, Step, queue_sequence
 from qmm.host import HostProducts, cpu
 from qmm.in_flight import InFlight
 from qmm.loaders.closing import Resource
 from qmm.memory.machine import Choice, choose
 from qmm.memory.placement import Weights
 from qmm.model import Model, Tensor, open_model
+from qmm.plan import Plan
+from qmm.sequence import Step, queue_sequence
 from qmm.tracing import outside, untraced, watched
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Engine(Resource):
         DeviceError: the device cannot be used, or contradicts the placement.
         RegistrationError: CUDA refuses to register the mapping.
         TensorNotFoundError: one of ``tensors`` is not in the model.
+        GGUFError: ``model`` is neither a model nor the path of one, or its file is damaged.
         ClosedError: the model was closed.
     """
 
@@ -202,7 +204,7 @@ class Engine(Resource):
     @untraced
     def matmul_each(
         self,
-        tensors: Iterable[str | Tensor],
+        tensors: str | Tensor | Iterable[str | Tensor],
         x: Any,
         outs: Sequence[Any] | None = None,
         stream: Any = None,
@@ -214,7 +216,7 @@ class Engine(Resource):
         ``x`` is quantized once for all tensors that need the same form; results are those of :meth:`matmul`.
 
         Args:
-            tensors: their names, or tensors of this engine's model.
+            tensors: their names, or tensors of this engine's model; a single one is a list of one.
             x: as for :meth:`matmul`.
             outs: one for each tensor, as for :meth:`matmul`; none of them shares memory with ``x``.
             stream: as for :meth:`matmul`.
@@ -230,6 +232,8 @@ class Engine(Resource):
         if watched():
             each: list[Any] = outside(Engine.matmul_each)(self, tensors, x, outs, stream, activations=activations)
             return each
+        if isinstance(tensors, str | Tensor):
+            tensors = [tensors]
         named = [self._tensor(tensor) for tensor in tensors]
         results = [None] * len(named) if outs is None else list(outs)
         if len(results) != len(named):

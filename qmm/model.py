@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from qmm.errors import ClosedError, CopyError, MappingError, TensorNotFoundError, UnsupportedTypeError
+from qmm.errors import ClosedError, CopyError, GGUFError, MappingError, TensorNotFoundError, UnsupportedTypeError
 from qmm.kernels.formats import FORMATS, Format
 from qmm.loaders.closing import Closing
 from qmm.loaders.files import KnownFile
@@ -34,12 +34,17 @@ def open_model(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Mod
     Raises:
         FileMissingError: there is no such file. It is a GGUFError and a FileNotFoundError.
         FileAccessError: it cannot be opened for another reason. It is a GGUFError and an OSError.
-        GGUFError: the file is damaged, cut short, big endian or of an unknown version.
+        GGUFError: ``path`` is no path, or the file is damaged, cut short, big endian or of an unknown version.
         MappingError: it cannot be mapped.
     """
     if watched():
         model: Model = outside(open_model)(path)
         return model
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise GGUFError(
+            f"a model is opened by its path, a str, bytes or os.PathLike, not by {path!r}; qmm.Engine also takes an "
+            "open model"
+        )
     index, files = read_model(path)
     model = Model(index)
     del files  # open until here, so that the files mapped are the files read, even if they were renamed

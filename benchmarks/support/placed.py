@@ -24,9 +24,10 @@ from benchmarks.support import ggml_gpu, peaks
 from benchmarks.support.rounds import Side
 from qmm import direct
 from qmm.arrays import View
-from qmm.graph import Step, queue_sequence, replay
+from qmm.graph import replay
 from qmm.kernels.formats import FORMATS
 from qmm.kernels.ops.op import WeightLayout
+from qmm.sequence import Step, queue_sequence
 
 if TYPE_CHECKING:
     from qmm.device import Device

@@ -16,13 +16,13 @@ from qmm.kernels.lang.ptx.barrier import fence_mbarrier_init, mbarrier_arrive, m
 from qmm.kernels.lang.ptx.global_memory import store_global_run, store_global_run_part
 from qmm.kernels.lang.ptx.grid import cta_count, cta_index, lane_index, shared_memory, thread_index
 from qmm.kernels.lang.specialize import unroll
-from qmm.kernels.ops.matvec.choose import dequantization_tiling
+from qmm.kernels.ops.layout import ROOMY_RUNS, WARPS
 from qmm.kernels.ops.op import Architecture, At, LaunchSpec, WeightLayout, Work, alignment_of
 from qmm.kernels.ops.pipeline import following, prepare, produce
 from qmm.kernels.ops.tiling import EMPTY, PipelineConstants, Tiling
 from qmm.kernels.runtime.kernel import Kernel
 
-__all__ = ["dequantize", "dequantize_kernel", "plan"]
+__all__ = ["dequantization_tiling", "dequantize", "dequantize_kernel", "plan"]
 
 c = PipelineConstants.placeholder()
 
@@ -76,6 +76,17 @@ def dequantize(weights, row_nbytes, m, blocks, chunks, k, out):
                 full = barriers
                 stage = ring
                 parity ^= 1
+
+
+@functools.lru_cache(maxsize=4096)
+def dequantization_tiling(block_format: Format, alignment: int, architecture: Architecture) -> Tiling:
+    """The tiling of the dequantization: as many warps as have registers and leave room for two stages."""
+    warps = WARPS if block_format.runs <= ROOMY_RUNS else WARPS // 2
+    least = Tiling.of(block_format, alignment, 0)
+    while warps > 4 and least.shared_nbytes(0) > architecture.shared_nbytes:
+        warps //= 2
+        least = Tiling.of(block_format, alignment, 0, warps=warps)
+    return Tiling.of(block_format, alignment, least.ring_within(architecture.shared_nbytes, 0), warps=warps)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The layout of quantized activations, which one kernel writes and products read.
+"""The layout of quantized activations on the GPU, which one kernel writes and products read.
 
 Plain numbers, for the kernels as compile-time constants and for the planners. Nothing here imports Numba.
 """

@@ -34,6 +34,7 @@ BASES = ("weights", "x", "y", "workspace", "zeros")
 """The bases of addresses: a tensor's first byte, the first element of the activations and of the results, the call's
 workspace, and device memory that is zero."""
 WORKSPACE_ALIGNMENT = 256
+MOST_CTAS = (1 << 31) - 1
 CTAS_PER_SM = 4
 """CTAs of 16 warps that fill the 64 warps of an SM."""
 DTYPES = ("float32", "float16", "bfloat16")
@@ -81,6 +82,9 @@ class LaunchSpec:
         arguments: a value or an address for each parameter of the kernel, by name.
         shared_nbytes: dynamic shared memory of a CTA.
         early: whether it may start before its predecessor ends (programmatic dependent launch).
+
+    Raises:
+        ValueError: there are no CTAs or too many, or an address has none of BASES.
     """
 
     kernel: Kernel
@@ -88,6 +92,13 @@ class LaunchSpec:
     arguments: Mapping[str, int | At]
     shared_nbytes: int = 0
     early: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.ctas <= MOST_CTAS:
+            raise ValueError(f"{self.kernel.name}: ctas = {self.ctas}; a launch has 1 to {MOST_CTAS}")
+        for name, value in self.arguments.items():
+            if isinstance(value, At) and value.base not in BASES:
+                raise ValueError(f"{self.kernel.name}: {name} = {value}; the base is one of {', '.join(BASES)}")
 
     @classmethod
     def of(
@@ -97,6 +108,7 @@ class LaunchSpec:
 
         Raises:
             TypeError: arguments are missing or unknown; the message names them.
+            ValueError: as the constructor.
         """
         kernel.check(arguments)
         return cls(kernel, ctas, arguments, shared_nbytes, early)

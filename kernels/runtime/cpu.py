@@ -43,11 +43,11 @@ class CPUKernel:
     Attributes:
         name: for messages and for the cache.
         parameters: their names, in the order that its machine code has them.
-        key: what its machine code depends on, apart from the source of this package; None if it is not cached.
+        key: what its machine code depends on, apart from the source of this package.
     """
 
     def __init__(
-        self, name: str, parameters: tuple[str, ...], compiled: Callable[[], Code], key: Mapping[str, Any] | None = None
+        self, name: str, parameters: tuple[str, ...], compiled: Callable[[], Code], key: Mapping[str, Any]
     ) -> None:
         """Args are as the attributes, and ``compiled``, which compiles the kernel."""
         self.name = name
@@ -103,12 +103,12 @@ class CPUKernel:
     def _load(self) -> _Loaded:
         with self._lock.now:
             if self._loaded is None:
-                self._loaded = _Loaded(self._compiled()) if self.key is None else self._cached(self.key)
+                self._loaded = self._cached()
             return self._loaded
 
-    def _cached(self, key: Mapping[str, Any]) -> _Loaded:
+    def _cached(self) -> _Loaded:
         """The kernel from the cache if it is there and can be loaded; else compiled, and kept there."""
-        cached = CachedKernel(self.name, key, host())
+        cached = CachedKernel(self.name, self.key, host())
         code = cached.get()
         if code is not None:
             with suppress(RuntimeError):  # refused for any reason: compile it here

@@ -16,6 +16,9 @@ from qmm.kernels.lang.fields import FieldAccess
 
 __all__ = ["Kernel"]
 
+MOST_THREADS = 1024
+"""Threads of the largest CTA."""
+
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
@@ -28,6 +31,9 @@ class Kernel:
         threads: of a CTA.
         fields: how it reads block fields; None if it reads none. One that does is not compiled without.
         shared: whether launches ask for dynamic shared memory, as much as the device has for a CTA if need be.
+
+    Raises:
+        ValueError: a CTA cannot have so many threads.
     """
 
     name: str
@@ -36,6 +42,13 @@ class Kernel:
     threads: int
     fields: FieldAccess | None = None
     shared: bool = False
+
+    def __post_init__(self) -> None:
+        if not 32 <= self.threads <= MOST_THREADS or self.threads % 32:
+            raise ValueError(
+                f"{self.name}: threads = {self.threads}; a CTA has whole warps, so a multiple of 32 from 32 to "
+                f"{MOST_THREADS}"
+            )
 
     @functools.cached_property
     def parameters(self) -> tuple[str, ...]:

@@ -10,10 +10,10 @@ from fake_driver import Driver
 
 from qmm.device import Device
 from qmm.errors import ClosedError, DeviceError
-from qmm.graph import Step, queue_sequence
 from qmm.kernels.ops.layout import Activations
 from qmm.kernels.ops.matvec.plan import NOTHING, Product, Region
 from qmm.kernels.ops.op import At, LaunchSpec, Operand
+from qmm.sequence import Step, queue_sequence
 
 REGION = Region(34, 7, 32)
 X, Y = Operand.contiguous(1, 32), Operand.contiguous(1, 8)

@@ -326,6 +326,21 @@ def test_an_engine_for_some_tensors_refuses_the_others(model: qmm.Model) -> None
         qmm.Engine(model, "cpu", tensors=["nonesuch"])
 
 
+@pytest.mark.parametrize("given", [None, 3])
+def test_what_is_neither_a_model_nor_a_path_is_refused(given: Any) -> None:
+    for opening in (qmm.open, qmm.Engine):
+        with pytest.raises(qmm.errors.GGUFError, match=rf"opened by its path.*, not by {given}; qmm.Engine also takes"):
+            opening(given)
+
+
+def test_one_tensor_is_a_list_of_one(engine: qmm.Engine) -> None:
+    x = np.ones(96, np.float32)
+    expected = engine.matmul("first", x)
+    for one in ("first", engine.model["first"]):
+        (y,) = engine.matmul_each(one, x)
+        np.testing.assert_array_equal(y, expected)
+
+
 def test_a_closed_engine_says_so(model: qmm.Model) -> None:
     engine = qmm.Engine(model, "cpu")
     engine.close()

@@ -12,11 +12,11 @@ from typing import Any
 import gguf_files
 import numba
 import pytest
-from flat_kernels import flat_kernel
 from numba.cuda.core import config as cuda_config
 
 from qmm.errors import DeviceError
-from qmm.kernels.runtime import compiler
+from qmm.kernels.lang.targets.cpu import CPUTarget
+from qmm.kernels.runtime import build_cpu, compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,15 +65,16 @@ def function(x: int) -> None:
 def test_a_cpu_that_cannot_run_kernels_is_tried_once_and_leaves_a_process_that_compiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    target = CPUTarget()
     with monkeypatch.context() as patch:
         patch.setattr(numba.config, "CPU_NAME", "i686")
         patch.setattr(numba.config, "CPU_FEATURES", "")
         with pytest.raises(DeviceError, match=r"NUMBA_CPU_NAME='i686' and NUMBA_CPU_FEATURES=''.*64-bit"):
-            flat_kernel(function)(3)
+            build_cpu.compiled(function, target)
         patch.setattr(compiler, "CHILD", "sys.exit(0)")
         with pytest.raises(DeviceError, match="i686"):
-            flat_kernel(function)(3)
-    flat_kernel(function)(3)
+            build_cpu.compiled(function, target)
+    assert build_cpu.compiled(function, target).code
 
 
 def test_a_child_that_tries_a_cpu_neither_uses_nor_fills_the_cache(

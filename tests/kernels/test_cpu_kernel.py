@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from children import run_python
-from flat_kernels import flat_kernel
 from llvmlite import binding
 from numba.core import config
 from numba.core.registry import cpu_target
 
 from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.simd import fetch_add
-from qmm.kernels.lang.targets.cpu import CPU, CPUTarget
+from qmm.kernels.lang.targets.cpu import CPUTarget
 from qmm.kernels.runtime import build_cpu, cpu
 from qmm.kernels.runtime.cache import CachedKernel, Code
 from qmm.kernels.runtime.cpu import CPUKernel, host
@@ -38,13 +37,6 @@ c = Factor.placeholder()
 def add(target, count):
     """Adds ``count`` times the factor to the number at ``target``."""
     fetch_add(target, count * c.FACTOR)
-
-
-compiled_fetch_add = CPU.intrinsic(fetch_add)
-
-
-def add_one(target):
-    compiled_fetch_add(target, 1)
 
 
 def kernel_of(factor: int = 3) -> CPUKernel:
@@ -101,23 +93,23 @@ def test_an_exception_of_a_kernel_is_an_error() -> None:
         if number < 0:
             raise ValueError("negative")
 
-    kernel = flat_kernel(refuse)
+    kernel = CPUKernel.of("refuse", refuse, Constants())
     kernel(1)
     with pytest.raises(RuntimeError, match="refuse raised an exception"):
         kernel(-1)
 
 
-def test_threads_that_call_a_kernel_first_compile_it_once(compilations: list[str]) -> None:
-    kernel, number, all_there = flat_kernel(add_one), np.zeros(1, np.int64), threading.Barrier(4)
+def test_threads_that_call_a_kernel_first_compile_it_once(folder: Path, compilations: list[str]) -> None:
+    kernel, number, all_there = kernel_of(), np.zeros(1, np.int64), threading.Barrier(4)
 
     def call() -> None:
         all_there.wait()
-        kernel(number.ctypes.data)
+        kernel(number.ctypes.data, 1)
 
     with ThreadPoolExecutor(4) as threads:
         for future in [threads.submit(call) for _ in range(4)]:
             future.result()
-    assert (compilations, number[0]) == (["add_one"], 4)
+    assert (compilations, number[0]) == (["add"], 4 * 3)
 
 
 # The cache ------------------------------------------------------------------------------------------------------------
@@ -165,7 +157,6 @@ CALLS_NOTHING = object_code(
 )
 def test_code_that_cannot_be_loaded_is_replaced(code: Code, folder: Path, compilations: list[str]) -> None:
     kernel = kernel_of()
-    assert kernel.key is not None
     CachedKernel(kernel.name, kernel.key, host()).put(code)
     assert [result_of(kernel), result_of(kernel_of())] == [6, 6]
     assert compilations == ["add"]

@@ -16,7 +16,6 @@ from gguf_files import random_blocks, small_blocks
 
 from qmm import direct
 from qmm.arrays import View
-from qmm.graph import Step, queue_sequence
 from qmm.kernels.formats import FORMATS
 from qmm.kernels.lang.targets.emulator import EmulatorError, Region, Settings
 from qmm.kernels.ops.layout import WARPS
@@ -25,6 +24,7 @@ from qmm.kernels.ops.matvec.plan import NEXT_OF_L2, NOTHING, Product, plan
 from qmm.kernels.ops.op import Architecture, WeightLayout
 from qmm.kernels.ops.read import plan_checksum
 from qmm.kernels.ops.tiling import Tiling
+from qmm.sequence import Step, queue_sequence
 
 
 def test_aligned_rows_are_read_exactly_once() -> None:

@@ -16,7 +16,7 @@ from qmm.cuda import CudaCallError
 from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.fields import FieldAccess, load16
 from qmm.kernels.ops.matvec.naive import naive
-from qmm.kernels.ops.op import LaunchSpec, alignment_of
+from qmm.kernels.ops.op import At, LaunchSpec, alignment_of
 from qmm.kernels.runtime import build
 from qmm.kernels.runtime.kernel import Kernel
 from qmm.kernels.runtime.launch import Launch, load
@@ -229,3 +229,18 @@ def test_a_kernel_that_loads_fields_says_from_where() -> None:
     with pytest.raises(ValueError, match=r'mine: load16 .* no FieldAccess: .*\(n, "global"\).*\(n, "shared"\)'):
         build.function_of(kernel)
     build.function_of(dataclasses.replace(kernel, fields=FieldAccess(2, "global")))
+
+
+def test_what_no_gpu_launches_is_refused_by_name() -> None:
+    def nothing(x):
+        """A kernel that does nothing."""
+
+    for threads in (-32, 0, 100, 1056):
+        with pytest.raises(ValueError, match=rf"nothing: threads = {threads}; .*multiple of 32 from 32 to 1024"):
+            Kernel("nothing", nothing, Constants(), threads)
+    kernel = Kernel("nothing", nothing, Constants(), 1024)
+    for ctas in (-1, 0, 1 << 31):
+        with pytest.raises(ValueError, match=rf"nothing: ctas = {ctas}; a launch has 1 to 2147483647"):
+            LaunchSpec.of(kernel, ctas, x=0)
+    with pytest.raises(ValueError, match=r"nothing: x = At\(base='weight', offset=0\); the base is one of weights"):
+        LaunchSpec.of(kernel, 1, x=At("weight"))

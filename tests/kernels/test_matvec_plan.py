@@ -18,8 +18,9 @@ from ptx_kernels import AMPERE, HOPPER, MACHINES
 
 from qmm.kernels.formats import FORMATS, Format
 from qmm.kernels.formats.format import Format as AnyFormat
+from qmm.kernels.ops.dequantize import dequantization_tiling
 from qmm.kernels.ops.layout import COLUMN_TILES, ZERO_NBYTES, Activations, scale_blocks_of
-from qmm.kernels.ops.matvec.choose import choose, dequantization_tiling, rule
+from qmm.kernels.ops.matvec.choose import choose, rule
 from qmm.kernels.ops.matvec.config import Case, Schedule, legal
 from qmm.kernels.ops.matvec.plan import NOTHING, Product, plan
 from qmm.kernels.ops.op import Architecture, At, Operand, Slab, WeightLayout

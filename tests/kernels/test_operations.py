@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 from arithmetic_kernels import FEW, MANY, ROWS_OF_EIGHT, ROWS_OF_FOUR, SIGNED, SIXTEEN
 from cpu_operation_kernels import CPU_CASES, CPUCase
-from flat_kernels import flat_kernel
 from numba.core import errors
 from numba.cuda import types
 from operation_cases import CASES, Case
@@ -41,10 +40,10 @@ from qmm.kernels.lang.ptx.warp import shuffle_xor_add
 from qmm.kernels.lang.simd import sum_floats
 from qmm.kernels.lang.specialize import specialize
 from qmm.kernels.lang.tables import table
-from qmm.kernels.lang.targets.cpu import CPU
 from qmm.kernels.lang.targets.cuda import CUDATarget
 from qmm.kernels.lang.targets.emulator import EmulatorError, EmulatorTarget
 from qmm.kernels.runtime.cache import key_of
+from qmm.kernels.runtime.cpu import CPUKernel
 from qmm.kernels.runtime.kernel import Kernel
 from qmm.kernels.runtime.launch import ptx
 
@@ -142,7 +141,7 @@ def test_arguments_and_results_have_the_declared_types(name: str) -> None:
 def test_the_cpu_makes_what_python_makes(name: str) -> None:
     case = CPU_CASES[name]
     results = []
-    compiled_kernel = flat_kernel(specialize(case.function, Constants(), CPU))
+    compiled_kernel = CPUKernel.of(name, case.function, Constants())
     for kernel in (specialize(case.function, Constants(), TypedEmulator()), compiled_kernel):
         results.append(np.zeros(case.target_nbytes, np.uint8))
         with np.errstate(all="ignore"):

@@ -25,9 +25,9 @@ from qmm.kernels.lang.ptx.global_memory import load_global_run, store_global_flo
 from qmm.kernels.lang.ptx.grid import cta_index, thread_index
 from qmm.kernels.lang.targets.emulator import EmulatorError, Memory, Region, Settings, emulate
 from qmm.kernels.ops.cpu import products
-from qmm.kernels.ops.dequantize import dequantize_kernel
+from qmm.kernels.ops.dequantize import dequantization_tiling, dequantize_kernel
 from qmm.kernels.ops.matvec import naive
-from qmm.kernels.ops.matvec.choose import choose, dequantization_tiling
+from qmm.kernels.ops.matvec.choose import choose
 from qmm.kernels.ops.matvec.config import Case
 from qmm.kernels.ops.matvec.constants import matvec_kernel
 from qmm.kernels.ops.op import WeightLayout

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qmm.kernels.formats import FORMATS, Format
 from qmm.kernels.lang.targets.emulator import Settings
-from qmm.kernels.ops.matvec.choose import dequantization_tiling
+from qmm.kernels.ops.dequantize import dequantization_tiling
 from qmm.kernels.ops.matvec.config import Config, Schedule
 from qmm.kernels.ops.op import ITEM_NBYTES, Architecture, alignment_of
 from qmm.kernels.ops.tiling import Tiling

@@ -1,4 +1,4 @@
-"""A GPU whose memory and launches are the emulator's: what :mod:`qmm.direct` and :mod:`qmm.graph` take for a device."""
+"""A GPU whose memory and launches are the emulator's, for :mod:`qmm.direct` and :mod:`qmm.sequence`."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from qmm import direct
 from qmm.arrays import View
 from qmm.kernels.formats import FORMATS, Format
 from qmm.kernels.lang.targets.emulator import Memory, Region, Settings
-from qmm.kernels.ops.matvec.choose import choose, dequantization_tiling
+from qmm.kernels.ops.dequantize import dequantization_tiling
+from qmm.kernels.ops.matvec.choose import choose
 from qmm.kernels.ops.matvec.config import Config, Schedule
 from qmm.kernels.ops.matvec.plan import case_of, scheduled
 from qmm.kernels.ops.op import ITEM_NBYTES, Architecture, WeightLayout, alignment_of

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmm.kernels.formats import FORMATS
-from qmm.kernels.ops.dequantize import dequantize_kernel
-from qmm.kernels.ops.matvec.choose import choose, dequantization_tiling
+from qmm.kernels.ops.dequantize import dequantization_tiling, dequantize_kernel
+from qmm.kernels.ops.matvec.choose import choose
 from qmm.kernels.ops.matvec.config import Case
 from qmm.kernels.ops.matvec.constants import matvec_kernel
 from qmm.kernels.ops.matvec.naive import naive_kernel

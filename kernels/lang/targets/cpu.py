@@ -15,7 +15,7 @@ from qmm.kernels.lang.fields import DEFAULT_FIELDS
 from qmm.kernels.lang.intrinsics import Intrinsics, Toolkit
 from qmm.kernels.lang.operation import Operation
 
-__all__ = ["CPU", "CPUTarget"]
+__all__ = ["CPUTarget"]
 
 INTRINSICS = Intrinsics(
     "cpu",
@@ -59,6 +59,3 @@ class CPUTarget:
     def device_function(self, function: Callable[..., Any]) -> Any:
         """A function that only kernels call."""
         return numba.njit(**self._options)(function)
-
-
-CPU = CPUTarget()

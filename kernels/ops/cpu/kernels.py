@@ -31,7 +31,7 @@ from qmm.kernels.lang.simd import (
     zero_partial,
 )
 from qmm.kernels.lang.specialize import registers, unroll
-from qmm.kernels.ops.cpu.layout import Q_OFFSET, RUN_Q_NBYTES, SCALE_BLOCK_NBYTES, SUMS_OFFSET
+from qmm.kernels.ops.cpu.scale_block import Q_OFFSET, RUN_Q_NBYTES, SCALE_BLOCK_NBYTES, SUMS_OFFSET
 
 __all__ = ["ProductConstants", "dequantize_rows", "product_rows"]
 

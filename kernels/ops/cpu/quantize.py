@@ -32,7 +32,7 @@ from qmm.kernels.lang.simd import (
     store_rounded,
     zero_floats,
 )
-from qmm.kernels.ops.cpu.layout import (
+from qmm.kernels.ops.cpu.scale_block import (
     Q_OFFSET,
     RUN_Q_NBYTES,
     SCALE_BLOCK,
@@ -146,8 +146,8 @@ class CPUActivations:
 
     @property
     def values(self) -> np.ndarray[Any, Any]:
-        """``(n, k / 32)`` scale blocks (:mod:`qmm.kernels.ops.cpu.layout`), or float32 of ``k`` values and zeros up to
-        a multiple of 16."""
+        """``(n, k / 32)`` scale blocks (:mod:`qmm.kernels.ops.cpu.scale_block`), or float32 of ``k`` values and zeros
+        up to a multiple of 16."""
         return self._memory[: self.n * self.pitch].view(ScaleBlock if self.int8 else np.float32).reshape(self.n, -1)
 
     @property

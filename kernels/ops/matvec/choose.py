@@ -8,13 +8,13 @@ from typing import Any, Final
 import numpy as np
 
 from qmm.kernels.formats import Format
-from qmm.kernels.ops.layout import COLUMN_TILES, ROOMY_RUNS, WARPS
+from qmm.kernels.ops.layout import COLUMN_TILES
 from qmm.kernels.ops.matvec.config import Case, Config, Schedule, legal
 from qmm.kernels.ops.op import Architecture
 from qmm.kernels.ops.tiling import LINE_NBYTES, RING_NBYTES, SECTOR_NBYTES, Tiling
 from qmm.kernels.tuning import Key, tuning_for
 
-__all__ = ["choose", "dequantization_tiling", "rule"]
+__all__ = ["choose", "rule"]
 
 TWO_UNIT_STAGE_NBYTES: Final = 42 << 10
 """The largest stage in which a warp takes two units (n = 1: Q5_K, 4096x14336, with stages of 46,080 bytes 17.1 us, with
@@ -231,17 +231,6 @@ class _Fit:
         ):
             row_warps *= 2
         return row_warps
-
-
-@functools.lru_cache(maxsize=4096)
-def dequantization_tiling(block_format: Format, alignment: int, architecture: Architecture) -> Tiling:
-    """The tiling of the dequantization: as many warps as have registers and leave room for two stages."""
-    warps = WARPS if block_format.runs <= ROOMY_RUNS else WARPS // 2
-    least = Tiling.of(block_format, alignment, 0)
-    while warps > 4 and least.shared_nbytes(0) > architecture.shared_nbytes:
-        warps //= 2
-        least = Tiling.of(block_format, alignment, 0, warps=warps)
-    return Tiling.of(block_format, alignment, least.ring_within(architecture.shared_nbytes, 0), warps=warps)
 
 
 @functools.cache

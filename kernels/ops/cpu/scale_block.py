@@ -1,4 +1,4 @@
-"""The layout of quantized activations on the CPU.
+"""A scale block of quantized activations on the CPU: where its scale, sums and values lie.
 
 Each 32 values of a row are a scale block: their scale, the sums of the two runs, and the 32 ``q``, contiguous, so that
 a product follows one address a column. ``q`` are int16, although their values fit int8: the multiply-add of pairs takes

@@ -1,0 +1,121 @@
+"""Plans: sequences of products that are captured into a CUDA graph and replayed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from qmm.arrays import stream_handle
+from qmm.device import Device
+from qmm.errors import ClosedError
+from qmm.graph import capture
+from qmm.loaders.closing import Resource
+from qmm.sequence import Step, queue_sequence
+from qmm.tracing import outside, untraced, watched
+
+__all__ = ["Plan"]
+
+
+class Plan(Resource):
+    """Products in a fixed order, captured into one CUDA graph: what :meth:`qmm.Engine.plan` returns; a context manager.
+
+    Calling it queues them all: the arrays are read and written in place, in the state that they are in then. A product
+    may read what one before it wrote. Products that follow each other with the same ``x`` quantize it once. While one
+    ends, the beginning of the next one's weights is prefetched to the GPU's L2 cache (from sm_90 on, and not from
+    mapped memory). The plan keeps the arrays alive, and the engine closes it when it is closed.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        steps: Sequence[Step],
+        length: int,
+        checks: Sequence[Callable[[], None]],
+        stream_of: Callable[[], int],
+        kept: list[Any],
+        name: str,
+    ) -> None:
+        """Capture a sequence.
+
+        Args:
+            device: where it runs.
+            steps: its products, without empty ones.
+            length: the number of products that the user passed.
+            checks: functions that raise if the weights must not be read any more.
+            stream_of: the stream that the library of the first ``x`` uses now.
+            kept: the arrays, to keep them alive.
+            name: of the model, for messages.
+        """
+        self._closed = True  # until there is something to close
+        self._device, self._length, self._checks, self._name = device, length, list(checks), name
+        self._stream_of: Callable[[], int] | None = stream_of
+        self._kept = kept
+        # Its own workspace: engine.matmul may use the engine's on the same stream, between or during replays.
+        nbytes = max((step.product.workspace_nbytes for step in steps), default=0)
+        with ExitStack() as held:
+            workspace = held.enter_context(device.temporary_buffer(nbytes, "a plan's workspace")) if nbytes else 0
+            with device.temporary_stream() as stream:  # not the engine's: it would capture other threads' work
+                work = functools.partial(queue_sequence, device, steps, stream, workspace)
+                self._graph = held.enter_context(capture(device, work, stream))
+            held.callback(self._let_go)
+            held.callback(device.drain)
+            self._held = held.pop_all()  # what close() releases, the last one first
+        self._closed = False
+
+    def __len__(self) -> int:
+        """How many products it has."""
+        return self._length
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, by itself or with its engine; or this is a forked child."""
+        return self._closed or self._device.forked
+
+    @untraced
+    def __call__(self, stream: Any = None) -> None:
+        """Queue all products.
+
+        Args:
+            stream: where: a stream of CuPy, PyTorch, Numba or cuda.core, or a handle. Without one, the stream that the
+                library of the first ``x`` uses now. Replays do not overlap each other, whatever their streams.
+
+        Raises:
+            ClosedError: the plan or its engine was closed.
+            MappingError: the file changed since it was mapped.
+            DeviceError: CUDA failed.
+        """
+        if watched():
+            outside(Plan.__call__)(self, stream)
+            return
+        if self.closed:
+            raise ClosedError(f"{self._name}: the plan was closed, or its engine was. Create another one.")
+        for check in self._checks:
+            check()
+        if stream is None:
+            stream_of = self._stream_of  # None if another thread closes the plan: the graph then raises
+            stream = stream_of() if stream_of is not None else 0
+        self._graph.launch(stream_handle(stream))
+
+    def close(self) -> None:
+        """Wait for the device, and release the graph and the arrays. Closing twice is harmless; if KeyboardInterrupt
+        ends it, call it again.
+
+        Raises:
+            DeviceError: work that was still queued failed.
+        """
+        if not self._device.forked and hasattr(self, "_held"):
+            self._closed = True
+            self._held.close()
+
+    def _let_go(self) -> None:
+        """Drop the arrays, once the device is done: their libraries reuse the memory."""
+        self._kept.clear()
+        self._stream_of = None
+
+    def _why_not_copied(self) -> str:
+        return "copied or pickled: it reads and writes particular arrays. Create another: engine.plan(...)"
+
+    def __repr__(self) -> str:
+        return f"<Plan of {self._length} products on cuda:{self._device.number}{' (closed)' if self._closed else ''}>"
