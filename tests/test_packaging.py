@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,10 @@ def test_wheel_imports_from_elsewhere_and_leaks_no_rooms(wheel: Path, tmp_path: 
         "leaked = [util.find_spec(name) for name in ('kernels', 'loaders')];"
         f"assert not any(s and {str(ROOT)!r} in str(s.origin) for s in leaked), leaked"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it may name the tree
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=elsewhere, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

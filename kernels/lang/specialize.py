@@ -69,6 +69,7 @@ def unroll(count: Iterable[int] | int) -> Iterable[int]:
 def registers(count: int, value: Any) -> list[Any]:
     """``count`` variables that start as ``value``; a list in plain Python.
 
+    ``value`` is a number or the like: compiled, it is evaluated once for each of them, in plain Python once for all.
     Their indices must be known when a kernel is compiled. Helpers to which they are passed are inlined: such a call is
     a statement, or the whole right side of an assignment, and the helper returns at its end only.
     """
