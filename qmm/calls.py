@@ -149,7 +149,7 @@ class Calls:
 
 
 def _signature(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:
-    """The array's stream; or an error that says why there is none."""
+    """The array's address, and all else that plans depend on; or an error that says why there is no address."""
     try:
         return kind.signature(array)
     except Exception:  # each library's own error, for an array that has no address

@@ -108,7 +108,6 @@ class Engine(Resource):
         self.explanation = choice.why
         self._process = process.now
         self._in_flight = PerProcess(functools.partial(InFlight, self._was_closed))
-        self._checks: dict[Path, Callable[[], None]] = {}
         self._plans: weakref.WeakSet[Plan] = weakref.WeakSet()
         self.gpu: Device | None = None
         self._closing = threading.RLock()
@@ -181,7 +180,7 @@ class Engine(Resource):
         if watched():
             return outside(Engine.matmul)(self, tensor, x, out, stream, activations=activations)
         tensor = self._tensor(tensor)
-        mode = activations or self.activations
+        mode = self.activations if activations is None else activations
         kind = KINDS[type(x)]
         if self.gpu is not None and kind.on_gpu:
             call, x_address, y_address = self._calls.find(tensor, mode, kind, x, out)
@@ -238,7 +237,7 @@ class Engine(Resource):
         results = [None] * len(named) if outs is None else list(outs)
         if len(results) != len(named):
             raise ArrayError(f"{self.model.path}: {len(named)} products, but {len(results)} outs; pass one for each")
-        mode, kind = activations or self.activations, KINDS[type(x)]
+        mode, kind = self.activations if activations is None else activations, KINDS[type(x)]
         if self.gpu is not None and kind.on_gpu and named:
             calls = [self._calls.find(tensor, mode, kind, x, out) for tensor, out in zip(named, results, strict=True)]
             if calls[0][0] is not None:
@@ -289,7 +288,7 @@ class Engine(Resource):
         if watched():
             plan: Plan = outside(Engine.plan)(self, products, activations=activations)
             return plan
-        mode = activations or self.activations
+        mode = self.activations if activations is None else activations
         listed = list(products)
         if self.gpu is None:
             raise DeviceError(f"a plan is a CUDA graph, but this engine works {self.explanation}")
@@ -431,9 +430,12 @@ class Engine(Resource):
         if isinstance(tensor, Tensor):
             if tensor.model is not self.model:
                 raise ArrayError(
-                    f"tensor {tensor.name!r} is of {tensor.model.path}; this engine is for {self.model.path}"
+                    f"tensor {tensor.name!r} is of another open model, of {tensor.model.path}; this engine is for "
+                    f"{self.model.path}. Pass the tensor's name to use this engine's."
                 )
             return tensor
+        if not isinstance(tensor, str):
+            raise ArrayError(f"{self.model.path}: a tensor is its name or a qmm.Tensor, not {tensor!r}")
         return self.model[tensor]
 
 

@@ -111,7 +111,7 @@ def replay(device: Device, work: Callable[[], object], stream: int, batch: int =
 def time_ms(device: Device, work: Callable[[], object], stream: int, repeats: int, batch: int = 8) -> list[float]:
     """Milliseconds of device time that ``work()`` takes.
 
-    Replays of a graph are timed, so Python's time between launches, about 0.1 ms a product, is not included.
+    Replays of a graph are timed, so Python's time between launches is not included.
 
     Args:
         device: where.

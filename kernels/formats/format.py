@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
+import numpy as np
+
 from qmm.kernels.lang.constants import Constants
 
 __all__ = ["Format", "FormatConstants"]
+
+RANDOM_BLOCKS = 8
+"""How many of them :meth:`Format.check` tries."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +111,16 @@ class Format:
             raise ValueError(f"{self.name}: run_minima says how the runs of pairs differ, but pairs is False")
 
     def check(self) -> None:
-        """Check what the format's functions do with one block of zeros; for the tests of a format.
+        """Check what the format's functions do with a block of zeros and with random ones; for the tests of a format.
 
         Each lane's ``load`` and ``unpack`` are run in the emulator.
 
         Raises:
-            ValueError: ``unpack`` gives another number of runs than ``runs``, or ``position`` does not give each run of
-                the block once, pairs side by side.
-            EmulatorError: ``load`` reads bytes outside the block, or at a multiple of less than ``alignment``.
+            ValueError: ``unpack`` gives another number of runs than ``runs``, something else than ``(q, scale,
+                minimum)``, or a minimum without ``has_minimum``; or ``position`` does not give each run of the block
+                once, pairs side by side.
+            EmulatorError: ``load`` reads bytes outside the block, or at a multiple of less than ``alignment``; or the
+                index into a table is past its end.
         """
         from qmm.kernels.lang.fields import FieldAccess
         from qmm.kernels.lang.ptx.grid import thread_index
@@ -132,15 +139,29 @@ class Format:
             if thread_index() == 0:  # one after the other, since a block may have more lanes than a CTA
                 for lane in range(self.lanes):
                     for name in ("unpack", "unpack_product"):
-                        unpack = getattr(self, name)
-                        runs = len(unpack(lane, *self.load(block, lane))) if unpack else self.runs
-                        if runs != self.runs:
-                            raise ValueError(f"{self.name}: {name} of lane {lane} gives {runs} runs, not {self.runs}")
+                        if (unpack := getattr(self, name)) is not None:
+                            runs = unpack(lane, *self.load(block, lane))
+                            self._check_runs(f"{self.name}: {name} of lane {lane}", runs)
 
-        memory = Memory()
-        block = memory.add(f"a block of {self.name}", bytes(self.block_nbytes), constant=True, shift=self.alignment)
+        memory, random = Memory(), np.random.default_rng(0)
         fields = FieldAccess(self.alignment, "global")
-        launch(visit, {"block": block.start}, memory=memory, grid=1, threads=32, fields=fields)
+        for content in (bytes(self.block_nbytes), *(random.bytes(self.block_nbytes) for _ in range(RANDOM_BLOCKS))):
+            block = memory.add(f"a block of {self.name}", content, constant=True, shift=self.alignment)
+            launch(visit, {"block": block.start}, memory=memory, grid=1, threads=32, fields=fields)
+
+    def _check_runs(self, what: str, runs: Any) -> None:
+        if len(runs) != self.runs:
+            raise ValueError(f"{what} gives {len(runs)} runs, not {self.runs}")
+        for run in runs:
+            if not isinstance(run, tuple) or len(run) != 3:
+                raise ValueError(f"{what} gives {run!r}, not (q, scale, minimum)")
+            q, _, minimum = run
+            found = getattr(q, "dtype", type(q).__name__), getattr(q, "shape", ())
+            wanted = (np.dtype(np.float32), (16,)) if self.plain else (np.dtype(np.uint32), (4,))
+            if found != wanted:
+                raise ValueError(f"{what} gives q as {found[0]} {found[1]}, not {wanted[0]} {wanted[1]}")
+            if not self.has_minimum and minimum != 0:
+                raise ValueError(f"{what} gives the minimum {minimum}, but has_minimum is False")
 
     def constants(self, product: bool = False) -> FormatConstants:
         """The compile-time constants of the format, for products or for other kernels."""

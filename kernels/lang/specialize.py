@@ -38,10 +38,13 @@ import numpy as np
 from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.folding import Folding, SingleFloats, acts, copied, outcome, read_name, truth
 from qmm.kernels.lang.masks import mask
+from qmm.kernels.lang.operation import Operation
 
 __all__ = ["Target", "registers", "specialize", "unroll"]
 
 Literal = (bool, int, float, str)
+Inside = (ast.Lambda, ast.FunctionDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+"""What has variables of its own."""
 COMPILERS_OWN = ("math", "numba", "numpy", "operator")
 """Modules whose functions compilers know, so that their names stay as they are."""
 _serial = itertools.count()
@@ -100,6 +103,7 @@ class _Specializer:
         self.constants = constants
         self.target = target
         self.compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self.open: list[Callable[..., Any]] = []
 
     def flatten(self, function: Callable[..., Any]) -> Callable[..., Any]:
         scope = _Scope(self.constants, self.target.absent_masks)
@@ -118,7 +122,9 @@ class _Specializer:
             single += "_"
         SingleFloats(single).visit(tree)
         source = ast.unparse(ast.fix_missing_locations(tree))
+        self.open.append(function)
         namespace = {name: self.bind(value) for name, value in scope.used.items()}
+        self.open.pop()
         namespace[single] = np.float32
         filename = f"<qmm {function.__module__}.{function.__name__} #{next(_serial)}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
@@ -139,6 +145,10 @@ class _Specializer:
             return intrinsic
         if isinstance(value, types.FunctionType):
             if value not in self.compiled:
+                if value in self.open:
+                    code = value.__code__
+                    place = f"{code.co_filename}, line {code.co_firstlineno}, in {value.__name__}"
+                    raise SyntaxError(f"{place}: it calls itself, which a compiled kernel cannot")
                 self.compiled[value] = self.target.device_function(self.flatten(value))
             return self.compiled[value]
         return value
@@ -203,7 +213,7 @@ class _Source:
 
         def written(value: Any) -> ast.expr:
             literal = isinstance(value, (*Literal, types.NoneType))
-            return ast.Constant(value) if literal else ast.Name(scope.name_of("default", value), ast.Load())
+            return ast.Constant(_literal(value)) if literal else ast.Name(scope.name_of("default", value), ast.Load())
 
         own = self.function.__kwdefaults__ or {}
         definition.args.defaults = [written(value) for value in self.function.__defaults__ or ()]
@@ -264,7 +274,7 @@ class _Flatten(Folding, ast.NodeTransformer):
         self.active: tuple[Callable[..., Any], ...] = (source.function,)
         for name, value in source.visible.items():
             if name not in names and isinstance(value, Literal):
-                self.literals[name] = value
+                self.literals[name] = _literal(value)
 
     # Statements -------------------------------------------------------------------------------------------------------
 
@@ -415,6 +425,10 @@ class _Flatten(Folding, ast.NodeTransformer):
     def refuse(self, node: ast.AST, found: bool, what: str) -> None:
         self.source.refuse(node, found, what)
 
+    def visit(self, node: ast.AST) -> Any:
+        self.refuse(node, isinstance(node, Inside), "a lambda, a comprehension or a def inside a kernel")
+        return super().visit(node)
+
     def called(self, node: ast.expr) -> Any:
         """The function that a call calls, where that is known."""
         return self.known(node.func) if isinstance(node, ast.Call) else None
@@ -467,7 +481,8 @@ class _Flatten(Folding, ast.NodeTransformer):
             value = self.source.visible[name]
             self.refuse(node, isinstance(value, Constants), "a namespace of constants as a whole")
             return ast.Name(self.scope.name_of(name, value), node.ctx)
-        return ast.Name(self.prefix + name if name in self.source.assigned else name, node.ctx)
+        self.refuse(node, name not in self.source.assigned, f"{name}, which is not defined")
+        return ast.Name(self.prefix + name, node.ctx)
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         owner = self.known(node.value)
@@ -479,11 +494,18 @@ class _Flatten(Folding, ast.NodeTransformer):
             return self.generic_visit(node)  # type: ignore[return-value]
         value = self.known(node)
         if isinstance(value, Literal):
-            return ast.Constant(value)
+            return ast.Constant(_literal(value))
         return ast.Name(self.scope.name_of(node.attr, value), node.ctx)
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        if self.called(node) is not mask:
+        called = self.called(node)
+        integer = isinstance(called, type) and issubclass(called, np.integer) and called is not np.int64
+        self.refuse(
+            node, integer, f"{ast.unparse(node.func)}: integers of compiled kernels have 64 bits; use & instead"
+        )
+        if called is not mask:
+            named = isinstance(called, Operation) and bool(node.keywords)
+            self.refuse(node, named, f"{ast.unparse(node)}: operations take arguments by position")
             return self.generic_visit(node)  # type: ignore[return-value]
         plain = not node.keywords and len(node.args) in (2, 3) and isinstance(node.args[0], ast.Constant)
         self.refuse(node, not plain, "a mask without a name of its own, or with keywords")
@@ -502,6 +524,13 @@ class _Flatten(Folding, ast.NodeTransformer):
         return self.generic_visit(node)  # type: ignore[return-value]
 
 
+def _literal(value: Any) -> Any:
+    """A literal as Python writes it: NumPy's float64 and the members of an IntEnum are written otherwise."""
+    return next((kind(value) for kind in Literal if isinstance(value, kind)), value)
+
+
 def _rounds(count: Any) -> list[Any]:
     """The values of the variable of an unrolled loop."""
-    return [value if isinstance(value, (*Literal, tuple)) else operator.index(value) for value in unroll(count)]
+    return [
+        _literal(value) if isinstance(value, (*Literal, tuple)) else operator.index(value) for value in unroll(count)
+    ]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qmm.errors import EmulatorError
 from qmm.kernels.lang.operation import Operation, operation
 
 __all__ = ["table"]
@@ -54,7 +55,10 @@ def table(values: npt.ArrayLike) -> Operation:
 def _of_bytes(values: npt.NDArray[np.int8]) -> Operation:
     @operation("(Words) -> Words")
     def look_up(indices):
-        return values[indices.view(np.uint8).astype(np.intp) % len(values)].view(np.uint32)
+        places = indices.view(np.uint8)
+        if places.max() >= len(values):
+            raise EmulatorError(f"index {places.max()} into a table of {len(values)} entries: mask it in unpack")
+        return values[places].view(np.uint32)
 
     @look_up.cuda
     def _(e, indices):

@@ -96,7 +96,11 @@ class CPUKernel:
         if not count == len(named) == len(self.parameters) or not self._parameter_set.issuperset(named):
             raise TypeError(f"{self.name} takes {', '.join(self.parameters)}; it was given {count}: {', '.join(named)}")
         loaded = self._loaded or self._load()
-        status = loaded.function(self._pack(*map(named.__getitem__, self.parameters)))
+        try:
+            packed = self._pack(*map(named.__getitem__, self.parameters))
+        except struct.error:
+            raise TypeError(f"{self.name}: arguments are 64-bit integers, but it was given {named}") from None
+        status = loaded.function(packed)
         if status:
             raise RuntimeError(f"{self.name} raised an exception (status {status} of Numba)")
 

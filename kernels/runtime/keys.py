@@ -129,7 +129,9 @@ def _described(value: Any, functions: dict[types.FunctionType, int]) -> Any:
         return _described_operation(value, functions)
     if isinstance(value, Constants):  # what a kernel reads its constants from; their values are described beside it
         return {"namespace": f"{type(value).__module__}:{type(value).__qualname__}"}
-    if isinstance(value, types.ModuleType) and value.__name__ in LIBRARIES:
+    if isinstance(value, types.ModuleType) and (
+        value.__name__ in LIBRARIES or value.__name__.startswith(f"{PACKAGE}.")
+    ):
         return {"module": value.__name__}
     if isinstance(value, type | types.BuiltinFunctionType) and value.__module__ in LIBRARIES:
         return {"function": f"{value.__module__}:{value.__qualname__}"}
@@ -150,7 +152,23 @@ def _described_function(function: types.FunctionType, functions: dict[types.Func
     except (OSError, TypeError) as reason:
         raise _CannotBeDescribedError(f"{name} has no source") from reason
     used = inspect.getclosurevars(function)
-    return {"function": name, "source": source, "uses": _described({**used.globals, **used.nonlocals}, functions)}
+    return {
+        "function": name,
+        "source": source,
+        "defaults": _described([function.__defaults__, function.__kwdefaults__], functions),
+        "uses": _described({**_globals_within(function), **used.globals, **used.nonlocals}, functions),
+    }
+
+
+def _globals_within(function: types.FunctionType) -> dict[str, Any]:
+    """The globals that functions and comprehensions inside a function may use, which ``getclosurevars`` leaves out."""
+    found: dict[str, Any] = {}
+    inside = [code for code in function.__code__.co_consts if isinstance(code, types.CodeType)]
+    while inside:
+        code = inside.pop()
+        inside += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+        found |= {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
+    return found
 
 
 def _described_operation(operation: Operation, functions: dict[types.FunctionType, int]) -> Any:

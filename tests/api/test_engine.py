@@ -297,7 +297,15 @@ def test_unknown_activations_are_refused_with_those_that_there_are(engine: qmm.E
     with pytest.raises(ArrayError, match="int8, f16"):
         engine.matmul("first", np.zeros(96, np.float32), activations="int4")
     with pytest.raises(ArrayError, match="int8, f16"):
+        engine.matmul("first", np.zeros(96, np.float32), activations="")
+    with pytest.raises(ArrayError, match="int8, f16"):
         qmm.Engine(model, "cpu", activations="q8")
+
+
+@pytest.mark.parametrize("tensor", [3, None, ["first"], b"first"])
+def test_what_is_no_name_and_no_tensor_is_refused(engine: qmm.Engine, tensor: Any) -> None:
+    with pytest.raises(ArrayError, match=r"a tensor is its name or a qmm.Tensor, not "):
+        engine.matmul(tensor, np.zeros(96, np.float32))
 
 
 def test_unknown_tensor_suggests_a_near_name(engine: qmm.Engine) -> None:

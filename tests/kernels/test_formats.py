@@ -19,7 +19,16 @@ from gguf_files import random_blocks
 from qmm.errors import EmulatorError
 from qmm.kernels.formats import FORMATS, Format
 from qmm.kernels.lang.fields import load2, load16
-from qmm.kernels.lang.primitives import run_weights
+from qmm.kernels.lang.primitives import half, run_weights
+from qmm.kernels.lang.tables import table
+
+THREE = table([1, 2, 3])
+
+
+def changed_runs(run: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """An ``unpack`` that gives ``run(q, scale)`` for each run of Q8_0."""
+    return lambda lane, d, *q: tuple(run(part, half(d)) for part in q)
+
 
 each_format = pytest.mark.parametrize("block_format", FORMATS.values(), ids=FORMATS)
 
@@ -126,6 +135,9 @@ def test_a_geometry_that_kernels_cannot_have_is_refused(name: str, fields: dict[
         ({"load": lambda block, lane: (load2(block, 0), load16(block, 1), load16(block, 18))}, "multiple of 2"),
         ({"unpack": lambda lane, *registers: ()}, "unpack of lane 0 gives 0 runs, not 2"),
         ({"unpack_product": lambda lane, *registers: (1,)}, "unpack_product of lane 0 gives 1 runs, not 2"),
+        ({"unpack": changed_runs(lambda q, scale: (q, scale))}, r"gives \([^)]*\), .*not \(q, scale, minimum\)"),
+        ({"unpack": changed_runs(lambda q, scale: (1, scale, 0.0))}, r"gives q as int \(\), not uint32 \(4,\)"),
+        ({"unpack": changed_runs(lambda q, scale: (q, scale, scale))}, "but has_minimum is False"),
         ({"position": lambda lane, i: i + 1}, r"each of 0 to 1 once, but gives \[1, 2\]"),
         ({"position": lambda lane, i: 0}, r"gives \[0, 0\]"),
         ({"position": lambda lane, i: 1 - i}, "a pair 1 and 0"),
@@ -134,6 +146,11 @@ def test_a_geometry_that_kernels_cannot_have_is_refused(name: str, fields: dict[
 def test_functions_that_break_their_promises_are_noticed(fields: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, EmulatorError), match=f"Q8_0.*{message}|{message} .*Q8_0"):
         changed("Q8_0", **{"pairs": True, **fields}).check()
+
+
+def test_an_index_past_the_end_of_a_table_is_noticed() -> None:
+    with pytest.raises(EmulatorError, match=r"index \d+ into a table of 3 entries"):
+        changed("Q8_0", unpack=changed_runs(lambda q, scale: (THREE(q), scale, 0.0))).check()
 
 
 @each_format

@@ -138,6 +138,7 @@ def test_names_and_texts_of_all_sources_make_the_digest(tmp_path: Path) -> None:
 OWN_FORMAT = """
 import math
 import numpy as np
+from qmm.kernels.lang import fields
 from qmm.kernels.lang.fields import load2
 from qmm.kernels.lang.primitives import half
 FIRST = {first}
@@ -146,6 +147,14 @@ def helper(bits):
     return half(bits) * {factor} + math.floor(FIRST)
 def load(block, lane):
     return load2(block, TABLE[0]), helper(lane)
+def scaled(block, lane, by=FIRST, *, further=TABLE[0]):
+    return load2(block, 0), by * further
+def with_one_inside(block, lane):
+    def inside():
+        return FIRST
+    return inside()
+def by_module(block, lane):
+    return fields.load2(block, 0)
 def closed(value):
     def load(block, lane):
         return load2(block, value)
@@ -179,6 +188,26 @@ def test_functions_of_the_user_are_in_the_key_with_all_that_they_use(module_of: 
     assert len(keys) == 4
     assert None not in keys
     assert key() in keys
+
+
+def test_defaults_are_in_the_key(module_of: Callable[..., ModuleType]) -> None:
+    def key(**values: object) -> str | None:
+        module = module_of(**values)
+        module.FIRST = 5  # the default keeps the value that it had
+        return key_of("kernel", {"load": module.scaled}, (9, 0))
+
+    assert len({key(), key(first=2), key(entry=3), None}) == 4
+    assert key() == key()
+
+
+def test_what_a_function_inside_uses_is_in_the_key(module_of: Callable[..., ModuleType]) -> None:
+    keys = {key_of("kernel", {"load": module_of(first=first).with_one_inside}, (9, 0)) for first in (1, 2, 1)}
+    assert len(keys) == 2
+    assert None not in keys
+
+
+def test_a_module_of_the_package_is_named_in_the_key(module_of: Callable[..., ModuleType]) -> None:
+    assert '"module": "qmm.kernels.lang.fields"' in str(key_of("kernel", {"load": module_of().by_module}, (9, 0)))
 
 
 def test_closures_are_told_apart_by_what_they_hold(module_of: Callable[..., ModuleType]) -> None:

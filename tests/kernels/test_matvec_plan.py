@@ -465,3 +465,10 @@ def test_equal_layouts_give_the_same_kernel() -> None:
     first, second = (planned(1, k=k).launches[-1].kernel for k in (4096, 8192))
     assert first is second
     assert planned(1, weights=WeightLayout(4, mapped=False)).launches[-1].kernel is not first
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].plain])
+def test_activations_of_plain_formats_are_not_quantized_to_int8(name: str) -> None:
+    x, y, layout = Operand.contiguous(3, 4096), Operand.contiguous(3, 128), WeightLayout(16, False)
+    plans = [plan(FORMATS[name], 128, 4096, layout, x, y, int8, HOPPER) for int8 in (True, False)]
+    assert plans[0] == plans[1]

@@ -5,6 +5,7 @@ Nothing is compiled here: the target of these tests leaves functions as they are
 
 from __future__ import annotations
 
+import enum
 import functools
 import importlib
 import sys
@@ -20,10 +21,14 @@ from hypothesis import strategies as st
 
 from qmm.kernels.lang.constants import Constants
 from qmm.kernels.lang.masks import mask
+from qmm.kernels.lang.primitives import half
 from qmm.kernels.lang.specialize import registers, specialize, unroll
 
 SCALE = 3
 HALF = 0.5
+ROOT = np.sqrt(np.float64(2))
+SIDE = enum.IntEnum("SIDE", {"LEFT": 1, "RIGHT": 2})
+LEFT = SIDE.LEFT
 
 
 class Knobs(Constants):
@@ -215,11 +220,15 @@ def test_each_register_gets_a_value_of_its_own() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def negated(x):
+    return -x
+
+
 def branches(x):
     if c.MODE == 0:
         return x
     elif c.MODE == 1:
-        return not_even_a_name(x)  # noqa: F821
+        return negated(x)
     elif x > 0:
         return -x
     return x * x
@@ -229,12 +238,22 @@ def branches(x):
     ("mode", "expected"),
     [
         (0, "return x\nreturn x * x"),
-        (1, "return not_even_a_name(x)\nreturn x * x"),
+        (1, "return negated(x)\nreturn x * x"),
         (2, "if x > 0:\n    return -x\nreturn x * x"),
     ],
 )
 def test_a_known_if_is_decided(mode: int, expected: str) -> None:
     assert body(flat(branches, MODE=mode)) == expected
+
+
+def of_numbers_that_python_writes_otherwise(x, side=SIDE.RIGHT):
+    return x * ROOT + LEFT + side
+
+
+def test_numbers_of_numpy_and_of_enumerations_are_literals() -> None:
+    written = flat(of_numbers_that_python_writes_otherwise)
+    assert written.__source__.splitlines()[0].endswith("side=2):")
+    assert body(written) == f"return x * float32({float(ROOT)!r}) + 1 + side"
 
 
 def emptied(x):
@@ -822,9 +841,47 @@ def new_value_for_registers(x):
     return total
 
 
+def with_a_lambda(x):
+    return max(x, 1, key=lambda y: y + x)
+
+
+def with_a_comprehension(x):
+    return max([x + i for i in (1, 2)])
+
+
+def with_a_function_inside(x):
+    def inside(y):
+        return y + 1
+
+    return inside(x)
+
+
+def of_32_bits(x):
+    return np.uint32(x) * np.uint32(x)
+
+
+def of_an_unknown_name(x):
+    return x + not_even_a_name  # noqa: F821
+
+
+def helper_in_a_circle(x):
+    return x and helper_in_a_circle(x - 1)
+
+
+def operation_by_keyword(x):
+    return half(bits=x)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (with_a_lambda, "a lambda, a comprehension or a def inside a kernel"),
+        (with_a_comprehension, "a lambda, a comprehension or a def inside a kernel"),
+        (with_a_function_inside, "a lambda, a comprehension or a def inside a kernel"),
+        (of_32_bits, "np.uint32: integers of compiled kernels have 64 bits"),
+        (of_an_unknown_name, "not_even_a_name, which is not defined"),
+        (helper_in_a_circle, "it calls itself"),
+        (operation_by_keyword, r"half\(bits=x\): operations take arguments by position"),
         (two_of_a_name, "a variable total_0: specialize has its own of such names"),
         (argument_of_a_name, "a variable total_1: specialize has its own of such names"),
         (helper_of_a_name, "a variable adds_to_1_step: specialize has its own of such names"),

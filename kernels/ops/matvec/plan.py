@@ -84,12 +84,13 @@ def plan(
         weights: where the weight lies.
         x: activations ``(n, k)``, at least one row.
         y: results ``(n, m)``.
-        int8: whether activations are quantized to int8, else to float16.
+        int8: whether activations are quantized to int8, else to float16; those of a plain format are not quantized.
         architecture: of the GPU.
         no_alias: whether x and y do not overlap (:meth:`Product.overlaps`).
 
     Raises:
-        ValueError: the operands' shapes are not ``(n, k)`` and ``(n, m)``, or m or n is less than 1.
+        ValueError: the operands' shapes are not ``(n, k)`` and ``(n, m)``, m or n is less than 1, k is no whole number
+            of blocks, or the GPU has too little shared memory for any config.
     """
     n = x.rows
     if m < 1 or n < 1 or x.columns != k or (y.rows, y.columns) != (n, m):
@@ -105,6 +106,7 @@ def plan(
 
 def case_of(block_format: Format, m: int, k: int, weights: WeightLayout, x: Operand, int8: bool) -> Case:
     """What the schedule of a product depends on; arguments as for :func:`plan`."""
+    int8 = int8 and not block_format.plain
     alignment = alignment_of(weights.alignment | block_format.row_nbytes(k))  # of every row
     return Case(block_format, m, k, min(x.rows, COLUMN_TILES[-1]), int8, alignment, _fusible(x), weights.mapped)
 

@@ -179,6 +179,8 @@ def launch(
     """
     if threads < 32 or threads % 32 or threads > 1024:
         raise TypeError(f"a CTA has 32 to 1024 threads, whole warps of 32, not {threads}")
+    if grid < 1:
+        raise TypeError(f"a grid has at least one CTA, not {grid}")
     for index in range(grid):
         cta = CTA(memory, shared_nbytes, fields, index, grid, threads, after_predecessors, settings)
         cta.run(function, arguments)
