@@ -76,9 +76,11 @@ class Calls:
         call = self._calls.get(key)
         if call is None and key not in self._calls:
             call = self._new(key, tensor, mode, kind, x, out, no_alias=True)
-        if call is not None and call.alias_range[0] < y_address - x_address < call.alias_range[1]:
-            key = (key, "overlapping")
-            call = self._calls.get(key) or self._new(key, tensor, mode, kind, x, out, no_alias=False)
+        if call is not None:
+            least, most = call.alias_range
+            if least < y_address - x_address < most:
+                key = (key, "overlapping")
+                call = self._calls.get(key) or self._new(key, tensor, mode, kind, x, out, no_alias=False)
         return call, x_address, y_address
 
     def multiply_host(self, tensor: Tensor, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], int8: bool) -> None:

@@ -33,6 +33,7 @@ class Prepared:
 
     Attributes:
         work: what was planned.
+        workspace_nbytes: what its work needs.
         launches: one for each of the work's.
         bases: the addresses that BASES names, which the launches read when they are queued.
         shifted: arguments at an offset from a base: each with the base's number and the offset.
@@ -41,6 +42,7 @@ class Prepared:
     def __init__(self, work: Work, launches: list[Launch], zeros: int) -> None:
         """Args are the work, its launches in order, and the address of the device's zeros."""
         self.work = work
+        self.workspace_nbytes = work.workspace_nbytes
         self.launches = launches
         self.bases = (ctypes.c_int64 * len(BASES))()
         self.bases[BASES.index("zeros")] = zeros
@@ -289,8 +291,8 @@ class Device(Resource):
         self.put("a product", self._queue, prepared, weights, x, y, stream, workspace, skip)
 
     def _queue(self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, skip: int) -> None:
-        if prepared.work.workspace_nbytes and not workspace:
-            workspace = self.workspace(stream, prepared.work.workspace_nbytes)
+        if prepared.workspace_nbytes and not workspace:
+            workspace = self.workspace(stream, prepared.workspace_nbytes)
         bases = prepared.bases
         bases[0], bases[1], bases[2], bases[3] = weights, x, y, workspace  # the order of BASES
         for cell, base, offset in prepared.shifted:
