@@ -99,7 +99,9 @@ def call(function: str, *arguments: Any) -> Any:
             unrelated check for it, such as after another library's launch, would report it.
     """
     error, *results = getattr(runtime(), function)(*arguments)
-    if int(error) != 0:
+    if not error and not results:  # such as a plan's launch
+        return None
+    if error:
         runtime().cudaGetLastError()
     return _result(function, error, results)
 
