@@ -22,13 +22,9 @@ The generated source is kept for tracebacks and for reading (``function.__source
 from __future__ import annotations
 
 import ast
-import functools
-import inspect
 import itertools
 import linecache
 import operator
-import textwrap
-import tokenize
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -36,13 +32,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from qmm.kernels.lang.constants import Constants
-from qmm.kernels.lang.folding import Folding, SingleFloats, acts, copied, outcome, read_name, truth
+from qmm.kernels.lang.folding import Folding, SingleFloats, acts, copied, outcome, truth
 from qmm.kernels.lang.masks import mask
 from qmm.kernels.lang.operation import Operation
+from qmm.kernels.lang.source import Literal, Scope, Source, literal
 
 __all__ = ["Target", "registers", "specialize", "unroll"]
 
-Literal = (bool, int, float, str)
 Inside = (ast.Lambda, ast.FunctionDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 """What has variables of its own."""
 COMPILERS_OWN = ("math", "numba", "numpy", "operator")
@@ -106,8 +102,8 @@ class _Specializer:
         self.open: list[Callable[..., Any]] = []
 
     def flatten(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        scope = _Scope(self.constants, self.target.absent_masks)
-        source_of = _Source(function)
+        scope = Scope(self.constants, self.target.absent_masks)
+        source_of = Source(function)
         definition = source_of.definition()
         source_of.set_defaults(definition, scope)
         names = {name: name for name in source_of.arguments}
@@ -154,109 +150,6 @@ class _Specializer:
         return value
 
 
-class _Source:
-    """The source of a function: its syntax tree, the values of its names, and its lines."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.name = function.__name__
-        code = function.__code__
-        place = f"{code.co_filename}, line {code.co_firstlineno}, in {self.name}"
-        try:
-            lines, self._first = inspect.getsourcelines(function)
-            self._tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
-        except (OSError, TypeError) as reason:
-            raise SyntaxError(f"{place}: its source cannot be read; a kernel is a function in a file") from reason
-        except (SyntaxError, IndexError, tokenize.TokenError) as reason:
-            raise SyntaxError(f"{place}: a kernel is defined by def, in a file as it was imported") from reason
-        if not isinstance(self._tree, ast.FunctionDef):
-            raise SyntaxError(f"{place}: a kernel is defined by def")
-        if self._tree.name != code.co_name:
-            raise SyntaxError(
-                f"{place}: there is {self._tree.name} instead: the file has changed since it was imported, or a "
-                "decorator has put another function in its place"
-            )
-        closure = inspect.getclosurevars(function)
-        arguments = self._tree.args
-        self.parameters = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
-        self.arguments = [argument.arg for argument in ast.walk(arguments) if isinstance(argument, ast.arg)]
-        self.assigned = {
-            node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-        }
-        visible: dict[str, Any] = {**closure.globals, **closure.nonlocals, **closure.builtins}
-        # getclosurevars takes an attribute's name for a global's, even where a variable has it.
-        own = {*self.assigned, *self.arguments}
-        self.visible = {name: value for name, value in visible.items() if name not in own}
-
-    @functools.cached_property
-    def outlasting(self) -> set[str | None]:
-        """Names that are read outside of the loops over them, so that the last value of such a loop counts."""
-        inside: set[ast.AST] = set()
-        for loop in [node for node in ast.walk(self._tree) if isinstance(node, ast.For)]:
-            within = [node for statement in loop.body for node in ast.walk(statement)]
-            over = ast.unparse(loop.target)
-            if not any(isinstance(node, ast.For) and ast.unparse(node.target) == over for node in within):
-                inside |= {node for node in within if read_name(node) == over}
-        return {read_name(node) for node in ast.walk(self._tree) if node not in inside}
-
-    def definition(self) -> ast.FunctionDef:
-        """A copy of the tree, without annotations and decorators."""
-        definition: ast.FunctionDef = copied(self._tree)
-        definition.decorator_list, definition.returns = [], None
-        for argument in ast.walk(definition.args):
-            if isinstance(argument, ast.arg):
-                argument.annotation = None
-        return definition
-
-    def set_defaults(self, definition: ast.FunctionDef, scope: _Scope) -> None:
-        """Replace the defaults of a :meth:`definition` by their values: their names are not the flat function's."""
-
-        def written(value: Any) -> ast.expr:
-            literal = isinstance(value, (*Literal, types.NoneType))
-            return ast.Constant(_literal(value)) if literal else ast.Name(scope.name_of("default", value), ast.Load())
-
-        own = self.function.__kwdefaults__ or {}
-        definition.args.defaults = [written(value) for value in self.function.__defaults__ or ()]
-        definition.args.kw_defaults = [
-            written(own[argument.arg]) if argument.arg in own else None for argument in definition.args.kwonlyargs
-        ]
-
-    def refuse(self, node: ast.AST, found: bool, what: str) -> None:
-        """Reject code whose meaning specialization would change."""
-        if found:
-            line = self.line_of(node)
-            place = f"{self.function.__code__.co_filename}, line {line}, in {self.name}"
-            raise SyntaxError(f"{place}: specialize cannot write out {what}")
-
-    def line_of(self, node: ast.AST) -> int:
-        """Its line in the function's file."""
-        return self._first + getattr(node, "lineno", 1) - 1
-
-
-class _Scope:
-    """The globals of the flat function, inlined helpers' included."""
-
-    def __init__(self, constants: Constants, absent_masks: frozenset[str]) -> None:
-        self.constants = constants
-        self.absent_masks = absent_masks
-        self.used: dict[str, Any] = {}
-        self._inlined: dict[str, int] = {}
-
-    def name_of(self, name: str, value: Any) -> str:
-        """A name for a global: the given one unless it is taken."""
-        chosen, number = name, 0
-        while chosen in self.used and self.used[chosen] is not value:
-            number += 1
-            chosen = f"{name}_{number}"
-        self.used[chosen] = value
-        return chosen
-
-    def prefix_of(self, helper: str) -> str:
-        """The prefix of the variables of one inlined call."""
-        self._inlined[helper] = self._inlined.get(helper, 0) + 1
-        return f"{helper}_{self._inlined[helper]}_"
-
-
 class _Flatten(Folding, ast.NodeTransformer):
     """Unrolls loops, and resolves registers, helpers and decided branches, of one function.
 
@@ -266,7 +159,7 @@ class _Flatten(Folding, ast.NodeTransformer):
         banks: variables that are registers, and what these are called, one by one.
     """
 
-    def __init__(self, scope: _Scope, source: _Source, names: dict[str, str], prefix: str = "") -> None:
+    def __init__(self, scope: Scope, source: Source, names: dict[str, str], prefix: str = "") -> None:
         self.scope, self.source, self.prefix = scope, source, prefix
         self.names = names
         self.literals: dict[str, Any] = {}
@@ -274,7 +167,7 @@ class _Flatten(Folding, ast.NodeTransformer):
         self.active: tuple[Callable[..., Any], ...] = (source.function,)
         for name, value in source.visible.items():
             if name not in names and isinstance(value, Literal):
-                self.literals[name] = _literal(value)
+                self.literals[name] = literal(value)
 
     # Statements -------------------------------------------------------------------------------------------------------
 
@@ -358,7 +251,7 @@ class _Flatten(Folding, ast.NodeTransformer):
 
     def inline(self, node: ast.Assign | ast.Expr, call: ast.Call, helper: Callable[..., Any]) -> list[ast.stmt]:
         self.refuse(call, helper in self.active, f"{helper.__name__}, which calls itself")
-        source = _Source(helper)
+        source = Source(helper)
         own = self.scope.prefix_of(helper.__name__)
         for name in (*self.source.assigned, *self.source.arguments):
             self.refuse(call, name.startswith(own), f"a variable {name}: specialize has its own of such names")
@@ -494,7 +387,7 @@ class _Flatten(Folding, ast.NodeTransformer):
             return self.generic_visit(node)  # type: ignore[return-value]
         value = self.known(node)
         if isinstance(value, Literal):
-            return ast.Constant(_literal(value))
+            return ast.Constant(literal(value))
         return ast.Name(self.scope.name_of(node.attr, value), node.ctx)
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
@@ -524,13 +417,8 @@ class _Flatten(Folding, ast.NodeTransformer):
         return self.generic_visit(node)  # type: ignore[return-value]
 
 
-def _literal(value: Any) -> Any:
-    """A literal as Python writes it: NumPy's float64 and the members of an IntEnum are written otherwise."""
-    return next((kind(value) for kind in Literal if isinstance(value, kind)), value)
-
-
 def _rounds(count: Any) -> list[Any]:
     """The values of the variable of an unrolled loop."""
     return [
-        _literal(value) if isinstance(value, (*Literal, tuple)) else operator.index(value) for value in unroll(count)
+        literal(value) if isinstance(value, (*Literal, tuple)) else operator.index(value) for value in unroll(count)
     ]
