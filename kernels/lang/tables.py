@@ -37,6 +37,7 @@ def table(values: npt.ArrayLike) -> Operation:
             Up to 256 entries in the first case, 65,536 in the second.
 
     The result of an index past the last entry is undefined, and on a GPU its read may fault: mask it in ``unpack``.
+    In plain Python and in the emulator it raises an EmulatorError.
 
     Raises:
         ValueError: the values have another shape, or are not signed bytes.
@@ -55,10 +56,7 @@ def table(values: npt.ArrayLike) -> Operation:
 def _of_bytes(values: npt.NDArray[np.int8]) -> Operation:
     @operation("(Words) -> Words")
     def look_up(indices):
-        places = indices.view(np.uint8)
-        if places.max() >= len(values):
-            raise EmulatorError(f"index {places.max()} into a table of {len(values)} entries: mask it in unpack")
-        return values[places].view(np.uint32)
+        return _entries(values, indices.view(np.uint8)).view(np.uint32)
 
     @look_up.cuda
     def _(e, indices):
@@ -91,7 +89,7 @@ def _of_rows(rows: npt.NDArray[np.int8]) -> Operation:
 
         @operation("(Word, Word) -> Words")
         def look_up_pairs(first, second):
-            return words[[int(first), int(second)]].view(np.uint32)
+            return _entries(words, [first, second]).view(np.uint32)
 
         look_up_pairs.cuda(lambda e, *indices: joined(e, indices, 1))
         look_up_pairs.cpu(lambda e, *indices: joined(e, indices, 0))
@@ -99,11 +97,19 @@ def _of_rows(rows: npt.NDArray[np.int8]) -> Operation:
 
     @operation("(Word, Word, Word, Word) -> Words")
     def look_up_quads(first, second, third, fourth):
-        return words[[int(first), int(second), int(third), int(fourth)]]
+        return _entries(words, [first, second, third, fourth])
 
     look_up_quads.cuda(lambda e, *indices: joined(e, indices, 1))
     look_up_quads.cpu(lambda e, *indices: joined(e, indices, 0))
     return look_up_quads
+
+
+def _entries(values: npt.NDArray[Any], places: npt.ArrayLike) -> npt.NDArray[Any]:
+    """The entries at these places, for the meanings."""
+    indices = np.asarray(places, np.int64)
+    if indices.max() >= len(values):
+        raise EmulatorError(f"index {indices.max()} into a table of {len(values)} entries: mask it in unpack")
+    return values[indices]
 
 
 def _indices(e: Any, indices: Any) -> list[Any]:

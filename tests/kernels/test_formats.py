@@ -148,6 +148,14 @@ def test_functions_that_break_their_promises_are_noticed(fields: dict[str, Any],
         changed("Q8_0", **{"pairs": True, **fields}).check()
 
 
+@pytest.mark.parametrize("width", [4, 8])
+def test_an_index_past_the_end_of_a_table_of_rows_is_noticed(width: int) -> None:
+    rows = table(np.arange(3 * width).reshape(3, width))
+    np.testing.assert_array_equal(rows(*[2] * (16 // width)).view(np.uint8)[:width], np.arange(2 * width, 3 * width))
+    with pytest.raises(EmulatorError, match="index 3 into a table of 3 entries"):
+        rows(*[2] * (16 // width - 1), 3)
+
+
 def test_an_index_past_the_end_of_a_table_is_noticed() -> None:
     with pytest.raises(EmulatorError, match=r"index \d+ into a table of 3 entries"):
         changed("Q8_0", unpack=changed_runs(lambda q, scale: (THREE(q), scale, 0.0))).check()
