@@ -29,7 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qmm.folders import cache_folder
+from qmm.folders import cache_folder, named_cache_folder
 from qmm.kernels.runtime.keys import key_of, unchanged_sources
 
 __all__ = ["CachedKernel", "Code", "Store", "store"]
@@ -188,9 +188,9 @@ class CachedKernel:
 
 def store() -> Store | None:
     """The user's cache; None if it is turned off."""
-    named = os.environ.get("QMM_CACHE_DIR")
+    named = named_cache_folder()
     if named is not None:
-        return _store(Path(os.path.expanduser(named)), True) if named else None
+        return _store(Path(named), True) if named else None
     try:
         return _store(cache_folder() / "kernels", False)
     except RuntimeError:

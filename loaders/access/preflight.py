@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 from qmm.children import ending, no_start, python
 from qmm.cuda import call
 from qmm.errors import QmmError, RegistrationError
-from qmm.folders import cache_folder
+from qmm.folders import cache_folder, named_cache_folder
 from qmm.loaders.access.registered import WAY_OUT, HostRegistration
 from qmm.loaders.mapping import FileMapping
 
@@ -93,9 +93,9 @@ def first_contact(mapping: FileMapping, device: int, gpu: str) -> None:
 
 def _folder() -> Path | None:
     """The folder of the notes; None where none are kept."""
-    named = os.environ.get("QMM_CACHE_DIR")
+    named = named_cache_folder()
     if named is not None:
-        return Path(os.path.expanduser(named)) / "registering" if named else None
+        return Path(named) / "registering" if named else None
     try:
         return cache_folder() / "registering"
     except RuntimeError:  # the user has no home directory
