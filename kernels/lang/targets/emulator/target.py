@@ -100,14 +100,37 @@ def emulate(
 
     Without the comparison, lane 8 of the second CTA would raise an EmulatorError that names the byte it reads.
     """
-    described = None if isinstance(kernel, types.FunctionType) else cast("Kernel", kernel)
-    function = cast("Callable[..., None]", kernel) if described is None else described.function
-    if described is not None:
+    if isinstance(kernel, types.FunctionType):
+        given = _integers(kernel, arguments)
+        flat = specialize(kernel, constants or NO_CONSTANTS, EmulatorTarget(settings.faults))
+    else:
+        kernel = cast("Kernel", kernel)
         if (threads, fields, constants) != (None, None, None):
-            raise TypeError(f"{_named(function)}: threads, fields and constants are those of the Kernel")
-        if shared_nbytes and not described.shared:
-            raise TypeError(f"{_named(function)}: shared memory needs Kernel(..., shared=True)")
-        threads, fields = described.threads, described.fields
+            raise TypeError(f"{_named(kernel.function)}: threads, fields and constants are those of the Kernel")
+        if shared_nbytes and not kernel.shared:
+            raise TypeError(f"{_named(kernel.function)}: shared memory needs Kernel(..., shared=True)")
+        threads, fields = kernel.threads, kernel.fields
+        given = _integers(kernel.function, arguments)
+        flat = _flat(kernel, settings.faults)
+    launch(
+        flat,
+        given,
+        memory=memory,
+        grid=grid,
+        threads=32 if threads is None else threads,
+        shared_nbytes=shared_nbytes,
+        fields=fields,
+        settings=settings,
+        after_predecessors=after_predecessors,
+    )
+
+
+def _integers(function: Callable[..., None], arguments: Mapping[str, Region | int]) -> dict[str, int]:
+    """The arguments of a kernel, regions as their addresses.
+
+    Raises:
+        TypeError: they are not the kernel's, or neither integers nor regions.
+    """
     given = {}
     for name, value in arguments.items():
         try:
@@ -121,19 +144,7 @@ def emulate(
         inspect.signature(function).bind(**given)
     except TypeError as reason:
         raise TypeError(f"{_named(function)}: {reason}") from None
-    launch(
-        _flat(described, settings.faults)
-        if described is not None
-        else specialize(function, constants or NO_CONSTANTS, EmulatorTarget(settings.faults)),
-        given,
-        memory=memory,
-        grid=grid,
-        threads=32 if threads is None else threads,
-        shared_nbytes=shared_nbytes,
-        fields=fields,
-        settings=settings,
-        after_predecessors=after_predecessors,
-    )
+    return given
 
 
 @functools.lru_cache(maxsize=256)
