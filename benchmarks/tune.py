@@ -40,6 +40,7 @@ from qmm.kernels.ops.matvec.config import X_PLACES, Case, Config, Schedule, lega
 from qmm.kernels.ops.matvec.plan import Product, scheduled
 from qmm.kernels.ops.op import Operand, WeightLayout, alignment_of
 from qmm.kernels.ops.tiling import MOST_STAGES
+from qmm.kernels.tuning import Key
 from qmm.sequence import Step, queue_sequence
 
 FOLDER = Path(__file__).resolve().parents[1] / "kernels" / "tuning"
@@ -188,11 +189,11 @@ def write(name: str, found: Sequence[dict[str, Any]], device: Device, folder: Pa
         "architecture": dataclasses.asdict(device.architecture),
     }
     kept = json.loads(path.read_text())["cases"] if path.exists() else []
-    identity = ("format", "m", "k", "columns", "int8", "alignment", "fusible", "mapped")
+    identity = ("m", "k", *Key._fields)
     renewed = {tuple(case[key] for key in identity) for case in found}
     cases = [case for case in kept if tuple(case[key] for key in identity) not in renewed]
     cases += [case for case in found if case["us"] < (1 - GAIN) * case["rule us"]]
-    cases.sort(key=lambda case: tuple(map(str, (case[key] for key in identity))))
+    cases.sort(key=lambda case: tuple(str(case[key]) for key in ("format", *identity)))
     lines = ",\n  ".join(json.dumps(case) for case in cases)
     about = json.dumps(head, indent=1)[:-2]
     path.write_text(f'{about},\n "cases": [\n  {lines}\n ]\n}}\n')

@@ -138,8 +138,7 @@ class Calls:
                     f"{self._path}: tensor {tensor.name!r}: {name} begins at address {view.address:#x} and has "
                     f"strides {view.strides}, but a GPU reads {view.dtype} only at multiples of its size. Pass a copy."
                 )
-        int8 = mode == "int8" and not tensor.format.plain
-        prepared = self._prepare(tensor, source.operand(), target.operand(), int8, no_alias)
+        prepared = self._prepare(tensor, source.operand(), target.operand(), mode == "int8", no_alias)
         assert isinstance(prepared.work, Product)
         return Call(prepared, residency, shape, prepared.work.alias_range)
 

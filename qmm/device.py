@@ -33,7 +33,7 @@ class Prepared:
 
     Attributes:
         work: what was planned.
-        workspace_nbytes: what its work needs.
+        workspace_nbytes: its work's, at hand for each call.
         launches: one for each of the work's.
         bases: the addresses that BASES names, which the launches read when they are queued.
         shifted: arguments at an offset from a base: each with the base's number and the offset.

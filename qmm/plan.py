@@ -89,7 +89,7 @@ class Plan(Resource):
         if watched():
             outside(Plan.__call__)(self, stream)
             return
-        if self._closed or self._device.forked:
+        if self._closed or self._device.forked:  # `closed`, without its call
             raise ClosedError(f"{self._name}: the plan was closed, or its engine was. Create another one.")
         for check in self._checks:
             check()

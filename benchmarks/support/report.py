@@ -301,8 +301,8 @@ def summary(results: Results) -> str:
     text = (
         f"On an {head['gpu']} (driver {head['driver']}, {head['date'][:10]}, qmm {head['qmm']} beside {beside}), "
         "device time of a product, the quantization of the activations included, weights cold in L2. GB/s are weight "
-        "bytes over time with one column; *of the peak* is their share of what a kernel that only reads reaches in the "
-        "same run; *x ggml* is ggml's time divided by qmm's: above 1 qmm is faster. The copy engine reads the same "
+        "bytes over time with one column; *of the peak* is their share of the rate that a read-only kernel reaches in "
+        "the same run; *x ggml* is ggml's time divided by qmm's: above 1 qmm is faster. The copy engine reads the same "
         "mapped pages."
     )
     one, several = (mean("main", n)(results) for n in ([1], SEVERAL))
