@@ -164,7 +164,7 @@ def nodes_of_products(gpu: Device) -> Callable[[], None]:
     x, y = (View((1, n), (4 * n, 4), "float32", area + at, gpu.number) for n, at in ((32, 0), (8, 256)))
     layout = WeightLayout.at(area + 512)
     step = Step(direct.prepare(gpu, FORMATS["Q8_0"], layout, 8, 32, x, y, True), area + 512, x.address, y.address)
-    return lambda: queue_sequence(gpu, [step] * NODES, gpu.stream, 0)
+    return lambda: queue_sequence(gpu, [step] * NODES, gpu.stream)
 
 
 @pytest.mark.parametrize(

@@ -117,18 +117,16 @@ def times_of(placed: Placed, case: Case, configs: Sequence[Config], x: np.ndarra
         sides, expected = [], None
         for number, config in enumerate(configs):
             prepared = device.prepare(product_of(case, config, device), "tuning")
-            nbytes = prepared.work.workspace_nbytes
-            workspace = allocated(device, nbytes, held) if nbytes else 0
             addresses = [placed.addresses[i % len(placed.addresses)] for i in range(placed.products)]
             steps = [Step(prepared, address, source, target) for address in addresses[:GRAPH_PRODUCTS]]
-            queue_sequence(device, steps[:1], device.stream, workspace)
+            queue_sequence(device, steps[:1], device.stream)
             y = np.empty((case.n, weight.m), np.float32)
             device.copy(y.ctypes.data, target, y.nbytes, device.stream)
             device.synchronize(device.stream)
             expected = y if expected is None else expected
             error = float(((y - expected).astype(np.float64) ** 2).sum() / (expected.astype(np.float64) ** 2).sum())
             assert error < SAME or config.x != configs[0].x, (config, error)
-            work = functools.partial(queue_sequence, device, steps, device.stream, workspace, False)
+            work = functools.partial(queue_sequence, device, steps, device.stream, False)
             again = held.enter_context(replay(device, work, device.stream))
             sides.append(Side(str(number), again, lambda: device.synchronize(device.stream), len(steps)))
         quantiles = take_turns(None, sides, ROUNDS)

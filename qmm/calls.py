@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from qmm.arrays import KINDS, ArrayKind, View, kind_of
+from qmm.arrays import KINDS, ArrayKind, View, kind_of, stream_handle
 from qmm.children import PerProcess
-from qmm.errors import ArrayError
+from qmm.errors import ArrayError, OutOfMemoryError
 from qmm.in_flight import InFlight
 from qmm.kernels.ops.matvec.plan import Product, plan
 from qmm.kernels.ops.op import Operand, rounded
 from qmm.memory.placement import Weights
 from qmm.memory.residency import Residency
 from qmm.model import Tensor
+from qmm.sequence import Step, queue_sequence
 
 if TYPE_CHECKING:
     from qmm.device import Device, Prepared
@@ -83,6 +84,123 @@ class Calls:
                 call = self._calls.get(key) or self._new(key, tensor, mode, kind, x, out, no_alias=False)
         return call, x_address, y_address
 
+    def queue(self, call: Call, kind: ArrayKind, x: Any, out: Any, x_address: int, y_address: int, stream: Any) -> Any:
+        """Queue a call of :meth:`find`.
+
+        Args:
+            call: the call.
+            kind: of both arrays.
+            x: activations.
+            out: where results go; None for a new array.
+            x_address: of ``x``.
+            y_address: of ``out``.
+            stream: where, as :meth:`qmm.Engine.matmul` takes it. A stream that is an object exists at least until the
+                work is queued: the caller may have no other reference to it.
+
+        Returns:
+            ``out``, or the new array.
+
+        Raises:
+            QmmError: as :meth:`qmm.Engine.matmul`.
+        """
+        handle = current = kind.stream(x)
+        if stream is not None:
+            handle = stream if type(stream) is int else stream_handle(stream)
+        if out is None:
+            out = self.output(call, kind, x, stream, handle, current)
+            y_address = kind.address(out)
+        else:
+            kind.written(out)
+        if kind.names_streams:
+            self.wait_for(kind, (x, out), handle)
+        weights = call.residency.lease()
+        if call.prepared is not None:  # if the engine is closed meanwhile, this raises ClosedError
+            if not (x_address and y_address):
+                require_memory(kind, x, out)
+            owner = kind if handle == current else stream
+            try:
+                self._device.queue(call.prepared, weights, x_address, y_address, handle, 0, 0, owner)
+            except OutOfMemoryError:
+                where = (stream, handle, current)
+                if not kind.recycles or not self._queue_with_own_memory(
+                    call, kind, x, x_address, y_address, *where, weights
+                ):
+                    raise
+            if handle != current and kind.recycles:
+                self.keep(kind, (x, out), stream, handle)
+        return out
+
+    def queue_each(self, found: Sequence[Found], kind: ArrayKind, x: Any, outs: list[Any], stream: Any) -> list[Any]:
+        """Queue calls with the same ``x``; new arrays take the place of None among ``outs``. Arguments as for
+        :meth:`queue`."""
+        handle = current = kind.stream(x)
+        if stream is not None:
+            handle = stream if type(stream) is int else stream_handle(stream)
+        steps = []
+        for number, (call, x_address, y_address) in enumerate(found):
+            assert call is not None
+            if outs[number] is None:
+                outs[number] = self.output(call, kind, x, stream, handle, current)
+                y_address = kind.address(outs[number])
+            else:
+                kind.written(outs[number])
+            if call.prepared is not None:
+                if not (x_address and y_address):
+                    require_memory(kind, x, outs[number])
+                steps.append(Step(call.prepared, call.residency.lease(), x_address, y_address))
+        arrays = (x, *outs)
+        if kind.names_streams:
+            self.wait_for(kind, arrays, handle)
+        owner = kind if handle == current else stream
+        self._device.put("products", queue_sequence, self._device, steps, handle, True, owner)
+        if handle != current and kind.recycles:
+            self.keep(kind, arrays, stream, handle)
+        return outs
+
+    def output(self, call: Call, kind: ArrayKind, x: Any, stream: Any, handle: int, current: int) -> Any:
+        """A new array for results, whose memory nothing but work on the stream uses; arguments as for :meth:`queue`,
+        ``handle`` of the stream and ``current`` of the one that the library would use."""
+        if handle == current or not kind.recycles:
+            return kind.empty(call.shape, x)
+        if kind.owns(stream):
+            return kind.empty(call.shape, x, stream)
+        out = kind.empty(call.shape, x)
+        self._device.order(current, handle)  # what was in this memory before may still be in use there
+        return out
+
+    def _queue_with_own_memory(
+        self, call: Call, kind: ArrayKind, x: Any, x_address: int, y_address: int, stream: Any, handle: int,
+        current: int, weights: int,
+    ) -> bool:  # fmt: skip
+        """Queue a call whose workspace is an array of the library's, if that has memory which it merely keeps; whether
+        it had."""
+        assert call.prepared is not None
+        own = stream if handle != current and kind.owns(stream) else None
+        try:
+            workspace = kind.empty_bytes(call.prepared.workspace_nbytes, x, own)
+        except Exception:  # the library's own error: ours says more
+            return False
+        if handle != current and own is None:
+            self._device.order(current, handle)
+        self._device.queue(call.prepared, weights, x_address, y_address, handle, kind.address(workspace), 0, stream)
+        if handle != current:
+            self.keep(kind, (workspace,), stream, handle)
+        return True
+
+    def wait_for(self, kind: ArrayKind, arrays: Iterable[Any], handle: int) -> None:
+        """Let a stream wait for those that the arrays name."""
+        for array in arrays:
+            named = kind.filled_on(array)
+            if named and named != handle:
+                self._device.order(named, handle)
+
+    def keep(self, kind: ArrayKind, arrays: tuple[Any, ...], stream: Any, handle: int) -> None:
+        """See to it that memory of arrays is not used again before the work on a stream is done, which is not the one
+        that their library uses now."""
+        recorded = [kind.record(array, stream) for array in arrays] if kind.owns(stream) else [False]
+        if not all(recorded):
+            self._device.hold(handle, arrays)
+
     def multiply_host(self, tensor: Tensor, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], int8: bool) -> None:
         """``y[n, m] = x[n, k] @ W^T``, both row-major in host memory, at least one result; waits for it.
 
@@ -100,11 +218,9 @@ class Calls:
         results = rounded(x.nbytes)
         with device.lock:  # threads share the staging area
             area, stream = device.staging(results + y.nbytes), device.stream
-            if x.nbytes:
-                device.copy(area, x.ctypes.data, x.nbytes, stream)
+            device.copy_in(area, x, stream)
             device.queue(call.prepared, call.residency.lease(), area, area + results, stream)
-            device.copy(y.ctypes.data, area + results, y.nbytes, stream)
-            device.synchronize(stream)
+            device.copy_out(y, area + results, stream)
 
     def _keep(self, key: Hashable, call: Call | None) -> Call | None:
         if len(self._calls) >= MOST:
@@ -156,6 +272,17 @@ def _signature(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:
     except Exception:  # each library's own error, for an array that has no address
         view = kind.view(array)
         return view.address, view
+
+
+def require_memory(kind: ArrayKind, x: Any, out: Any) -> None:
+    """Raise ArrayError unless each array has memory, or needs none."""
+    for name, array in (("x", x), ("out", out)):
+        view = kind.view(array)
+        if not view.address and 0 not in view.shape:
+            raise ArrayError(
+                f"{name} is a {kind.name} array of shape {view.shape} without memory: its address is 0. Pass one that "
+                "has values."
+            )
 
 
 def check_activations(activations: str) -> None:

@@ -22,11 +22,13 @@ __all__ = [
     "advice",
     "attribute",
     "call",
+    "capture_of",
     "current_device",
     "drive",
     "driver",
     "launch_config",
     "load_function",
+    "on_device",
     "register_flags",
     "require_launched",
     "runtime",
@@ -207,6 +209,31 @@ def attribute(name: str, device: int) -> int:
     """The device attribute ``name``, without its prefix ``cudaDevAttr``."""
     value: int = call("cudaDeviceGetAttribute", getattr(runtime().cudaDeviceAttr, f"cudaDevAttr{name}"), device)
     return value
+
+
+def capture_of(stream: int) -> tuple[int, Any]:
+    """The number of the capture that a stream is in, unique in the process, and the graph that it becomes so far; 0 if
+    the stream is not capturing."""
+    cuda = runtime()
+    name = "cudaStreamGetCaptureInfo_v2" if hasattr(cuda, "cudaStreamGetCaptureInfo_v2") else "cudaStreamGetCaptureInfo"
+    status, number, graph, *_ = call(name, stream)
+    return (int(number), graph) if int(status) else (0, None)
+
+
+@contextmanager
+def on_device(device: int) -> Iterator[None]:
+    """Make ``device`` this thread's current one inside the block, for calls that allocate, free, load or wait.
+
+    While any stream of the process is captured, such calls can fail and spoil the capture. In the block they do not:
+    nothing in it concerns what is captured, which is what the relaxed mode says. cudaDeviceSynchronize is refused even
+    so, and spoils the capture.
+    """
+    before = call("cudaThreadExchangeStreamCaptureMode", runtime().cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
+    try:
+        with current_device(device):
+            yield
+    finally:
+        call("cudaThreadExchangeStreamCaptureMode", before)
 
 
 @contextmanager

@@ -7,18 +7,26 @@ waiting.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import operator
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from qmm.arrays import keeper_of, release_caches
 from qmm.children import process
-from qmm.cuda import CudaCallError, attribute, call, current_device
-from qmm.errors import ClosedError, DeviceError
+from qmm.cuda import CudaCallError, attribute, call, current_device, on_device
+from qmm.errors import ClosedError, DeviceError, OutOfMemoryError
 from qmm.kernels.ops.layout import ZERO_NBYTES
 from qmm.kernels.ops.op import BASES, Architecture, At, Work
 from qmm.kernels.runtime.launch import Launch
 from qmm.loaders.closing import Resource
+from qmm.pool import Pool
+from qmm.streams import Streams
 
 __all__ = ["Device", "Prepared"]
 
@@ -26,6 +34,11 @@ NONBLOCKING = 1
 """cudaStreamNonBlocking: work on the default stream is not waited for."""
 ANYWHERE = 4
 """cudaMemcpyDefault: the addresses say where they are."""
+OUT_OF_MEMORY = (
+    "What PyTorch and CuPy merely cached was given back before (as by torch.cuda.empty_cache() and "
+    "cupy.get_default_memory_pool().free_all_blocks()). Delete arrays, multiply fewer rows at a time, or choose "
+    'placement="mapped" or "host".'
+)
 
 
 class Prepared:
@@ -64,19 +77,21 @@ class Device(Resource):
         number: CUDA's number of the device.
         architecture: its properties that plans depend on.
         stream: a stream of its own.
+        streams: what was queued, on this and other streams.
+        pool: where its memory is from.
         lock: held by the thread that puts work on it.
     """
 
     def __init__(self, number: int) -> None:
         self.number = number = operator.index(number)
         self._process = process.now
-        self._allocated: dict[tuple[str, int], bool] = {}
-        self._workspaces: dict[int, tuple[int, int]] = {}
+        self._streams: dict[int, bool] = {}
+        self._addresses: dict[int, bool] = {}
         self._staging = (0, 0)
         self._thread = threading.local()
         self._stopped = False
         self.lock = threading.RLock()
-        with self.errors("preparing the device"), current_device(number):
+        with self.errors("preparing the device"), on_device(number):
             self.architecture = Architecture(
                 sms=attribute("MultiProcessorCount", number),
                 shared_nbytes=attribute("MaxSharedMemoryPerBlockOptin", number),
@@ -85,12 +100,14 @@ class Device(Resource):
                 bus_bits=attribute("GlobalMemoryBusWidth", number),
             )
             self._alone = call("cudaGetDeviceCount") == 1
-            self.stream = self._allocate("cudaStreamDestroy", "cudaStreamCreateWithFlags", NONBLOCKING)
+            self.stream, self._memory_stream = self._new_stream(), self._new_stream()
+            self.pool = Pool(number)
+        self.streams = Streams(self)
         try:
             self._zeros = self.allocate(ZERO_NBYTES, "zeros")
-            with self.errors("preparing the device"), current_device(number):
-                call("cudaMemset", self._zeros, 0, ZERO_NBYTES)
-                call("cudaDeviceSynchronize")  # only the default stream waits for it by itself
+            with self.errors("preparing the device"), on_device(number):
+                call("cudaMemsetAsync", self._zeros, 0, ZERO_NBYTES, self.stream)
+                call("cudaStreamSynchronize", self.stream)
         except BaseException:
             with suppress(DeviceError):  # the first error takes precedence
                 self.close()
@@ -104,7 +121,7 @@ class Device(Resource):
     @property
     def closed(self) -> bool:
         """Whether it was closed, or this is a forked child."""
-        return not getattr(self, "_allocated", None) or self.forked
+        return not getattr(self, "_streams", None) or self.forked
 
     # Errors and threads -----------------------------------------------------------------------------------------------
 
@@ -135,7 +152,7 @@ class Device(Resource):
                 self._thread.ready = True
             yield
 
-    def put(self, doing: str, work: Callable[..., object], *arguments: object) -> None:
+    def put(self, doing: str, work: Callable[..., Any], *arguments: object) -> Any:
         """Call ``work``, which puts work on the device: one thread at a time, and none after :meth:`stop`.
 
         Raises:
@@ -147,38 +164,73 @@ class Device(Resource):
                 raise ClosedError(f"the engine on CUDA device {self.number} was closed. Create another one.")
             if not hasattr(self._thread, "ready"):
                 with self.current(doing):
-                    work(*arguments)
-                return
+                    return work(*arguments)
             try:
-                work(*arguments)
+                return work(*arguments)
             except (CudaCallError, RuntimeError) as reason:
                 raise self._failed(doing, reason) from reason
 
     # Memory and streams -----------------------------------------------------------------------------------------------
 
-    def _allocate(self, undo: str, function: str, *arguments: int) -> int:
-        """The handle or address that a call returns; the call ``undo`` frees it."""
-        given = int(call(function, *arguments))
-        self._allocated[undo, given] = True
-        return given
-
-    def _free(self, undo: str, given: int) -> None:
-        if self._allocated.pop((undo, given), False):
-            call(undo, given)
-
-    def allocate(self, nbytes: int, what: str) -> int:
+    def allocate(self, nbytes: int, what: str, stream: Any = None) -> int:
         """The address of ``nbytes`` of device memory, until it is freed or the device is closed.
 
-        Raises:
-            DeviceError: there is not enough.
-        """
-        with self.errors(f"{nbytes} bytes for {what}"), current_device(self.number):
-            return self._allocate("cudaFree", "cudaMalloc", operator.index(nbytes))
+        Where there is not enough, libraries are asked to give back what they merely cache.
 
-    def free(self, address: int) -> None:
-        """Free memory, once the device is done with it. Freeing twice is harmless."""
-        with self.errors("freeing memory"), current_device(self.number):
-            self._free("cudaFree", address)
+        Args:
+            nbytes: how many.
+            what: what they are for, for messages.
+            stream: the stream that will use it, and no other; None for any stream.
+
+        Raises:
+            OutOfMemoryError: there is not enough.
+        """
+        nbytes = operator.index(nbytes)
+        with self.errors(f"{nbytes} bytes for {what}"), on_device(self.number):
+            try:
+                return self._from_pool(nbytes, stream)
+            except CudaCallError as reason:
+                if reason.name != "cudaErrorMemoryAllocation":
+                    raise
+            with self.lock:
+                self.streams.forget_idle()
+            call("cudaStreamSynchronize", self._memory_stream)
+            self.pool.trim()
+            release_caches()
+            try:
+                return self._from_pool(nbytes, stream)
+            except CudaCallError as reason:
+                if reason.name != "cudaErrorMemoryAllocation":
+                    raise
+                free_nbytes, _ = call("cudaMemGetInfo")
+                raise OutOfMemoryError(
+                    f"{nbytes} bytes for {what} on CUDA device {self.number}: {reason}. {free_nbytes} bytes are free. "
+                    f"{OUT_OF_MEMORY}"
+                ) from reason
+
+    def _from_pool(self, nbytes: int, stream: Any) -> int:
+        used_on = self._memory_stream if stream is None else stream
+        address = self.pool.allocate(nbytes, used_on)
+        self._addresses[address] = True
+        if stream is None:
+            call("cudaStreamSynchronize", self._memory_stream)
+        return address
+
+    def free(self, address: int, stream: Any = None) -> None:
+        """Free memory, once the device is done with it, or with what is queued on a stream. Freeing twice is
+        harmless."""
+        with self.errors("freeing memory"), on_device(self.number):
+            if self._addresses.pop(address, False):
+                self.pool.free(address, self._memory_stream if stream is None else stream)
+
+    def _new_stream(self) -> int:
+        stream = int(call("cudaStreamCreateWithFlags", NONBLOCKING))
+        self._streams[stream] = True
+        return stream
+
+    def _destroy(self, stream: int) -> None:
+        if self._streams.pop(stream, False):
+            call("cudaStreamDestroy", stream)
 
     @contextmanager
     def temporary_buffer(self, nbytes: int, what: str) -> Iterator[int]:
@@ -196,32 +248,59 @@ class Device(Resource):
     @contextmanager
     def temporary_stream(self) -> Iterator[int]:
         """A stream for the ``with`` block, on which no other thread puts work."""
-        with self.errors("creating a stream"), current_device(self.number):
-            stream = self._allocate("cudaStreamDestroy", "cudaStreamCreateWithFlags", NONBLOCKING)
+        with self.errors("creating a stream"), on_device(self.number):
+            stream = self._new_stream()
         try:
             yield stream
         finally:
-            with suppress(DeviceError), self.errors("freeing a stream"), current_device(self.number):
-                self._free("cudaStreamDestroy", stream)
+            with suppress(DeviceError), self.errors("freeing a stream"), on_device(self.number):
+                self._destroy(stream)
 
     @contextmanager
     def events(self) -> Iterator[tuple[int, int]]:
         """Two timing events for the ``with`` block; the device must be current."""
-        start, end = (self._allocate("cudaEventDestroy", "cudaEventCreate") for _ in range(2))
+        start, end = (int(call("cudaEventCreate")) for _ in range(2))
         try:
             yield start, end
         finally:
             for event in (start, end):
-                self._free("cudaEventDestroy", event)
+                call("cudaEventDestroy", event)
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         """Copy between any two addresses, on a stream."""
-        with self.errors(f"copying {nbytes} bytes"), current_device(self.number):
+        with self.errors(f"copying {nbytes} bytes"), on_device(self.number):
             call("cudaMemcpyAsync", *map(operator.index, (target, source, nbytes)), ANYWHERE, stream)
+
+    def copy_in(self, target: int, array: npt.NDArray[Any], stream: int) -> None:
+        """Copy a contiguous host array to the device, on a stream."""
+        if array.nbytes and not self._copied(target, array.ctypes.data, array.nbytes, stream):
+            buffer = _bounce_buffer(array.nbytes)
+            buffer[:] = array.reshape(-1).view(np.uint8)
+            self.copy(target, buffer.ctypes.data, array.nbytes, stream)
+            self.synchronize(stream)
+
+    def copy_out(self, array: npt.NDArray[Any], source: int, stream: int) -> None:
+        """Copy from the device into a contiguous host array, on a stream, and wait for it."""
+        if array.nbytes and not self._copied(array.ctypes.data, source, array.nbytes, stream):
+            buffer = _bounce_buffer(array.nbytes)
+            self.copy(buffer.ctypes.data, source, array.nbytes, stream)
+            self.synchronize(stream)
+            array.reshape(-1).view(np.uint8)[:] = buffer
+        self.synchronize(stream)
+
+    def _copied(self, target: int, source: int, nbytes: int, stream: int) -> bool:
+        """Copy, unless CUDA refuses the host's pages, some of which are registered and some not."""
+        try:
+            self.copy(target, source, nbytes, stream)
+        except DeviceError as error:
+            if getattr(error.__cause__, "name", "") != "cudaErrorInvalidValue":
+                raise
+            return False
+        return True
 
     def synchronize(self, stream: int) -> None:
         """Wait for a stream; an error of its work is raised here."""
-        with self.errors("waiting for a stream"), current_device(self.number):
+        with self.errors("waiting for a stream"), on_device(self.number):
             call("cudaStreamSynchronize", stream)
 
     def staging(self, nbytes: int) -> int:
@@ -236,20 +315,6 @@ class Device(Resource):
             self._staging = (address, nbytes)
         return address
 
-    def workspace(self, stream: int, nbytes: int) -> int:
-        """The address of workspace, for the thread that holds :attr:`lock`. Each stream has its own, which its later
-        work may overwrite.
-
-        A workspace that became too small is kept, since queued work and captured graphs may still use it; a new one is
-        at least twice as large.
-        """
-        address, held = self._workspaces.get(stream, (0, 0))
-        if held < nbytes:
-            held = max(nbytes, 2 * held)
-            address = self.allocate(held, "workspace")
-            self._workspaces[stream] = (address, held)
-        return address
-
     # Work -------------------------------------------------------------------------------------------------------------
 
     def prepare(self, work: Work, doing: str) -> Prepared:
@@ -262,7 +327,7 @@ class Device(Resource):
         Raises:
             DeviceError: a kernel cannot be compiled or loaded.
         """
-        with self.lock, self.current(doing):
+        with self.lock, self.errors(doing), on_device(self.number):
             launches = []
             for spec in work.launches:
                 bound = {name: value for name, value in spec.arguments.items() if not isinstance(value, At)}
@@ -271,8 +336,9 @@ class Device(Resource):
             return Prepared(work, launches, self._zeros)
 
     def queue(
-        self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int = 0, skip: int = 0
-    ) -> None:
+        self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int = 0, skip: int = 0,
+        owner: object = None,
+    ) -> None:  # fmt: skip
         """Put prepared work on a stream.
 
         Args:
@@ -281,51 +347,107 @@ class Device(Resource):
             x: the address of the activations' first element.
             y: the address of the results' first element.
             stream: a stream's handle.
-            workspace: the address of ``prepared.work.workspace_nbytes`` bytes; else it is the stream's own workspace.
+            workspace: the address of ``prepared.work.workspace_nbytes`` bytes, which :meth:`workspace` gave; else the
+                call gets some.
             skip: how many launches to leave out at the beginning.
+            owner: the stream's object, or the kind of array whose library gave the handle; None for a stream that the
+                caller may destroy while the work is queued.
 
         Raises:
             ClosedError: the device was stopped.
             DeviceError: CUDA refused.
         """
-        self.put("a product", self._queue, prepared, weights, x, y, stream, workspace, skip)
+        self.put("a product", self._queue, prepared, weights, x, y, stream, workspace, skip, owner)
 
-    def _queue(self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, skip: int) -> None:
-        if prepared.workspace_nbytes and not workspace:
-            workspace = self.workspace(stream, prepared.workspace_nbytes)
-        bases = prepared.bases
-        bases[0], bases[1], bases[2], bases[3] = weights, x, y, workspace  # the order of BASES
-        for cell, base, offset in prepared.shifted:
-            cell.value = bases[base] + offset
-        for launch in prepared.launches[skip:] if skip else prepared.launches:
-            launch.queue(stream)
+    def _queue(
+        self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, skip: int, owner: object
+    ) -> None:
+        use = self.streams.begin(stream)
+        try:
+            nbytes = prepared.workspace_nbytes
+            if nbytes and not workspace:
+                workspace = use.address if nbytes <= use.nbytes else self.streams.workspace(use, nbytes)
+            bases = prepared.bases
+            bases[0], bases[1], bases[2], bases[3] = weights, x, y, workspace  # the order of BASES
+            for cell, base, offset in prepared.shifted:
+                cell.value = bases[base] + offset
+            if use.keeper is None:
+                use.keeper = stream in self._streams or use.life is not None or keeper_of(owner, stream, self.number)
+            early = bool(use.keeper)
+            for launch in prepared.launches[skip:] if skip else prepared.launches:
+                launch.queue(stream, early)
+        finally:
+            self.streams.end(use)
+
+    def order(self, first: int, then: int) -> None:
+        """Let what is queued on one stream from now on wait for what is queued on another; nothing is done if one of
+        them is being captured."""
+        self.put("an event", self.streams.order, first, then)
+
+    def hold(self, stream: int, arrays: object) -> None:
+        """Keep arrays alive until what is queued on a stream now is done, and somewhat longer."""
+        self.put("an event", self.streams.hold, stream, arrays)
+
+    @contextmanager
+    def workspace(self, stream: int, nbytes: int) -> Iterator[int]:
+        """The address of workspace that the calls in the ``with`` block share, 0 for no bytes. For the thread that
+        holds :attr:`lock`.
+
+        Raises:
+            DeviceError: there is not enough memory.
+        """
+        if not nbytes:
+            yield 0
+            return
+        with self.errors("a product"):
+            use = self.streams.begin(stream)
+            address = self.streams.workspace(use, nbytes)
+            temporary, use.temporary = use.temporary, 0
+        try:
+            yield address
+        finally:
+            if temporary:
+                self.free(temporary, use.handle)
 
     def stop(self) -> None:
-        """Refuse new work, and wait for all work on the device; an error of any of it is raised here."""
+        """Refuse new work, and wait for the work that was queued; an error of any of it is raised here."""
         with self.lock:
             self._stopped = True
         self.drain()
 
     def drain(self) -> None:
-        """Wait for all work on the device; an error of any of it is raised here."""
-        with self.errors("waiting for the device"), current_device(self.number):
-            call("cudaDeviceSynchronize")
+        """Wait for the work that was queued here, whatever else the device does; an error of any of it is raised
+        here."""
+        with self.errors("waiting for the device"), on_device(self.number):
+            self.streams.wait()
+            call("cudaStreamSynchronize", self.stream)
 
     def close(self) -> None:
-        """Wait for the device, and free everything there. Closing twice is harmless.
+        """Wait for the work that was queued here, and free everything. Closing twice is harmless.
 
         Raises:
             DeviceError: work that was still queued failed.
         """
         if self.closed:
             return
-        with self.errors("closing"), current_device(self.number):
-            call("cudaDeviceSynchronize")
-            self._workspaces.clear()
+        with self.errors("closing"), on_device(self.number):
+            self.streams.wait()
+            call("cudaStreamSynchronize", self.stream)
+            self.streams.close()
             self._staging = (0, 0)
-            while self._allocated:
-                (undo, given), _ = self._allocated.popitem()
-                call(undo, given)
+            while self._addresses:
+                address, _ = self._addresses.popitem()
+                self.pool.free(address, self._memory_stream)
+            call("cudaStreamSynchronize", self._memory_stream)
+            self.pool.close()
+            while self._streams:
+                stream, _ = self._streams.popitem()
+                call("cudaStreamDestroy", stream)
 
     def __repr__(self) -> str:
         return f"<Device {self.number}{' (closed)' if self.closed else ''}>"
+
+
+def _bounce_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Host memory in pages of its own, which nobody has registered."""
+    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)

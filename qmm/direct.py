@@ -99,8 +99,7 @@ def dequantize_host(
     if out.size:
         with device.temporary_buffer(out.nbytes, "dequantized weights") as buffer:
             dequantize(device, block_format, weights, m, k, buffer, stream, mapped)
-            device.copy(out.ctypes.data, buffer, out.nbytes, stream)
-            device.synchronize(stream)
+            device.copy_out(out, buffer, stream)
     return out
 
 
@@ -110,6 +109,5 @@ def read_bytes(device: Device, address: int, nbytes: int, stream: int) -> bytes:
     with device.temporary_buffer(nbytes, "bytes read") as buffer:
         prepared = device.prepare(read_op.plan(nbytes, device.architecture), f"reading {nbytes} bytes")
         device.queue(prepared, address, 0, buffer, stream)
-        device.copy(found.ctypes.data, buffer, nbytes, stream)
-        device.synchronize(stream)
+        device.copy_out(found, buffer, stream)
     return found.tobytes()

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from qmm.arrays import KINDS, ArrayKind, kind_of, stream_handle
-from qmm.calls import Calls, Found, check_activations
+from qmm.arrays import KINDS, kind_of
+from qmm.calls import Calls, check_activations
 from qmm.children import PerProcess, process
 from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
 from qmm.host import HostProducts, cpu
@@ -26,7 +26,7 @@ from qmm.memory.machine import Choice, choose
 from qmm.memory.placement import Weights
 from qmm.model import Model, Tensor, open_model
 from qmm.plan import Plan
-from qmm.sequence import Step, queue_sequence
+from qmm.sequence import Step
 from qmm.tracing import outside, untraced, watched
 
 if TYPE_CHECKING:
@@ -102,10 +102,6 @@ class Engine(Resource):
         names = [tensor.name if isinstance(tensor, Tensor) else tensor for tensor in tensors or ()]
         chosen = [model[name] for name in (model if tensors is None else names)]
         choice = choose(device, placement, sum(tensor.nbytes for tensor in chosen))
-        self.gpu_info = choice.gpu
-        self.placement = choice.placement
-        self.device = "cpu" if choice.gpu is None else f"cuda:{choice.gpu.number}"
-        self.explanation = choice.why
         self._process = process.now
         self._in_flight = PerProcess(functools.partial(InFlight, self._was_closed))
         self._plans: weakref.WeakSet[Plan] = weakref.WeakSet()
@@ -118,7 +114,16 @@ class Engine(Resource):
             if choice.gpu is not None:
                 from qmm.device import Device
 
-                self.gpu = held.enter_context(Device(choice.gpu.number))
+                try:
+                    self.gpu = held.enter_context(Device(choice.gpu.number))
+                except DeviceError as reason:
+                    if device != "auto" or placement != "auto":
+                        raise
+                    choice = Choice(None, "host", f"on the CPU, off the mapped file, because {reason}")
+            self.gpu_info = choice.gpu
+            self.placement = choice.placement
+            self.device = "cpu" if choice.gpu is None else f"cuda:{choice.gpu.number}"
+            self.explanation = choice.why
             self._weights = Weights(chosen, choice.placement, self.gpu, registers)
             held.callback(self._weights.close)
             if self.gpu is None:
@@ -185,19 +190,7 @@ class Engine(Resource):
         if self.gpu is not None and kind.on_gpu:
             call, x_address, y_address = self._calls.find(tensor, mode, kind, x, out)
             if call is not None:
-                if stream is None:
-                    stream = kind.stream(x)
-                elif type(stream) is not int:
-                    stream = stream_handle(stream)
-                if out is None:
-                    out = kind.empty(call.shape, x)
-                    y_address, _ = kind.signature(out)
-                else:
-                    kind.written(out)
-                weights = call.residency.lease()
-                if call.prepared is not None:  # if the engine is closed meanwhile, this raises ClosedError
-                    self.gpu.queue(call.prepared, weights, x_address, y_address, stream)
-                return out
+                return self._calls.queue(call, kind, x, out, x_address, y_address, stream)
         return self._host.matmul(tensor, mode, kind, x, out, stream)
 
     @untraced
@@ -241,33 +234,12 @@ class Engine(Resource):
         if self.gpu is not None and kind.on_gpu and named:
             calls = [self._calls.find(tensor, mode, kind, x, out) for tensor, out in zip(named, results, strict=True)]
             if calls[0][0] is not None:
-                return self._queue_each(self.gpu, calls, kind, x, results, stream)
+                return self._calls.queue_each(calls, kind, x, results, stream)
         quantized: dict[bool, Any] = {}
         return [
             self._host.matmul(tensor, mode, kind, x, out, stream, quantized)
             for tensor, out in zip(named, results, strict=True)
         ]
-
-    @staticmethod
-    def _queue_each(
-        gpu: Device, calls: Sequence[Found], kind: ArrayKind, x: Any, outs: list[Any], stream: Any
-    ) -> list[Any]:
-        """Queue products with the same ``x``; new arrays take the place of None among ``outs``."""
-        stream = kind.stream(x) if stream is None else stream_handle(stream)
-        steps = []
-        for number, (call, x_address, y_address) in enumerate(calls):
-            assert call is not None
-            if outs[number] is None:
-                outs[number] = kind.empty(call.shape, x)
-                y_address, _ = kind.signature(outs[number])
-            else:
-                kind.written(outs[number])
-            if call.prepared is not None:
-                steps.append(Step(call.prepared, call.residency.lease(), x_address, y_address))
-        nbytes = max((step.product.workspace_nbytes for step in steps), default=0)
-        with gpu.lock:
-            queue_sequence(gpu, steps, stream, gpu.workspace(stream, nbytes))
-        return outs
 
     @untraced
     def plan(self, products: Iterable[tuple[str | Tensor, Any, Any]], *, activations: str | None = None) -> Plan:

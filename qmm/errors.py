@@ -18,6 +18,7 @@ __all__ = [
     "FileMissingError",
     "GGUFError",
     "MappingError",
+    "OutOfMemoryError",
     "PatternError",
     "QmmError",
     "RegistrationError",
@@ -68,6 +69,10 @@ class RegistrationError(QmmError):
 
 class DeviceError(QmmError):
     """The device asked for is absent or cannot do what was asked."""
+
+
+class OutOfMemoryError(DeviceError):
+    """The device has too little free memory; the message gives both numbers."""
 
 
 class EmulatorError(QmmError):

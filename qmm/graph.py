@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-from qmm.cuda import CudaCallError, call, current_device, runtime
+from qmm.cuda import CudaCallError, call, on_device, runtime
 from qmm.device import Device
 from qmm.errors import ClosedError
 from qmm.loaders.closing import Resource
@@ -35,19 +34,29 @@ class Graph(Resource):
         """Whether it was closed, or this is a forked child."""
         return self._ended or self._device.forked
 
-    def launch(self, stream: int) -> None:
+    def launch(self, stream: int) -> bool:
         """Put one replay on a stream.
+
+        Returns:
+            Whether it was; not if the stream is being captured, since a replay cannot be.
 
         Raises:
             ClosedError: it was closed.
             DeviceError: CUDA refused.
         """
-        self._device.put("launching a graph", self._launch, stream)
+        replayed: bool = self._device.put("launching a graph", self._launch, stream)
+        return replayed
 
-    def _launch(self, stream: int) -> None:
+    def _launch(self, stream: int) -> bool:
         if self._ended:
             raise ClosedError("the graph was closed by another thread. Create another one.")
+        streams = self._device.streams
+        use = streams.begin(stream)
+        if use.event is None:
+            return False
         call("cudaGraphLaunch", self._executable, stream)
+        streams.end(use)
+        return True
 
     def close(self) -> None:
         """Free it; the device must be done with it. Closing twice is harmless."""
@@ -55,7 +64,7 @@ class Graph(Resource):
             return
         with self._device.lock:
             self._ended = True
-            with self._device.errors("freeing a graph"), current_device(self._device.number):
+            with self._device.errors("freeing a graph"), on_device(self._device.number):
                 self._held.close()
 
 
@@ -64,17 +73,19 @@ def capture(device: Device, work: Callable[[], object], stream: int, batch: int 
 
     Args:
         device: where.
-        work: launches and copies. It must not allocate: call it once before.
+        work: launches and copies. The graph gets the workspace that they need.
         stream: a handle other than 0.
         batch: calls of ``work`` in one replay.
 
     Raises:
         DeviceError: something in it cannot be captured.
     """
-    mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-    with device.errors("capturing a graph"), current_device(device.number), _no_collection():
+    mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+    with device.errors("capturing a graph"), on_device(device.number):
         call("cudaStreamBeginCapture", stream, mode)
         try:
+            with device.lock:
+                device.streams.follow(stream)
             for _ in range(batch):
                 work()
         except BaseException:  # a stream that is still capturing is unusable
@@ -85,19 +96,7 @@ def capture(device: Device, work: Callable[[], object], stream: int, batch: int 
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection in the block: a dropped engine would wait for the device, which ends a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextmanager
-def replay(device: Device, work: Callable[[], object], stream: int, batch: int = 1) -> Iterator[Callable[[], None]]:
+def replay(device: Device, work: Callable[[], object], stream: int, batch: int = 1) -> Iterator[Callable[[], object]]:
     """Capture calls of ``work()``, for use inside the ``with`` block; arguments as for :func:`capture`.
 
     Yields:
@@ -126,7 +125,7 @@ def time_ms(device: Device, work: Callable[[], object], stream: int, repeats: in
     with (
         replay(device, work, stream, batch) as again,
         device.errors("timing"),
-        current_device(device.number),
+        on_device(device.number),
         device.events() as (start, end),
     ):
         times = []

@@ -52,12 +52,10 @@ class Plan(Resource):
         self._device, self._length, self._checks, self._name = device, length, list(checks), name
         self._stream_of: Callable[[], int] | None = stream_of
         self._kept = kept
-        # Its own workspace: engine.matmul may use the engine's on the same stream, between or during replays.
-        nbytes = max((step.product.workspace_nbytes for step in steps), default=0)
+        self._queue = functools.partial(queue_sequence, device, steps)
         with ExitStack() as held:
-            workspace = held.enter_context(device.temporary_buffer(nbytes, "a plan's workspace")) if nbytes else 0
             with device.temporary_stream() as stream:  # not the engine's: it would capture other threads' work
-                work = functools.partial(queue_sequence, device, steps, stream, workspace)
+                work = functools.partial(self._queue, stream)
                 self._graph = held.enter_context(capture(device, work, stream))
             held.callback(self._let_go)
             held.callback(device.drain)
@@ -79,7 +77,8 @@ class Plan(Resource):
 
         Args:
             stream: where: a stream of CuPy, PyTorch, Numba or cuda.core, or a handle. Without one, the stream that the
-                library of the first ``x`` uses now. Replays do not overlap each other, whatever their streams.
+                library of the first ``x`` uses now. Replays do not overlap each other, whatever their streams. If it is
+                being captured, the products become part of that graph, which then needs the arrays and the engine.
 
         Raises:
             ClosedError: the plan or its engine was closed.
@@ -96,11 +95,13 @@ class Plan(Resource):
         if stream is None:
             stream_of = self._stream_of  # None if another thread closes the plan: the graph then raises
             stream = stream_of() if stream_of is not None else 0
-        self._graph.launch(stream_handle(stream))
+        handle = stream if type(stream) is int else stream_handle(stream)
+        if not self._graph.launch(handle):
+            self._queue(handle)
 
     def close(self) -> None:
-        """Wait for the device, and release the graph and the arrays. Closing twice is harmless; if KeyboardInterrupt
-        ends it, call it again.
+        """Wait for the engine's work, and release the graph and the arrays. Closing twice is harmless; if
+        KeyboardInterrupt ends it, call it again.
 
         Raises:
             DeviceError: work that was still queued failed.

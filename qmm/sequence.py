@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 
 def queue_sequence(
-    device: Device, steps: Sequence[Step], stream: int, workspace: int, share_activations: bool = True
+    device: Device, steps: Sequence[Step], stream: int, share_activations: bool = True, owner: object = None
 ) -> None:
     """Put products on a stream, one after the other.
 
@@ -38,19 +38,20 @@ def queue_sequence(
 
     Args:
         device: where.
-        steps: the products; they share the workspace.
+        steps: the products; they share one workspace.
         stream: a stream's handle.
-        workspace: the address of the largest workspace that one of them needs; 0 if none needs any.
         share_activations: if False, each product quantizes its activations.
+        owner: of the stream, see :meth:`qmm.device.Device.queue`.
     """
     quantized: Step | None = None
-    with device.lock:
+    nbytes = max((step.product.workspace_nbytes for step in steps), default=0)
+    with device.lock, device.workspace(stream, nbytes) as workspace:
         for step, following in itertools.zip_longest(steps, steps[1:]):
             shared = share_activations and quantized is not None and _same_activations(quantized, step)
             skip = step.product.quantize_launches if shared else 0
             _set_next_prefetch(step, following)
             try:
-                device.queue(step.prepared, step.weights, step.x, step.y, stream, workspace, skip)
+                device.queue(step.prepared, step.weights, step.x, step.y, stream, workspace, skip, owner)
             finally:
                 _set_next_prefetch(step, None)
             if step.product.quantized is not None and not skip:

@@ -110,15 +110,13 @@ class Placed:
                 return Step(prepared, address, x_address, y_view.address)
 
             def as_in_a_plan(steps: Sequence[Step]) -> None:
-                queue_sequence(gpu, steps, gpu.stream, workspace, share_activations=False)
+                queue_sequence(gpu, steps, gpu.stream, share_activations=False)
 
             def one_by_one(steps: Sequence[Step]) -> None:
                 for step in steps:
-                    gpu.queue(*step, gpu.stream, workspace)
+                    gpu.queue(*step, gpu.stream)
 
             products = [product(i) for i in range(self.products)]  # this compiles
-            nbytes = products[0].product.workspace_nbytes
-            workspace = allocated(gpu, nbytes, made) if nbytes else 0
             parts = [products[start : start + GRAPH_PRODUCTS] for start in range(0, self.products, GRAPH_PRODUCTS)]
 
             def side(name: str, queue_products: Callable[[Sequence[Step]], None]) -> Side:

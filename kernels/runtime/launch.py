@@ -116,7 +116,9 @@ class Launch:
         self._packed = ctypes.addressof(self._addresses)
         self._read: list[object] = []  # keeps the arrays alive
         self._handle, self._launch = load(kernel, device)
-        self._config = cuda.launch_config(ctas, kernel.threads, shared_nbytes, early)
+        self._shape = (ctas, kernel.threads, shared_nbytes)
+        self._early = early
+        self._config = cuda.launch_config(*self._shape, early)
         self._stream: int | None = None
 
     def cell(self, name: str) -> ctypes.c_int64:
@@ -128,8 +130,12 @@ class Launch:
         self._addresses[self.kernel.parameters.index(name)] = ctypes.addressof(values) + 8 * index
         self._read.append(values)
 
-    def queue(self, stream: int) -> None:
+    def queue(self, stream: int, early: bool = True) -> None:
         """Put the launch on a stream (its handle; 0 is the default stream).
+
+        Args:
+            stream: where.
+            early: if False, it starts after its predecessor whatever it was prepared for.
 
         Raises:
             CudaCallError: the driver refused; the message names the kernel.
@@ -137,6 +143,10 @@ class Launch:
         if stream != self._stream:
             self._config.hStream = stream
             self._stream = stream
-        (error,) = self._launch(self._config, self._handle, self._packed, 0)
+        config = self._config
+        if self._early and not early:
+            config = cuda.launch_config(*self._shape, False)
+            config.hStream = stream
+        (error,) = self._launch(config, self._handle, self._packed, 0)
         if error:
             cuda.require_launched(self.kernel.name, error)

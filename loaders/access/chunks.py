@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass
 
 from qmm.children import PerProcess
-from qmm.cuda import CudaCallError, call, current_device, register_flags
+from qmm.cuda import CudaCallError, call, on_device, register_flags
 from qmm.loaders.access.pages import Span, cut, gaps
 from qmm.loaders.mapping import FileMapping
 
@@ -83,7 +83,7 @@ def acquire(mapping: FileMapping, spans: list[Span], chunk_nbytes: int) -> list[
 
 
 def release(chunks: list[Chunk], device: int) -> CudaCallError | None:
-    """Uncount a user of each chunk, and unregister those that have no other, once ``device`` is done with them.
+    """Uncount a user of each chunk, and unregister those that have no other. The device must be done with them.
 
     Args:
         chunks: from :func:`acquire`. The list is emptied on the way, so that a call that KeyboardInterrupt ended can be
@@ -94,15 +94,11 @@ def release(chunks: list[Chunk], device: int) -> CudaCallError | None:
         The first failure, unless CUDA itself is gone. What could not be unregistered stays in the table.
     """
     with _lock.now:
-        failure = None
-        if any(chunk.users == 1 for chunk in chunks):
-            try:
-                with current_device(device):
-                    call("cudaDeviceSynchronize")  # a kernel may still be reading them
-            except CudaCallError as error:
-                failure = None if error.gone else error
-        unregistering = _uncount(chunks)
-        return failure or unregistering
+        try:
+            with on_device(device):
+                return _uncount(chunks)
+        except CudaCallError as error:  # of making the device current
+            return _uncount(chunks) if error.gone else error
 
 
 def _register(chunk: Chunk, chunks: list[Chunk]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from typing import Final, SupportsIndex
 
 from qmm.children import process
-from qmm.cuda import CudaCallError, attribute, current_device
+from qmm.cuda import CudaCallError, attribute, on_device
 from qmm.errors import ClosedError, RegistrationError
 from qmm.loaders.access.chunks import Chunk, acquire, release
 from qmm.loaders.access.pages import Span, covering_pages, gaps
@@ -87,7 +87,7 @@ class HostRegistration(Resource):
         mapping.check()
         spans = covering_pages([(span.start, span.nbytes) for span in wanted], mmap.PAGESIZE)
         try:
-            with current_device(device):
+            with on_device(device):
                 _check_device(device)
                 return cls(mapping.share(), acquire(mapping, spans, chunk_nbytes), device)
         except CudaCallError as reason:
@@ -160,7 +160,8 @@ class HostRegistration(Resource):
         ]
 
     def close(self) -> None:
-        """Wait for the device, unregister the pages that no other registration uses, then let the mapping go.
+        """Unregister the pages that no other registration uses, then let the mapping go. The device must be done with
+        them.
 
         Twice is harmless; so is closing after CUDA itself has shut down; and after KeyboardInterrupt it goes on.
 

@@ -6,7 +6,11 @@ not imported here: who passes a tensor has imported its library, which is found 
 
 from __future__ import annotations
 
+import ctypes
 import operator
+import os
+import sys
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -19,13 +23,19 @@ from qmm.arrays.view import View
 from qmm.errors import ArrayError, DeviceError
 from qmm.kernels.ops.op import DTYPES
 
-__all__ = ["DTYPES", "KINDS", "ArrayKind", "View", "kind_of", "stream_handle"]
+__all__ = ["DTYPES", "KINDS", "ArrayKind", "View", "keeper_of", "kind_of", "release_caches", "stream_handle"]
 
 
 _NUMPY = NumPyArrays()
 _TORCH = TorchArrays()
 _CUPY = CuPyArrays()
 _NUMBA = NumbaArrays()
+
+
+PER_THREAD = 2
+"""cudaStreamPerThread."""
+_LEGACY = (1,) if os.environ.get("CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM", "0") != "0" else (0, 1)
+"""Handles of the default stream that all threads share: 0 is each thread's own if cuda-python is told so."""
 
 
 class _Kinds(dict[type, ArrayKind]):
@@ -75,6 +85,45 @@ def _find_kind(cls: type) -> ArrayKind:
     )
 
 
+def release_caches() -> None:
+    """Let the libraries that this process has imported give back GPU memory that they merely keep. What they refuse,
+    as during a capture, stays with them."""
+    for kind, module in ((_TORCH, "torch"), (_CUPY, "cupy")):
+        if module in sys.modules:
+            with suppress(Exception):
+                kind.release_cache()
+
+
+def keeper_of(owner: Any, handle: int, device: int) -> object:
+    """What keeps a stream from being destroyed while work is queued on it.
+
+    A stream that is destroyed while kernels are queued on it that may start before their predecessors end (programmatic
+    dependent launch) can hang the device for good: seen on an H100 and an H200 with driver 580, with a stream that is
+    destroyed by its handle, and with that of a thread that ends.
+
+    Args:
+        owner: the stream's object, or the kind of array whose library uses the stream now.
+        handle: of the stream.
+        device: CUDA's number of the device.
+
+    Returns:
+        True if nothing destroys it; an object that does not destroy it as long as it exists; or None.
+    """
+    if handle in _LEGACY:
+        return True
+    if handle == PER_THREAD:  # destroyed when its thread ends
+        return None
+    if isinstance(owner, ArrayKind):
+        kind, owner = owner, owner.current(device)
+    else:
+        root = type(owner).__module__.partition(".")[0]
+        found = {"torch": _TORCH, "cupy": _CUPY, "numba": _NUMBA, "numba_cuda": _NUMBA}.get(root)
+        if found is None:
+            return None
+        kind = found
+    return None if owner is None else kind.keeper(owner)
+
+
 def stream_handle(stream: Any) -> int:
     """The handle of a stream of any library; an integer is a handle already.
 
@@ -86,10 +135,12 @@ def stream_handle(stream: Any) -> int:
     if hasattr(stream, "__cuda_stream__"):
         described = stream.__cuda_stream__
         return int((described() if callable(described) else described)[1])
-    for attribute in ("cuda_stream", "ptr", "handle"):  # PyTorch, CuPy, Numba
+    for attribute in ("cuda_stream", "ptr", "handle", "value"):  # PyTorch, CuPy, Numba, ctypes
         value = getattr(stream, attribute, None)
         if value is not None:
             return int(getattr(value, "value", value) or 0)
+    if isinstance(stream, ctypes.c_void_p):  # NULL, whose value is None
+        return 0
     if hasattr(stream, "__index__"):
         return operator.index(stream)
     raise DeviceError(f"{stream!r} is not a stream that qmm supports: pass one of PyTorch, CuPy or Numba, or a handle")

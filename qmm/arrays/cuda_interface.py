@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Hashable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -48,19 +49,40 @@ class CuPyArrays(CudaInterfaceArrays):
         data = array.data
         return data.ptr, (array.shape, array.strides, array.dtype, data.device_id)
 
-    def empty(self, shape: tuple[int, ...], like: Any) -> Any:
-        with like.device:
+    def address(self, array: Any) -> int:
+        return int(array.data.ptr)
+
+    def empty(self, shape: tuple[int, ...], like: Any, stream: Any = None) -> Any:
+        with like.device, nullcontext() if stream is None else stream:
             return sys.modules["cupy"].empty(shape, like.dtype)
 
+    def empty_bytes(self, nbytes: int, like: Any, stream: Any = None) -> Any:
+        with like.device, nullcontext() if stream is None else stream:
+            return sys.modules["cupy"].empty(nbytes, np.uint8)
+
     def stream(self, array: Any) -> int:
-        with array.device:
-            return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
+        return int(sys.modules["cupy"].cuda.get_current_stream(array.data.device_id).ptr)
+
+    def owns(self, stream: Any) -> bool:
+        return isinstance(stream, sys.modules["cupy"].cuda.Stream)
+
+    def keeper(self, stream: Any) -> object:
+        return stream if self.owns(stream) else None
+
+    def current(self, device: int) -> Any:
+        return sys.modules["cupy"].cuda.get_current_stream(device)
+
+    def release_cache(self) -> None:
+        sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
 
 
 class NumbaArrays(CudaInterfaceArrays):
-    """``numba.cuda`` device arrays; new ones are allocated on the current device."""
+    """``numba.cuda`` device arrays; new ones are allocated on the current device. They are freed by cuMemFree, which
+    waits for what uses them."""
 
     name = "Numba"
+    recycles = False
+    names_streams = True
 
     def _device(self, array: Any) -> int:
         address, _ = array.__cuda_array_interface__["data"]
@@ -72,7 +94,19 @@ class NumbaArrays(CudaInterfaceArrays):
         data = array.gpu_data
         return data.device_pointer_value or 0, (array.shape, array.strides, array.dtype, id(data.context))
 
-    def empty(self, shape: tuple[int, ...], like: Any) -> Any:
+    def empty(self, shape: tuple[int, ...], like: Any, stream: Any = None) -> Any:
         from numba import cuda
 
         return cuda.device_array(shape, like.dtype)
+
+    def empty_bytes(self, nbytes: int, like: Any, stream: Any = None) -> Any:
+        from numba import cuda
+
+        return cuda.device_array(nbytes, np.uint8)
+
+    def filled_on(self, array: Any) -> int:
+        named = getattr(array, "stream", 0)  # 0, or a stream of Numba's
+        return int(named) if named else 0
+
+    def keeper(self, stream: Any) -> object:
+        return None if stream.external else stream

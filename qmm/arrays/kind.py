@@ -22,6 +22,10 @@ class ArrayKind:
     name: ClassVar[str]
     on_gpu: ClassVar[bool] = True
     """Whether its arrays may be in GPU memory."""
+    recycles: ClassVar[bool] = True
+    """Whether it may use the GPU memory of a dropped array again while the device still works on that array."""
+    names_streams: ClassVar[bool] = False
+    """Whether its arrays say which stream fills them: :meth:`filled_on`."""
 
     def view(self, array: Any) -> View:
         """Where the array lies.
@@ -37,8 +41,17 @@ class ArrayKind:
         view = self.view(array)
         return view.address, (view.shape, view.strides, view.dtype, view.device, view.writable)
 
-    def empty(self, shape: tuple[int, ...], like: Any) -> Any:
-        """A new array of ``like``'s kind and dtype, on its device."""
+    def address(self, array: Any) -> int:
+        """The address of its first element; 0 if it has no memory."""
+        return self.signature(array)[0]
+
+    def empty(self, shape: tuple[int, ...], like: Any, stream: Any = None) -> Any:
+        """A new array of ``like``'s kind and dtype, on its device, for the library's current stream or for ``stream``,
+        which is one of its own (:meth:`owns`)."""
+        raise NotImplementedError
+
+    def empty_bytes(self, nbytes: int, like: Any, stream: Any = None) -> Any:
+        """A new array of bytes, otherwise as :meth:`empty`."""
         raise NotImplementedError
 
     def to_host(self, array: Any) -> npt.NDArray[np.float32]:
@@ -59,6 +72,31 @@ class ArrayKind:
     def stream(self, array: Any) -> int:
         """The handle of the stream that the library would use now; 0 is the default stream."""
         return 0
+
+    def owns(self, stream: Any) -> bool:
+        """Whether a stream is an object of this library's, for which it can allocate."""
+        return False
+
+    def keeper(self, stream: Any) -> object:
+        """What keeps a stream of this library's from being destroyed: True if nothing destroys it, the object that does
+        when it is dropped, or None for a stream that somebody else may destroy."""
+        return None
+
+    def current(self, device: int) -> Any:
+        """The stream that the library would use now, as its own object; None if it has none."""
+        return None
+
+    def record(self, array: Any, stream: Any) -> bool:
+        """Tell the library that one of its own streams uses an array; whether it then keeps the memory of a dropped
+        array until that is done."""
+        return False
+
+    def filled_on(self, array: Any) -> int:
+        """The handle of the stream that fills the array; 0 if the array names none."""
+        return 0
+
+    def release_cache(self) -> None:
+        """Give the device back the memory that the library merely keeps for arrays to come."""
 
 
 def check_dtype(name: str, what: str) -> str:

@@ -30,7 +30,7 @@ class NumPyArrays(ArrayKind):
             array.shape, array.strides, dtype, array.__array_interface__["data"][0], None, array.flags.writeable
         )
 
-    def empty(self, shape: tuple[int, ...], like: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def empty(self, shape: tuple[int, ...], like: np.ndarray[Any, Any], stream: Any = None) -> np.ndarray[Any, Any]:
         return np.empty(shape, like.dtype)
 
     def to_host(self, array: np.ndarray[Any, Any]) -> npt.NDArray[np.float32]:

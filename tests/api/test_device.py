@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 
 import fake_driver
 import pytest
@@ -14,6 +15,7 @@ from qmm.kernels.ops.layout import Activations
 from qmm.kernels.ops.matvec.plan import NOTHING, Product, Region
 from qmm.kernels.ops.op import At, LaunchSpec, Operand
 from qmm.sequence import Step, queue_sequence
+from qmm.streams import Streams
 
 REGION = Region(34, 7, 32)
 X, Y = Operand.contiguous(1, 32), Operand.contiguous(1, 8)
@@ -35,11 +37,15 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 @pytest.fixture
-def device(fake: Driver) -> Device:
+def device(fake: Driver, monkeypatch: pytest.MonkeyPatch) -> Device:
     """One whose device was made current before, with nothing on it."""
+    for module in ("device", "streams"):
+        monkeypatch.setattr(f"qmm.{module}.on_device", lambda number: nullcontext())
     device = object.__new__(Device)
-    device.number, device._allocated, device._zeros, device._alone = 0, {}, 0x2E05, True
+    device.number, device._streams, device._zeros, device._alone = 0, {}, 0x2E05, True
     device.lock, device._thread, device._stopped = threading.RLock(), threading.local(), False
+    device.allocate = lambda nbytes, what, stream=None: WORKSPACE
+    device.streams = Streams(device)
     device._thread.ready = True
     return device
 
@@ -79,7 +85,7 @@ def test_addresses_are_bound_when_work_is_queued(fake: Driver, device: Device) -
 
 def test_only_the_last_reading_of_the_weights_prefetches_what_comes_next(fake: Driver, device: Device) -> None:
     prepared = device.prepare(product_of(fake, 2), "a test")
-    queue_sequence(device, [Step(prepared, 4096, 1, 2), Step(prepared, 8192, 1, 3)], 0, 0)
+    queue_sequence(device, [Step(prepared, 4096, 1, 2), Step(prepared, 8192, 1, 3)], 0)
     nothing, next_ones = (0, *NOTHING), (8192, *REGION)
     assert [launched.arguments[3:] for launched in fake.launches] == [nothing, next_ones, nothing, nothing]
 
@@ -95,10 +101,10 @@ def functions(fake: Driver) -> list[int]:
 
 def test_products_with_the_same_activations_quantize_them_once(fake: Driver, device: Device) -> None:
     steps = steps_of(fake, device, (1000, 5000), (1000, 6000), (1000, 7000))
-    queue_sequence(device, steps, 0, WORKSPACE)
+    queue_sequence(device, steps, 0)
     assert functions(fake) == [0, 1, 1, 1]
     fake.launches.clear()
-    queue_sequence(device, steps, 0, WORKSPACE, share_activations=False)
+    queue_sequence(device, steps, 0, share_activations=False)
     assert functions(fake) == [0, 1, 0, 1, 0, 1]
 
 
@@ -111,7 +117,7 @@ def test_products_with_the_same_activations_quantize_them_once(fake: Driver, dev
     ],
 )
 def test_what_may_have_changed_is_quantized_again(fake: Driver, device: Device, arrays: list[tuple[int, int]]) -> None:
-    queue_sequence(device, steps_of(fake, device, *arrays), 0, WORKSPACE)
+    queue_sequence(device, steps_of(fake, device, *arrays), 0)
     assert functions(fake) == [0, 1, 0, 1]
 
 

@@ -106,8 +106,7 @@ def require_what_comes_next(mapped: bool, most: int, rng: np.random.Generator, m
         weights.append(weight)
         activations.append(x)
         steps.append(Step(prepared, weight.start, source.address, target.address))
-    workspace = device.allocate(max(step.product.workspace_nbytes for step in steps), "workspace")
-    queue_sequence(device, steps, 0, workspace)
+    queue_sequence(device, steps, 0)
     assert not any(weights[0].prefetched)
     for weight, (name, m, k, _), step in zip(weights[1:], sizes[1:], steps[1:], strict=True):
         require_prefetched(weight, FORMATS[name].row_nbytes(k), m, step.product, mapped, most)

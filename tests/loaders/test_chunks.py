@@ -62,7 +62,7 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     driver = Driver()
     monkeypatch.setattr(chunks, "call", driver.call)
-    monkeypatch.setattr(chunks, "current_device", lambda device: nullcontext())
+    monkeypatch.setattr(chunks, "on_device", lambda device: driver.call("on_device") or nullcontext())
     monkeypatch.setattr(chunks, "register_flags", lambda: 11)
     yield driver
     assert chunks.registered.now == []
@@ -93,10 +93,9 @@ def test_each_page_is_registered_once_and_by_its_last_user_unregistered(mapping:
     assert all(chunk.device_address == mapping.address + chunk.span.start + FAR for chunk in second)
     assert sum(driver.ranges.values()) == 10 * PAGE
     assert release(first, 0) is None
-    assert "cudaDeviceSynchronize" not in driver.calls  # nothing was idle
     assert sum(driver.ranges.values()) == 10 * PAGE
     assert release(second, 0) is None
-    assert driver.calls.index("cudaDeviceSynchronize") < driver.calls.index("cudaHostUnregister")
+    assert "cudaDeviceSynchronize" not in driver.calls  # it would spoil a capture, and wait for others' work
     assert (first, second) == ([], [])
 
 
@@ -141,7 +140,7 @@ def test_an_interrupt_while_registering_leaves_nothing_registered(mapping: FileM
 @pytest.mark.usefixtures("interruptible")
 def test_releasing_goes_on_after_an_interrupt(mapping: FileMapping, driver: Driver) -> None:
     acquired = acquire(mapping, [pages(0, 4)], PAGE)
-    driver.hooks["cudaDeviceSynchronize"] = lambda: signal.raise_signal(signal.SIGINT)
+    driver.hooks["on_device"] = lambda: signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         release(acquired, 0)
     assert len(driver.ranges) == 4

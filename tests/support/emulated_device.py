@@ -10,6 +10,7 @@ from qmm.device import Device, Prepared
 from qmm.kernels.lang.targets.emulator import Memory, Region, Settings, emulate
 from qmm.kernels.ops.layout import ZERO_NBYTES
 from qmm.kernels.ops.op import Architecture, At, LaunchSpec, Work
+from qmm.streams import Streams, Use
 
 __all__ = ["AMPERE", "HOPPER", "USUAL", "EmulatedDevice", "EmulatedLaunch"]
 
@@ -38,7 +39,7 @@ class EmulatedLaunch:
         """From now on, take an argument from an element of an array."""
         self.cells[name] = ctypes.c_int64.from_buffer(values, 8 * index)
 
-    def queue(self, stream: int) -> None:
+    def queue(self, stream: int, early: bool = True) -> None:
         """Run it."""
         spec, device = self.spec, self.device
         emulate(
@@ -50,6 +51,25 @@ class EmulatedLaunch:
             after_predecessors=not spec.early,
             **{name: cell.value for name, cell in self.cells.items()},
         )
+
+
+class EmulatedStreams(Streams):
+    """Streams of a device on which everything is done at once."""
+
+    def __init__(self, device: EmulatedDevice) -> None:
+        self._device = device
+
+    def begin(self, stream: int) -> Use:
+        use = Use(None)
+        use.fresh = False
+        return use
+
+    def end(self, use: Use) -> None:
+        """Nothing is left to be done."""
+
+    def workspace(self, use: Use, nbytes: int) -> int:
+        # Fresh for each call: what the call before has left there must not be of use.
+        return self._device.allocate(nbytes, "workspace")
 
 
 class EmulatedDevice(Device):
@@ -67,7 +87,8 @@ class EmulatedDevice(Device):
         self._thread = threading.local()
         self._thread.ready = True
         self._stopped = False
-        self._allocated = {}
+        self._streams = {}
+        self.streams = EmulatedStreams(self)
         self._staging = (0, 0)
         self._zeros = self.add("zeros", bytes(ZERO_NBYTES), constant=True).start
 
@@ -81,15 +102,11 @@ class EmulatedDevice(Device):
     def prepare(self, work: Work, doing: str) -> Prepared:
         return Prepared(work, [EmulatedLaunch(self, spec) for spec in work.launches], self._zeros)
 
-    def allocate(self, nbytes: int, what: str) -> int:
+    def allocate(self, nbytes: int, what: str, stream: object = None) -> int:
         return self.add(what, nbytes).start
 
-    def free(self, address: int) -> None:
+    def free(self, address: int, stream: object = None) -> None:
         self.memory.regions = [region for region in self.memory.regions if region.start != address]
-
-    def workspace(self, stream: int, nbytes: int) -> int:
-        # Fresh for each call: what the call before has left there must not be of use.
-        return self.allocate(nbytes, "workspace")
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         if self._ours(source):

@@ -75,6 +75,12 @@ class Driver:
         self.functions.append((attribute, value))
         return (0,)
 
+    def cuStreamGetId(self, stream: Any) -> tuple[Any, int]:  # noqa: N802
+        return (0, int(stream))
+
+    def cuStreamIsCapturing(self, stream: Any) -> tuple[Any, int]:  # noqa: N802
+        return (0, 0)
+
     def cuLaunchKernelEx(self, config: Any, function: Any, packed: int, extra: int) -> tuple[Any]:  # noqa: N802
         assert extra == 0
         addresses = (ctypes.c_void_p * self.arguments).from_address(packed)
