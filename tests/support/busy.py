@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 # One thread that looks at the clock; the rest of the GPU is free for others.
-SPIN = b"""
+SPIN = """
 .version 7.0
 .target sm_75
 .address_size 64
@@ -45,7 +45,7 @@ look:
     @%again bra look;
     ret;
 }
-\0"""
+"""
 
 
 def checked(returned: tuple[Any, ...]) -> Any:
@@ -62,7 +62,12 @@ def synchronize() -> None:
 
 @functools.cache
 def _spin() -> Any:
-    module = checked(driver.cuModuleLoadData(SPIN))
+    from qmm.kernels.runtime.build import link  # imports Numba, which a child may not need
+
+    which = runtime.cudaDeviceAttr
+    names = (which.cudaDevAttrComputeCapabilityMajor, which.cudaDevAttrComputeCapabilityMinor)
+    major, minor = (int(checked(runtime.cudaDeviceGetAttribute(name, 0))) for name in names)
+    module = checked(driver.cuModuleLoadData(link(SPIN, (major, minor))))
     function = checked(driver.cuModuleGetFunction(module, b"spin"))
     _launch(function, 0, 0)  # the first launch loads it, which may wait for other work
     synchronize()
