@@ -1,10 +1,20 @@
-"""Everything in this folder is marked `gpu`, and skipped, with the reason, where there is no CUDA device."""
+"""Everything in this folder is marked `gpu`, and skipped, with the reason, where there is no CUDA device.
+
+What tests of streams, captures and memory share is here too: a model and its engine, and the optional libraries.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from gguf_files import random_blocks, write_gguf
+
+import qmm
 
 
 @cache
@@ -40,3 +50,36 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.user_properties.append(note)  # tests/conftest.py sums these up
     if note[0] == "no_cuda_device":
         item.add_marker(pytest.mark.skip(reason=f"no CUDA device: {note[1]}"))
+
+
+SHAPES = {
+    "w": ("Q8_0", (8192, 4096)),  # whose products need workspace
+    "s": ("Q8_0", (64, 256)),
+    "emb": ("F32", (100, 1000)),  # shares its first page and its last one with its neighbours
+    "next": ("Q8_0", (64, 256)),
+    "last": ("Q8_0", (64, 1024)),
+}
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("model") / "model.gguf"
+    write_gguf(path, {name: (*of, random_blocks(*of, rng)) for name, of in SHAPES.items()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(model_path: Path) -> Iterator[qmm.Engine]:
+    with qmm.open(model_path) as model, qmm.Engine(model, "cuda", "device") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def torch() -> Any:
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="session")
+def cupy() -> Any:
+    return pytest.importorskip("cupy")

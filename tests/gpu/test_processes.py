@@ -50,7 +50,10 @@ for use in (
     lambda: engine.matmul("a", x),
     lambda: engine.matmul("b", x),
     lambda: engine.matmul("a", x_there, y_there),
+    lambda: engine.matmul("a", x[:1]),  # whose kernel is not loaded yet
+    lambda: engine.matmul_each(["a", "b"], x_there),
     lambda: engine.dequantize("a"),
+    lambda: engine.plan([("a", x_there, y_there)]),
     plan,
     lambda: qmm.Engine(model, "cuda", placement),
     plan.close,
@@ -73,7 +76,7 @@ def test_a_kernel_that_failed_elsewhere_is_said_at_each_use_and_the_cpu_still_wo
     done = run_python(BROKEN, path, placement)
     assert done.returncode == 0, done.stderr
     *errors, cpu, auto = done.stdout.splitlines()
-    assert len(errors) == 9, done.stdout
+    assert len(errors) == 12, done.stdout
     for error in errors:
         assert "700" in error, error
         assert "start a new one" in error, error
