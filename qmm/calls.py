@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["ACTIVATIONS", "Call", "Calls", "Found", "check_activations", "check_input", "check_output"]
 
 ACTIVATIONS = ("int8", "f16")
-MOST = 4096
-"""The most calls that are kept prepared."""
+MOST_LAUNCHES = 8192
+"""Calls are kept prepared up to so many launches in all, each of which takes some 3 KiB of host memory."""
 
 
 class Call(NamedTuple):
@@ -57,6 +57,7 @@ class Calls:
         """Args are the engine's; ``path`` is the model's, for messages."""
         self._weights, self._device, self._in_flight, self._path = weights, device, in_flight, path
         self._calls: dict[Hashable, Call | None] = {}
+        self._launches = 0
 
     def find(self, tensor: Tensor, mode: str, kind: ArrayKind, x: Any, out: Any) -> Found:
         """The call for these arrays, and the addresses of both.
@@ -103,8 +104,10 @@ class Calls:
         Raises:
             QmmError: as :meth:`qmm.Engine.matmul`.
         """
-        handle = current = kind.stream(x)
-        if stream is not None:
+        current = kind.stream(x)
+        if stream is None:
+            handle = current
+        else:
             handle = stream if type(stream) is int else stream_handle(stream)
         if out is None:
             out = self.output(call, kind, x, stream, handle, current)
@@ -223,9 +226,11 @@ class Calls:
             device.copy_out(y, area + results, stream)
 
     def _keep(self, key: Hashable, call: Call | None) -> Call | None:
-        if len(self._calls) >= MOST:
-            self._calls.clear()
         self._calls[key] = call
+        self._launches += _launches(call)
+        while self._launches > MOST_LAUNCHES and len(self._calls) > 1:
+            oldest = next(iter(self._calls))
+            self._launches -= _launches(self._calls.pop(oldest))
         return call
 
     def _new(
@@ -272,6 +277,11 @@ def _signature(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:
     except Exception:  # each library's own error, for an array that has no address
         view = kind.view(array)
         return view.address, view
+
+
+def _launches(call: Call | None) -> int:
+    """What counts towards MOST_LAUNCHES."""
+    return 1 + (len(call.prepared.launches) if call is not None and call.prepared is not None else 0)
 
 
 def require_memory(kind: ArrayKind, x: Any, out: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qmm.arrays import keeper_of, release_caches
+from qmm.arrays import release_caches
 from qmm.children import process
 from qmm.cuda import CudaCallError, attribute, call, current_device, on_device
 from qmm.errors import ClosedError, DeviceError, OutOfMemoryError
@@ -26,7 +26,7 @@ from qmm.kernels.ops.op import BASES, Architecture, At, Work
 from qmm.kernels.runtime.launch import Launch
 from qmm.loaders.closing import Resource
 from qmm.pool import Pool
-from qmm.streams import Streams
+from qmm.streams import IDLE_NBYTES, Streams
 
 __all__ = ["Device", "Prepared"]
 
@@ -77,6 +77,7 @@ class Device(Resource):
         number: CUDA's number of the device.
         architecture: its properties that plans depend on.
         stream: a stream of its own.
+        own_streams: the handles of all of its own.
         streams: what was queued, on this and other streams.
         pool: where its memory is from.
         lock: held by the thread that puts work on it.
@@ -85,7 +86,7 @@ class Device(Resource):
     def __init__(self, number: int) -> None:
         self.number = number = operator.index(number)
         self._process = process.now
-        self._streams: dict[int, bool] = {}
+        self.own_streams: dict[int, bool] = {}
         self._addresses: dict[int, bool] = {}
         self._staging = (0, 0)
         self._thread = threading.local()
@@ -121,7 +122,7 @@ class Device(Resource):
     @property
     def closed(self) -> bool:
         """Whether it was closed, or this is a forked child."""
-        return not getattr(self, "_streams", None) or self.forked
+        return not getattr(self, "own_streams", None) or self.forked
 
     # Errors and threads -----------------------------------------------------------------------------------------------
 
@@ -172,7 +173,7 @@ class Device(Resource):
 
     # Memory and streams -----------------------------------------------------------------------------------------------
 
-    def allocate(self, nbytes: int, what: str, stream: Any = None) -> int:
+    def allocate(self, nbytes: int, what: str) -> int:
         """The address of ``nbytes`` of device memory, until it is freed or the device is closed.
 
         Where there is not enough, libraries are asked to give back what they merely cache.
@@ -180,7 +181,6 @@ class Device(Resource):
         Args:
             nbytes: how many.
             what: what they are for, for messages.
-            stream: the stream that will use it, and no other; None for any stream.
 
         Raises:
             OutOfMemoryError: there is not enough.
@@ -188,7 +188,7 @@ class Device(Resource):
         nbytes = operator.index(nbytes)
         with self.errors(f"{nbytes} bytes for {what}"), on_device(self.number):
             try:
-                return self._from_pool(nbytes, stream)
+                return self._from_pool(nbytes)
             except CudaCallError as reason:
                 if reason.name != "cudaErrorMemoryAllocation":
                     raise
@@ -198,7 +198,7 @@ class Device(Resource):
             self.pool.trim()
             release_caches()
             try:
-                return self._from_pool(nbytes, stream)
+                return self._from_pool(nbytes)
             except CudaCallError as reason:
                 if reason.name != "cudaErrorMemoryAllocation":
                     raise
@@ -208,28 +208,25 @@ class Device(Resource):
                     f"{OUT_OF_MEMORY}"
                 ) from reason
 
-    def _from_pool(self, nbytes: int, stream: Any) -> int:
-        used_on = self._memory_stream if stream is None else stream
-        address = self.pool.allocate(nbytes, used_on)
+    def _from_pool(self, nbytes: int) -> int:
+        address = self.pool.allocate(nbytes, self._memory_stream)
         self._addresses[address] = True
-        if stream is None:
-            call("cudaStreamSynchronize", self._memory_stream)
+        call("cudaStreamSynchronize", self._memory_stream)  # now any stream may use it
         return address
 
-    def free(self, address: int, stream: Any = None) -> None:
-        """Free memory, once the device is done with it, or with what is queued on a stream. Freeing twice is
-        harmless."""
+    def free(self, address: int) -> None:
+        """Free memory, once the device is done with it. Freeing twice is harmless."""
         with self.errors("freeing memory"), on_device(self.number):
             if self._addresses.pop(address, False):
-                self.pool.free(address, self._memory_stream if stream is None else stream)
+                self.pool.free(address, self._memory_stream)
 
     def _new_stream(self) -> int:
         stream = int(call("cudaStreamCreateWithFlags", NONBLOCKING))
-        self._streams[stream] = True
+        self.own_streams[stream] = True
         return stream
 
     def _destroy(self, stream: int) -> None:
-        if self._streams.pop(stream, False):
+        if self.own_streams.pop(stream, False):
             call("cudaStreamDestroy", stream)
 
     @contextmanager
@@ -357,27 +354,34 @@ class Device(Resource):
             ClosedError: the device was stopped.
             DeviceError: CUDA refused.
         """
-        self.put("a product", self._queue, prepared, weights, x, y, stream, workspace, skip, owner)
+        with self.lock:
+            if self._stopped or not hasattr(self._thread, "ready"):
+                self.put("a product", self._queue, prepared, weights, x, y, stream, workspace, skip, owner)
+                return
+            try:
+                self._queue(prepared, weights, x, y, stream, workspace, skip, owner)
+            except (CudaCallError, RuntimeError) as reason:
+                raise self._failed("a product", reason) from reason
 
     def _queue(
         self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, skip: int, owner: object
     ) -> None:
-        use = self.streams.begin(stream)
+        use = self.streams.begin(stream, owner)
+        nbytes = prepared.workspace_nbytes
+        if nbytes and not workspace:
+            fits = nbytes <= use.nbytes <= IDLE_NBYTES
+            workspace = use.address if fits else self.streams.workspace(use, nbytes)
+        bases = prepared.bases
+        bases[0], bases[1], bases[2], bases[3] = weights, x, y, workspace  # the order of BASES
+        for cell, base, offset in prepared.shifted:
+            cell.value = bases[base] + offset
+        event = use.event
         try:
-            nbytes = prepared.workspace_nbytes
-            if nbytes and not workspace:
-                workspace = use.address if nbytes <= use.nbytes else self.streams.workspace(use, nbytes)
-            bases = prepared.bases
-            bases[0], bases[1], bases[2], bases[3] = weights, x, y, workspace  # the order of BASES
-            for cell, base, offset in prepared.shifted:
-                cell.value = bases[base] + offset
-            if use.keeper is None:
-                use.keeper = stream in self._streams or use.life is not None or keeper_of(owner, stream, self.number)
-            early = bool(use.keeper)
             for launch in prepared.launches[skip:] if skip else prepared.launches:
-                launch.queue(stream, early)
+                launch.queue(stream, event is None)
         finally:
-            self.streams.end(use)
+            if event is not None:
+                self.streams.end(use)
 
     def order(self, first: int, then: int) -> None:
         """Let what is queued on one stream from now on wait for what is queued on another; nothing is done if one of
@@ -388,26 +392,15 @@ class Device(Resource):
         """Keep arrays alive until what is queued on a stream now is done, and somewhat longer."""
         self.put("an event", self.streams.hold, stream, arrays)
 
-    @contextmanager
-    def workspace(self, stream: int, nbytes: int) -> Iterator[int]:
-        """The address of workspace that the calls in the ``with`` block share, 0 for no bytes. For the thread that
-        holds :attr:`lock`.
+    def workspace(self, stream: int, nbytes: int) -> int:
+        """The address of workspace for calls that follow on a stream, until others follow; 0 for no bytes. For the
+        thread that holds :attr:`lock`.
 
         Raises:
-            DeviceError: there is not enough memory.
+            OutOfMemoryError: there is not enough memory.
         """
-        if not nbytes:
-            yield 0
-            return
-        with self.errors("a product"):
-            use = self.streams.begin(stream)
-            address = self.streams.workspace(use, nbytes)
-            temporary, use.temporary = use.temporary, 0
-        try:
-            yield address
-        finally:
-            if temporary:
-                self.free(temporary, use.handle)
+        with self.errors("workspace"):
+            return self.streams.workspace(self.streams.begin(stream), nbytes) if nbytes else 0
 
     def stop(self) -> None:
         """Refuse new work, and wait for the work that was queued; an error of any of it is raised here."""
@@ -440,8 +433,8 @@ class Device(Resource):
                 self.pool.free(address, self._memory_stream)
             call("cudaStreamSynchronize", self._memory_stream)
             self.pool.close()
-            while self._streams:
-                stream, _ = self._streams.popitem()
+            while self.own_streams:
+                stream, _ = self.own_streams.popitem()
                 call("cudaStreamDestroy", stream)
 
     def __repr__(self) -> str:

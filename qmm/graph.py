@@ -52,7 +52,7 @@ class Graph(Resource):
             raise ClosedError("the graph was closed by another thread. Create another one.")
         streams = self._device.streams
         use = streams.begin(stream)
-        if use.event is None:
+        if use.life is not None:
             return False
         call("cudaGraphLaunch", self._executable, stream)
         streams.end(use)
@@ -66,6 +66,7 @@ class Graph(Resource):
             self._ended = True
             with self._device.errors("freeing a graph"), on_device(self._device.number):
                 self._held.close()
+                self._device.streams.forget_graphs()
 
 
 def capture(device: Device, work: Callable[[], object], stream: int, batch: int = 1) -> Graph:

@@ -32,7 +32,7 @@ class Pool:
             threshold = cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
             call("cudaMemPoolSetAttribute", self._pool, threshold, driver().cuuint64_t(RETAINED_NBYTES))
 
-    def allocate(self, nbytes: int, stream: Any) -> int:
+    def allocate(self, nbytes: int, stream: int) -> int:
         """The address of ``nbytes``, for work that a stream does after what is queued on it.
 
         Raises:
@@ -42,7 +42,7 @@ class Pool:
             return int(call("cudaMalloc", nbytes))
         return int(call("cudaMallocFromPoolAsync", max(1, nbytes), self._pool, stream))
 
-    def free(self, address: int, stream: Any) -> None:
+    def free(self, address: int, stream: int) -> None:
         """Free memory once the work is done that is queued on a stream now."""
         if self._pool is None:
             call("cudaStreamSynchronize", stream)

@@ -45,7 +45,8 @@ def queue_sequence(
     """
     quantized: Step | None = None
     nbytes = max((step.product.workspace_nbytes for step in steps), default=0)
-    with device.lock, device.workspace(stream, nbytes) as workspace:
+    with device.lock:
+        workspace = device.workspace(stream, nbytes)
         for step, following in itertools.zip_longest(steps, steps[1:]):
             shared = share_activations and quantized is not None and _same_activations(quantized, step)
             skip = step.product.quantize_launches if shared else 0

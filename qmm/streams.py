@@ -1,8 +1,9 @@
 """What a device has queued on each stream: when it is done, the workspace it uses, the arrays that must outlive it.
 
-Streams are told apart by the number that the driver gives them, not by their handle: a handle can be given to a new
-stream once its stream was destroyed, and 2 (``cudaStreamPerThread``) is another stream in each thread. What is queued
-is followed by events, not by streams: a stream may be destroyed while work is queued on it.
+A stream may be destroyed while work is queued on it. Its handle can then be given to a new stream, and 2
+(``cudaStreamPerThread``) is another stream in each thread. So a handle tells streams apart only if something keeps its
+stream from being destroyed (:func:`qmm.arrays.keeper_of`). Other streams are told apart by the number that the driver
+gives them, and their work is followed by events.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from qmm import cuda
+from qmm.arrays import keeper_of
 from qmm.cuda import CudaCallError, call, capture_of, drive, on_device, runtime
 
 if TYPE_CHECKING:
     from qmm.device import Device
 
-__all__ = ["GraphLife", "Streams", "Use"]
+__all__ = ["IDLE_NBYTES", "GraphLife", "Streams", "Use"]
 
-KEPT_NBYTES: Final = 1 << 20
-"""A stream keeps a workspace of this size. A larger one is allocated and freed, in stream order, by each call: which
-then takes so long that 2 us do not matter."""
+IDLE_NBYTES: Final = 64 << 20
+"""Workspace of streams whose work is done is given back once all streams together have more than this."""
+LEAST_NBYTES: Final = 1 << 18
+"""The smallest workspace."""
 REMEMBERED: Final = 16
 """How many streams are remembered, with their workspaces, once their work is done."""
 HELD: Final = 8
@@ -35,21 +38,19 @@ class Use:
 
     Attributes:
         handle: of the stream, as the driver's bindings take it.
-        address, nbytes: its workspace.
-        event: recorded after each call; None in a capture.
-        keeper: what keeps the stream from being destroyed, True if nothing can; None if the user may destroy it while
-            work is queued. Kernels must not start before their predecessors end then: see :func:`keeper_of`.
-        temporary: the workspace of the present call, which it frees; 0 if it has none.
-        life: of the graph that the capture becomes.
+        address, nbytes: its workspace, which no other stream uses.
+        event: recorded after each call on a stream that the user may destroy while work is queued; None on another.
+        owner: what was asked whether it keeps the stream from being destroyed, or what does.
+        life: of the graph that a capture becomes; else None.
     """
 
-    __slots__ = ("address", "event", "handle", "keeper", "life", "nbytes", "temporary")
+    __slots__ = ("address", "event", "handle", "life", "nbytes", "owner")
 
-    def __init__(self, event: Any, life: GraphLife | None = None) -> None:
-        self.handle: Any = None
-        self.address = self.nbytes = self.temporary = 0
+    def __init__(self, handle: Any, event: Any = None, life: GraphLife | None = None) -> None:
+        self.handle = handle
+        self.address = self.nbytes = 0
+        self.owner: object = None
         self.event = event
-        self.keeper: object = None
         self.life = life
 
 
@@ -92,80 +93,119 @@ class Streams:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._number, self._capturing = cuda.driver().cuStreamGetId, cuda.driver().cuStreamIsCapturing
-        self._record = cuda.driver().cuEventRecord
-        self._handles: dict[int, Any] = {}
-        self._uses: dict[int, Use] = {}
+        known = cuda.driver()
+        self._capturing, self._number, self._record = (
+            known.cuStreamIsCapturing,
+            known.cuStreamGetId,
+            known.cuEventRecord,
+        )
+        self._handles: dict[int, Any] = {}  # as the driver's bindings take them
+        self._kept: dict[int, Use] = {}  # by handle
+        self._others: dict[int, Use] = {}  # by number
         self._captures: dict[tuple[int, int], Use] = {}
         self._events: list[Any] = []  # free ones: never destroyed before the end, since somebody may be waiting
         self._held: deque[tuple[Any, object]] = deque()
-        self._present: Use | None = None  # the one whose call is being queued
+        self._retired: list[tuple[Any, int]] = []  # workspaces that grew, each with the event after its last use
+        self._present: Use | None = None  # the one that gets workspace now
 
-    def begin(self, stream: int) -> Use:
+    def begin(self, stream: int, owner: object = None) -> Use:
         """What is known of a stream on which work will be queued now, until :meth:`end`.
+
+        Args:
+            stream: its handle.
+            owner: see :meth:`qmm.device.Device.queue`.
 
         Raises:
             CudaCallError: it is no stream.
         """
+        use = self._kept.get(stream)
+        handle = self._handle(stream) if use is None else use.handle
+        error, capturing = self._capturing(handle)
+        if error:
+            drive("cuStreamIsCapturing", handle)
+        if capturing:  # when asked for the number, the driver would spoil the capture
+            return self._captured(stream, handle)
+        if use is not None:
+            return use
+        error, number = self._number(handle)
+        if error:
+            drive("cuStreamGetId", handle)
+        use = self._others.get(number)
+        if use is None or (owner is not use.owner and type(owner) is not int):
+            return self._found(stream, handle, number, owner)
+        return use
+
+    def end(self, use: Use) -> None:
+        """Note that a call's work is queued."""
+        if use.event is not None:
+            (error,) = self._record(use.event, use.handle)
+            if error:
+                drive("cuEventRecord", use.event, use.handle)
+
+    def _handle(self, stream: int) -> Any:
         handle = self._handles.get(stream)
         if handle is None:
             if len(self._handles) > 1024:
                 self._handles.clear()
             handle = self._handles[stream] = cuda.driver().CUstream(stream)
-        error, capturing = self._capturing(handle)
-        if error:
-            drive("cuStreamIsCapturing", handle)
-        if capturing:  # when asked for the number, the driver would spoil the capture
-            use = self._captured(stream)
-        else:
-            error, number = self._number(handle)
-            if error:
-                drive("cuStreamGetId", handle)
-            use = self._uses.get(number) or self._first(number)
-        use.handle = handle
-        return use
+        return handle
 
-    def end(self, use: Use) -> None:
-        """Note that a call's work is queued."""
-        self._present = None
-        if use.event is None:
-            return
-        if use.temporary:
-            address, use.temporary = use.temporary, 0
-            self._device.free(address, use.handle)
-        (error,) = self._record(use.event, use.handle)
-        if error:
-            drive("cuEventRecord", use.event, use.handle)
+    def _found(self, stream: int, handle: Any, number: int, owner: object) -> Use:
+        """A stream that was not known, or whose owner was not asked whether it may be destroyed."""
+        use = self._others.get(number)
+        if use is None:
+            if len(self._kept) + len(self._others) >= REMEMBERED:
+                with on_device(self._device.number):
+                    self.forget_idle()
+            use = self._others[number] = Use(handle, self._event())
+        own = stream in self._device.own_streams
+        use.owner = True if own else keeper_of(owner, stream, self._device.number)
+        if use.owner is None:
+            use.owner = owner
+        else:
+            self._kept[stream] = self._others.pop(number)
+            self._events.append(use.event)
+            use.event = None
+        return use
 
     def workspace(self, use: Use, nbytes: int) -> int:
         """The address of ``nbytes`` for the call between :meth:`begin` and :meth:`end`. Later work on the stream may
         overwrite it; a capture's belongs to the graph.
 
+        It is not allocated in the stream's own order (cudaMallocAsync): on a thread's default stream, a device was seen
+        to hang for good once the thread had ended.
+
         Raises:
-            DeviceError: there is not enough memory.
+            OutOfMemoryError: there is not enough memory.
         """
-        if nbytes <= use.nbytes:
+        if nbytes <= use.nbytes and (use.nbytes <= IDLE_NBYTES or nbytes > IDLE_NBYTES):
             return use.address
         self._present = use
-        allocate = self._device.allocate
-        if use.life is not None:
-            use.address, use.nbytes = allocate(nbytes, "the workspace of a captured graph"), nbytes
-            use.life.blocks.append(use.address)
-            return use.address
-        if nbytes <= KEPT_NBYTES:
-            use.address, use.nbytes = allocate(KEPT_NBYTES, "workspace", use.handle), KEPT_NBYTES
-            return use.address
-        use.temporary = allocate(nbytes, "workspace", use.handle)
-        return use.temporary
+        try:
+            if use.life is not None:
+                use.address = self._device.allocate(nbytes, "the workspace of a captured graph")
+                use.life.blocks.append(use.address)
+            else:
+                if use.address:
+                    self._retire(use)
+                others = [*self._kept.values(), *self._others.values()]
+                if self._retired or nbytes + sum(other.nbytes for other in others) > IDLE_NBYTES:
+                    with on_device(self._device.number):
+                        self.forget_idle()
+                if nbytes <= IDLE_NBYTES:  # up to twice what is needed now: the next call may need somewhat more
+                    nbytes = max(LEAST_NBYTES, 1 << (nbytes - 1).bit_length())
+                use.address = self._device.allocate(nbytes, "workspace")
+            use.nbytes = nbytes
+        finally:
+            self._present = None
+        return use.address
 
     def hold(self, stream: int, arrays: object) -> None:
         """Keep arrays alive until what is queued on a stream is done."""
         use = self.begin(stream)
-        if use.event is None:  # a capture: arrays of a graph are its owner's to keep
+        if use.life is not None:  # arrays of a graph are its owner's to keep
             return
-        event = self._event()
-        drive("cuEventRecord", event, use.handle)
-        self._held.append((event, arrays))
+        self._held.append((self._recorded(use), arrays))
         if len(self._held) > HELD:
             with on_device(self._device.number):
                 self._let_go()
@@ -173,9 +213,8 @@ class Streams:
     def order(self, first: int, then: int) -> None:
         """Let what is queued on a stream from now on wait for what is queued on another, unless one is captured."""
         before, after = self.begin(first), self.begin(then)
-        if before is not after and before.event is not None and after.event is not None:
-            event = self._event()
-            drive("cuEventRecord", event, before.handle)
+        if before is not after and before.life is None and after.life is None:
+            event = self._recorded(before)
             drive("cuStreamWaitEvent", after.handle, event, 0)
             self._events.append(event)
 
@@ -190,50 +229,63 @@ class Streams:
         """Wait for all that was queued. Nobody knows where a captured graph is replayed: while there is one, that means
         all work on the device."""
         with self._device.lock:
-            events = [use.event for use in self._uses.values()]
+            kept, others = list(self._kept.values()), list(self._others.values())
             lives = {use.life for use in self._captures.values() if use.life is not None}
             replayed = [life for life in lives if not (life.followed or life.over)]
-        for event in events:
-            drive("cuEventSynchronize", event)
+        for use in kept:
+            if drive("cuStreamIsCapturing", use.handle):
+                raise CudaCallError(
+                    f"stream {int(use.handle):#x} is being captured, and what was queued there before cannot be waited "
+                    "for. Close engines and plans once the capture has ended."
+                )
+            drive("cuStreamSynchronize", use.handle)
+        for use in others:
+            drive("cuEventSynchronize", use.event)
         if replayed:
             call("cudaDeviceSynchronize")
         with self._device.lock:
             self._let_go()
 
     def forget_idle(self) -> None:
-        """Forget streams whose work is done, and give back workspaces, those of destroyed graphs too."""
-        for number, use in list(self._uses.items()):
-            if use is not self._present and self._done(use.event):
-                del self._uses[number]
-                self._events.append(use.event)
-                if use.address:
-                    self._device.free(use.address)
+        """Forget streams whose work is done, and give back all workspace that is not in use."""
+        for known in (self._kept, self._others):
+            for key, use in list(known.items()):
+                if use is not self._present and self._idle(use):
+                    del known[key]
+                    if use.event is not None:
+                        self._events.append(use.event)
+                    if use.address:
+                        self._device.free(use.address)
+        for event, address in list(self._retired):
+            if self._done(event):
+                self._retired.remove((event, address))
+                self._events.append(event)
+                self._device.free(address)
+        self.forget_graphs()
+        self._let_go()
+
+    def forget_graphs(self) -> None:
+        """Give back the workspaces of destroyed graphs."""
         for key, use in list(self._captures.items()):
             if use.life is not None and use.life.over:
                 del self._captures[key]
                 for address in use.life.blocks:
                     self._device.free(address)
                 use.life.blocks.clear()
-        self._let_go()
 
     def close(self) -> None:
         """Destroy the events; all work is done."""
         self._held.clear()
         self._captures.clear()
-        while self._uses:
-            self._events.append(self._uses.popitem()[1].event)
+        self._events += [event for event, _ in self._retired]
+        self._retired.clear()
+        self._kept.clear()
+        while self._others:
+            self._events.append(self._others.popitem()[1].event)
         while self._events:
             drive("cuEventDestroy", self._events.pop())
 
-    def _first(self, number: int) -> Use:
-        """A stream that is used for the first time, or again after it was forgotten."""
-        if len(self._uses) >= REMEMBERED:
-            with on_device(self._device.number):
-                self.forget_idle()
-        use = self._uses[number] = Use(self._event())
-        return use
-
-    def _captured(self, stream: int) -> Use:
+    def _captured(self, stream: int, handle: Any) -> Use:
         """A stream in a capture: it has its own workspace there, since streams of one capture may run at once."""
         capture, graph = capture_of(stream)
         use = self._captures.get((capture, stream))
@@ -241,16 +293,37 @@ class Streams:
             with on_device(self._device.number):
                 self.forget_idle()
             lives = (other.life for key, other in self._captures.items() if key[0] == capture)
-            use = self._captures[capture, stream] = Use(None, next(lives, None) or GraphLife(graph))
+            use = self._captures[capture, stream] = Use(handle, None, next(lives, None) or GraphLife(graph))
         return use
+
+    def _retire(self, use: Use) -> None:
+        """Give a workspace back once the work is done that is queued on its stream."""
+        self._retired.append((self._recorded(use), use.address))
+        use.address = use.nbytes = 0
 
     def _event(self) -> Any:
         return self._events.pop() if self._events else drive("cuEventCreate", NO_TIMING)
 
+    def _recorded(self, use: Use) -> Any:
+        """An event after what is queued on a stream now."""
+        event = self._event()
+        drive("cuEventRecord", event, use.handle)
+        return event
+
+    def _idle(self, use: Use) -> bool:
+        """Whether what was queued on a stream is done."""
+        if use.event is not None:
+            return self._done(use.event)
+        return not drive("cuStreamIsCapturing", use.handle) and self._ready("cuStreamQuery", use.handle)
+
     def _done(self, event: Any) -> bool:
         """Whether what was queued before an event is done."""
+        return self._ready("cuEventQuery", event)
+
+    @staticmethod
+    def _ready(query: str, of: Any) -> bool:
         try:
-            drive("cuEventQuery", event)
+            drive(query, of)
         except CudaCallError as error:
             if error.name != "CUDA_ERROR_NOT_READY":
                 raise

@@ -42,9 +42,9 @@ def device(fake: Driver, monkeypatch: pytest.MonkeyPatch) -> Device:
     for module in ("device", "streams"):
         monkeypatch.setattr(f"qmm.{module}.on_device", lambda number: nullcontext())
     device = object.__new__(Device)
-    device.number, device._streams, device._zeros, device._alone = 0, {}, 0x2E05, True
+    device.number, device.own_streams, device._zeros, device._alone = 0, {}, 0x2E05, True
     device.lock, device._thread, device._stopped = threading.RLock(), threading.local(), False
-    device.allocate = lambda nbytes, what, stream=None: WORKSPACE
+    device.allocate = lambda nbytes, what: WORKSPACE
     device.streams = Streams(device)
     device._thread.ready = True
     return device

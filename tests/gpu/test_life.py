@@ -18,7 +18,7 @@ import qmm
 import qmm.cli.smoke
 from qmm import device, graph, pool
 from qmm.cuda import call
-from qmm.errors import ClosedError
+from qmm.errors import ClosedError, OutOfMemoryError
 from qmm.loaders import FileMapping, HostRegistration
 from qmm.loaders.access import chunks
 

@@ -59,10 +59,8 @@ class EmulatedStreams(Streams):
     def __init__(self, device: EmulatedDevice) -> None:
         self._device = device
 
-    def begin(self, stream: int) -> Use:
-        use = Use(None)
-        use.fresh = False
-        return use
+    def begin(self, stream: int, owner: object = None) -> Use:
+        return Use(None)
 
     def end(self, use: Use) -> None:
         """Nothing is left to be done."""
@@ -87,7 +85,7 @@ class EmulatedDevice(Device):
         self._thread = threading.local()
         self._thread.ready = True
         self._stopped = False
-        self._streams = {}
+        self.own_streams = {}
         self.streams = EmulatedStreams(self)
         self._staging = (0, 0)
         self._zeros = self.add("zeros", bytes(ZERO_NBYTES), constant=True).start
@@ -102,10 +100,10 @@ class EmulatedDevice(Device):
     def prepare(self, work: Work, doing: str) -> Prepared:
         return Prepared(work, [EmulatedLaunch(self, spec) for spec in work.launches], self._zeros)
 
-    def allocate(self, nbytes: int, what: str, stream: object = None) -> int:
+    def allocate(self, nbytes: int, what: str) -> int:
         return self.add(what, nbytes).start
 
-    def free(self, address: int, stream: object = None) -> None:
+    def free(self, address: int) -> None:
         self.memory.regions = [region for region in self.memory.regions if region.start != address]
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
