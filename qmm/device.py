@@ -227,6 +227,8 @@ class Device(Resource):
 
     def _destroy(self, stream: int) -> None:
         if self.own_streams.pop(stream, False):
+            with self.lock:
+                self.streams.forget(stream)
             call("cudaStreamDestroy", stream)
 
     @contextmanager

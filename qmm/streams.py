@@ -94,11 +94,8 @@ class Streams:
     def __init__(self, device: Device) -> None:
         self._device = device
         known = cuda.driver()
-        self._capturing, self._number, self._record = (
-            known.cuStreamIsCapturing,
-            known.cuStreamGetId,
-            known.cuEventRecord,
-        )
+        self._capturing, self._number = known.cuStreamIsCapturing, known.cuStreamGetId
+        self._record = known.cuEventRecord
         self._handles: dict[int, Any] = {}  # as the driver's bindings take them
         self._kept: dict[int, Use] = {}  # by handle
         self._others: dict[int, Use] = {}  # by number
@@ -217,6 +214,12 @@ class Streams:
             event = self._recorded(before)
             drive("cuStreamWaitEvent", after.handle, event, 0)
             self._events.append(event)
+
+    def forget(self, stream: int) -> None:
+        """Forget one of the device's own streams, which is about to be destroyed."""
+        use = self._kept.pop(stream, None)
+        if use is not None and use.address:
+            self._retire(use)
 
     def follow(self, stream: int) -> None:
         """Say that the graph which a stream is captured into will be replayed between :meth:`begin` and
