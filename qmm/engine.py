@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from qmm.arrays import KINDS, ArrayKind, kind_of, stream_handle
+from qmm.arrays import KINDS, ArrayKind, FollowedError, kind_of, stream_handle
 from qmm.calls import Calls, Found, check_activations
 from qmm.children import PerProcess, process
+from qmm.compiled import add_engine, compiled_matmul, compiled_matmul_each
 from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
 from qmm.host import HostProducts, cpu
 from qmm.in_flight import InFlight
@@ -129,6 +130,7 @@ class Engine(Resource):
                 held.callback(_close_all, self._plans)
                 held.callback(self.gpu.stop)
             self._held = held.pop_all()  # what close() releases, the last one first
+        self._key = add_engine(self, model)
         self._closed = False
 
     @property
@@ -146,7 +148,6 @@ class Engine(Resource):
         """Bytes that the placement holds now: registered pages, or copies on the device; 0 for the host."""
         return 0 if self._closed else self._weights.nbytes
 
-    @untraced
     def matmul(
         self,
         tensor: str | Tensor,
@@ -177,13 +178,16 @@ class Engine(Resource):
             MappingError: the file changed since it was mapped.
             DeviceError: CUDA failed.
         """
-        if watched():
-            return outside(Engine.matmul)(self, tensor, x, out, stream, activations=activations)
+        if seen := watched():
+            return compiled_matmul(seen, self, tensor, x, out, stream, activations)
         tensor = self._tensor(tensor)
         mode = self.activations if activations is None else activations
         kind = KINDS[type(x)]
         if self.gpu is not None and kind.on_gpu:
-            call, x_address, y_address = self._calls.find(tensor, mode, kind, x, out)
+            try:
+                call, x_address, y_address = self._calls.find(tensor, mode, kind, x, out)
+            except FollowedError as followed:
+                return followed.multiply(self, tensor, mode, x, out, stream)
             if call is not None:
                 if stream is None:
                     stream = kind.stream(x)
@@ -198,9 +202,11 @@ class Engine(Resource):
                 if call.prepared is not None:  # if the engine is closed meanwhile, this raises ClosedError
                     self.gpu.queue(call.prepared, weights, x_address, y_address, stream)
                 return out
-        return self._host.matmul(tensor, mode, kind, x, out, stream)
+        try:
+            return self._host.matmul(tensor, mode, kind, x, out, stream)
+        except FollowedError as followed:
+            return followed.multiply(self, tensor, mode, x, out, stream)
 
-    @untraced
     def matmul_each(
         self,
         tensors: str | Tensor | Iterable[str | Tensor],
@@ -228,9 +234,8 @@ class Engine(Resource):
             ArrayError: there are more or fewer ``outs`` than ``tensors``.
             QmmError: as :meth:`matmul`.
         """
-        if watched():
-            each: list[Any] = outside(Engine.matmul_each)(self, tensors, x, outs, stream, activations=activations)
-            return each
+        if seen := watched():
+            return compiled_matmul_each(seen, self, tensors, x, outs, stream, activations)
         if isinstance(tensors, str | Tensor):
             tensors = [tensors]
         named = [self._tensor(tensor) for tensor in tensors]
@@ -238,15 +243,16 @@ class Engine(Resource):
         if len(results) != len(named):
             raise ArrayError(f"{self.model.path}: {len(named)} products, but {len(results)} outs; pass one for each")
         mode, kind = self.activations if activations is None else activations, KINDS[type(x)]
-        if self.gpu is not None and kind.on_gpu and named:
-            calls = [self._calls.find(tensor, mode, kind, x, out) for tensor, out in zip(named, results, strict=True)]
-            if calls[0][0] is not None:
-                return self._queue_each(self.gpu, calls, kind, x, results, stream)
-        quantized: dict[bool, Any] = {}
-        return [
-            self._host.matmul(tensor, mode, kind, x, out, stream, quantized)
-            for tensor, out in zip(named, results, strict=True)
-        ]
+        pairs = list(zip(named, results, strict=True))
+        try:
+            if self.gpu is not None and kind.on_gpu and named:
+                calls = [self._calls.find(tensor, mode, kind, x, out) for tensor, out in pairs]
+                if calls[0][0] is not None:
+                    return self._queue_each(self.gpu, calls, kind, x, results, stream)
+            quantized: dict[bool, Any] = {}
+            return [self._host.matmul(tensor, mode, kind, x, out, stream, quantized) for tensor, out in pairs]
+        except FollowedError:
+            return [self.matmul(tensor, x, out, stream, activations=mode) for tensor, out in pairs]
 
     @staticmethod
     def _queue_each(
