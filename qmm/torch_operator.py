@@ -16,7 +16,8 @@ Gradients are those of the product with the dequantized weight, in float32. That
 float16, has no gradient of its own and counts as the identity ("straight through"). A tangent of forward mode is
 multiplied as ``x`` is, so it is rounded as ``x`` is.
 
-This module imports torch, and is imported where a tensor needs it.
+This module imports torch, and is imported where a tensor needs it. A program that loads a graph from a file imports it
+first.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._functorch import autograd_function
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 
 from qmm.arrays import View, stream_handle
 from qmm.arrays.kind import check_dtype
@@ -46,16 +47,16 @@ __all__ = ["graph_takes", "multiply", "product"]
 CHUNK_NBYTES = 64 << 20
 """The most bytes of a weight that are dequantized at a time, unless a row has more."""
 
-_torch = cast(Any, torch)  # much of it has no types
-_forward_ad = _torch.autograd.forward_ad
-_single_level = cast(Any, autograd_function).enable_single_level_autograd_function
-_library = _torch.library.Library("qmm", "DEF")
+_library = torch.library.Library("qmm", "DEF")
+_tags = [torch.Tag.pt2_compliant_tag]
+if hasattr(torch.Tag, "cudagraph_unsafe"):  # a replay would not look at the file, and workspace may be allocated
+    _tags.append(torch.Tag.cudagraph_unsafe)
 for _schema in (
     "matmul(Tensor x, str engine, str tensor, str activations) -> Tensor",
     "matmul_transposed(Tensor g, str engine, str tensor, str activations) -> Tensor",
     "matmul_out(Tensor x, Tensor(a!) out, str engine, str tensor, str activations) -> ()",
 ):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(_schema, tags=_tags)
 _matmul = torch.ops.qmm.matmul.default
 _transposed = torch.ops.qmm.matmul_transposed.default
 _matmul_out = torch.ops.qmm.matmul_out.default
@@ -77,12 +78,19 @@ def product(engine: Engine, tensor: Tensor, activations: str, x: Any, out: Any, 
     try:
         with _on(engine, x, stream):
             return multiply(engine._key, tensor.name, x, out, activations)
-    except QmmError:
+    except QmmError as error:
+        error.__suppress_context__ = True  # that a call of the operator was needed explains nothing
         raise
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as reason:
-        if out is None and type(reason) is RuntimeError:  # not about what qmm is given
+    except (AssertionError, NotImplementedError, TypeError) as reason:
+        raise _refusal(why, reason) from reason
+    except RuntimeError as reason:
+        if out is None or type(reason) is not RuntimeError:  # such as torch.OutOfMemoryError
             raise
-        raise ArrayError(f"{why} PyTorch cannot do it here: {' '.join(str(reason).split())}") from reason
+        raise _refusal(why, reason) from reason
+
+
+def _refusal(why: str, reason: Exception) -> ArrayError:
+    return ArrayError(f"{why} PyTorch cannot do it here: {' '.join(str(reason).split())}")
 
 
 def multiply(engine: str, tensor: str, x: Any, out: Any, activations: str) -> Any:
@@ -103,7 +111,7 @@ def _on(engine: Engine, x: Any, stream: Any) -> Iterator[None]:
         raise ArrayError("stream= is for arrays on the GPU; x is in host memory, where the call waits anyway")
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         raise ArrayError("stream= would not be in the trace. Leave it out, and use the trace under torch.cuda.stream")
-    handle, cuda = stream_handle(stream), _torch.cuda
+    handle, cuda = stream_handle(stream), torch.cuda
     with cuda.stream(cuda.ExternalStream(handle, x.device) if handle else cuda.default_stream(x.device)):
         yield
 
@@ -122,7 +130,8 @@ def graph_takes(engine: Engine, tensor: str, x: Any, out: Any, stream: Any, acti
         return False
     if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         return False
-    return out.shape == (*x.shape[:-1], *shape[:-1])
+    fits: bool = out.shape == (*x.shape[:-1], *shape[:-1])
+    return fits
 
 
 def _shape(key: str, tensor: str, activations: str, device: str, dtype: str) -> tuple[int, ...] | None:
@@ -278,8 +287,8 @@ def _differentiated(operator: Any, gradient: Any) -> Callable[..., Any]:
     Linear.__name__ = Linear.__qualname__ = f"qmm_{operator._opname}"
 
     def kernel(keys: Any, x: Any, *names: str) -> Any:
-        with _single_level():
-            return cast(Any, Linear).apply(keys, x, *names)
+        with enable_single_level_autograd_function():
+            return Linear.apply(keys, x, *names)
 
     return kernel
 
@@ -290,7 +299,7 @@ def _for_lower_levels() -> Iterator[None]:
     if not torch._C._are_functorch_transforms_active():
         yield
         return
-    with torch.enable_grad(), _forward_ad._set_fwd_grad_enabled(True):
+    with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
         yield
 
 
@@ -302,7 +311,7 @@ def _refuse_gradients(keys: Any, x: Any, out: Any, *names: str) -> None:
             "call qmm under torch.no_grad()."
         )
     for each in (x, out):
-        if _forward_ad.unpack_dual(each).tangent is not None:
+        if torch.autograd.forward_ad.unpack_dual(each).tangent is not None:
             raise ArrayError("out= has no tangent (forward-mode AD), but x or out has one. Leave out= out.")
     with torch._C._AutoDispatchBelowAutograd():
         _matmul_out.redispatch(keys & torch._C._after_autograd_keyset, x, out, *names)
