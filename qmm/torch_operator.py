@@ -23,7 +23,6 @@ first.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 
 from qmm.arrays import View, stream_handle
 from qmm.arrays.kind import check_dtype
+from qmm.arrays.torch import OPERATOR
 from qmm.calls import check_activations, check_input
 from qmm.compiled import engine_of
 from qmm.errors import ArrayError, QmmError
@@ -60,7 +60,6 @@ for _schema in (
 _matmul = torch.ops.qmm.matmul.default
 _transposed = torch.ops.qmm.matmul_transposed.default
 _matmul_out = torch.ops.qmm.matmul_out.default
-_thread = threading.local()
 
 
 # From the engine to the operators -------------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ def product(engine: Engine, tensor: Tensor, activations: str, x: Any, out: Any, 
         ArrayError: PyTorch cannot follow this product.
     """
     check_activations(activations)
-    if getattr(_thread, "inside", False):  # an operator's own tensors are plain; another call would come here again
+    if OPERATOR.runs:  # another call would come here again
         raise ArrayError(why)
     try:
         with _on(engine, x, stream):
@@ -156,12 +155,12 @@ def _plainly(compute: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel of an operator: called with plain tensors, which nothing follows any more."""
 
     def run(*arguments: Any) -> Any:
-        inside, _thread.inside = getattr(_thread, "inside", False), True
+        before, OPERATOR.runs = OPERATOR.runs, True
         try:
             with torch.no_grad():
                 return compute(*(each.detach() if isinstance(each, torch.Tensor) else each for each in arguments))
         finally:
-            _thread.inside = inside
+            OPERATOR.runs = before
 
     def kernel(*arguments: Any) -> Any:
         if watched():
@@ -268,7 +267,7 @@ def _fake_transposed(g: Any, engine: str, tensor: str, activations: str) -> Any:
 def _differentiated(operator: Any, gradient: Any) -> Callable[..., Any]:
     """The autograd kernel of a linear operator: its gradient is ``gradient``, and its tangent itself."""
 
-    class Linear(torch.autograd.function._SingleLevelFunction):  # each level of torch.func calls the kernel itself
+    class Linear(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keys: Any, x: Any, *names: str) -> Any:
             ctx.names = names
@@ -287,8 +286,8 @@ def _differentiated(operator: Any, gradient: Any) -> Callable[..., Any]:
     Linear.__name__ = Linear.__qualname__ = f"qmm_{operator._opname}"
 
     def kernel(keys: Any, x: Any, *names: str) -> Any:
-        with enable_single_level_autograd_function():
-            return Linear.apply(keys, x, *names)
+        with enable_single_level_autograd_function():  # each level of torch.func calls this kernel itself
+            return super(torch.autograd.Function, Linear).apply(keys, x, *names)
 
     return kernel
 

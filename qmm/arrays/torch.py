@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Hashable
+import threading
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -15,29 +15,26 @@ from qmm.arrays.view import View
 from qmm.errors import ArrayError
 from qmm.kernels.ops.op import ITEM_NBYTES
 
-__all__ = ["TorchArrays", "TorchSubclasses"]
+__all__ = ["OPERATOR", "TorchArrays", "TorchSubclasses"]
 
 LOW = 1 << 33
 """Little memory lies below this address, so there is time to look whether any does: a tensor whose storage was freed
 has its offset as address."""
 
 
+class _Operator(threading.local):
+    """Whether this thread runs an operator of :mod:`qmm.torch_operator`, whose tensors nothing follows any more."""
+
+    runs = False
+
+
+OPERATOR = _Operator()
+
+
 class TorchArrays(ArrayKind):
     """``torch.Tensor`` on the CPU or a CUDA device."""
 
     name = "PyTorch"
-
-    @functools.cached_property
-    def _forward(self) -> Any:
-        return sys.modules["torch"].autograd.forward_ad
-
-    @functools.cached_property
-    def _traces(self) -> Any:
-        return sys.modules["torch"]._C._get_tracing_state
-
-    @functools.cached_property
-    def _modes(self) -> Any:
-        return sys.modules["torch"]._C._len_torch_dispatch_stack
 
     def view(self, array: Any) -> View:
         torch = sys.modules["torch"]
@@ -60,18 +57,16 @@ class TorchArrays(ArrayKind):
                 "a PyTorch tensor stored with the other sign, as the imaginary part of a conjugate is, is not "
                 "supported here; use x.resolve_neg()."
             )
-        _check_gradients(torch, array)
-        _check_traced(torch)
+        if not OPERATOR.runs:
+            _check_gradients(torch, array)
+            _check_traced(torch)
         device = array.device.index if array.device.type == "cuda" else None
         writable = not array.is_inference() or torch.is_inference_mode_enabled()
         return View(shape, tuple(stride * ITEM_NBYTES[dtype] for stride in strides), dtype, address, device, writable)
 
     def signature(self, array: Any) -> tuple[int, Hashable]:
-        address = array.data_ptr()
-        changing = array.requires_grad or array.is_neg() or address < LOW or self._forward._current_level >= 0
-        if changing or self._modes() or self._traces() is not None:
-            self.view(array)  # what is refused, or not, may change from call to call
-        return address, (array.shape, array.stride(), array.dtype, array.device)
+        vars(self)["signature"] = quick = _signature_with(self.view)  # in place of this method
+        return quick(array)
 
     def empty(self, shape: tuple[int, ...], like: Any) -> Any:
         return like.new_empty(shape, requires_grad=False)
@@ -117,6 +112,23 @@ class TorchSubclasses(TorchArrays):
         return self.view(array).address, ()
 
 
+def _signature_with(view: Callable[[Any], View]) -> Callable[[Any], tuple[int, Hashable]]:
+    """:meth:`TorchArrays.signature`, with what it asks PyTorch bound: it is called for each product."""
+    torch = sys.modules["torch"]
+    forward, low = torch.autograd.forward_ad, LOW
+    modes, transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+    trace = torch._C._get_tracing_state
+
+    def signature(array: Any) -> tuple[int, Hashable]:
+        address = array.data_ptr()
+        changing = array.requires_grad or array.is_neg() or address < low or forward._current_level >= 0
+        if changing or modes() or transforms() or trace() is not None:
+            view(array)  # what is followed, or refused, may change from call to call
+        return address, (array.shape, array.stride(), array.dtype, array.device)
+
+    return signature
+
+
 def _not_in_memory(torch: Any, array: Any) -> ArrayError:
     """Why a tensor has no address, and what would have one."""
     if torch._C._functorch.is_functorch_wrapped_tensor(array):
@@ -131,11 +143,12 @@ def _not_in_memory(torch: Any, array: Any) -> ArrayError:
 
 
 def _check_traced(torch: Any) -> None:
-    """What a mode or a trace of PyTorch is to see."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+    """What a trace, a mode or a transform of PyTorch is to see."""
+    followed = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    if followed or torch._C._get_tracing_state() is not None:
         raise FollowedError(
-            "a trace or a mode of PyTorch (make_fx, torch.jit.trace) does not see what is done here, and would keep "
-            "the result of this x. Call it outside."
+            "a trace, a mode or a transform of PyTorch (torch.jit.trace, make_fx, torch.func) does not see what is "
+            "done here, and would keep the result of this x. Call it outside."
         )
 
 

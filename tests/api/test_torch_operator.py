@@ -203,6 +203,13 @@ class TestGradients:
         torch.compile(loss, backend=backend, fullgraph=True)(x).backward()
         torch.testing.assert_close(layer.weight.grad, expected)
 
+    def test_a_backward_pass_that_is_compiled(self, engine: qmm.Engine, weights: Any, x: Any, g: Any) -> None:
+        from torch._dynamo import compiled_autograd
+
+        with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+            engine.matmul("a", x.requires_grad_()).backward(g)
+        assert near(x.grad, (g, weights))
+
 
 class TestForwardMode:
     def test_a_tangent_is_multiplied_as_x_is(self, engine: qmm.Engine, x: Any) -> None:
@@ -265,6 +272,26 @@ class TestTransforms:
 
         for outer, inner in itertools.product((torch.func.jacfwd, torch.func.jacrev), repeat=2):
             assert near(outer(inner(square))(x[0]), (2 * weights.T, weights), 4 * FLOAT32)
+
+    def test_tensors_from_outside_of_a_transform(self, engine: qmm.Engine, x: Any) -> None:
+        expected, zeros = engine.matmul("a", x), torch.zeros(2)
+        for transform in (torch.func.grad, torch.vmap):
+            out = torch.empty(2, M)
+            for product in (lambda: engine.matmul("a", x), lambda out=out: engine.matmul("a", x, out=out)):
+                seen: list[Any] = []
+                transform(lambda v, product=product, seen=seen: seen.append(product()) or v.sum())(zeros)
+                assert torch.equal(seen[0], expected)
+            assert torch.equal(out, expected)
+        _, tangent = torch.func.jvp(lambda v: engine.matmul("a", x) + v, (zeros[:1],), (zeros[:1] + 3,))
+        assert torch.equal(tangent, torch.full((2, M), 3.0))
+        ended: list[Any] = []  # what a transform leaves behind
+        torch.func.grad(lambda x: ended.append(1 * x) or x.sum())(x)
+        assert torch.equal(engine.matmul("a", ended[0]), expected)
+
+    def test_linearize(self, engine: qmm.Engine, x: Any) -> None:
+        y, tangent = torch.func.linearize(lambda x: engine.matmul("a", x), x)
+        assert torch.equal(y, engine.matmul("a", x))
+        assert torch.equal(tangent(x.flip(0)), engine.matmul("a", x.flip(0)))
 
     def test_functionalize(self, engine: qmm.Engine, x: Any) -> None:
         assert torch.equal(torch.func.functionalize(lambda x: engine.matmul("a", x))(x), engine.matmul("a", x))
