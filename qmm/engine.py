@@ -159,11 +159,15 @@ class Engine(Resource):
     ) -> Any:
         """``x @ W^T``: the product of activations with a tensor of the model.
 
+        PyTorch may follow the call: autograd, ``torch.func``, ``torch.compile``, tracing and export. The gradient is
+        that of the dequantized weight; rounding the activations has none. The graph of a trace needs this engine open.
+
         Args:
             tensor: its name, or a tensor of this engine's model.
             x: ``(..., k)`` float32, float16 or bfloat16, any leading shape, contiguous or not: a NumPy, CuPy, PyTorch
                 or Numba array, in host memory or on the engine's GPU. It is only read.
             out: ``(..., m)`` of the same kind and device, of any of the three dtypes; results are stored into it.
+                Not for PyTorch's autograd, as with its own functions.
             stream: where to queue the work, for arrays on the GPU: a stream of CuPy, PyTorch, Numba or cuda.core, or a
                 handle. Without one, the stream that the array's library uses now. With host arrays the call waits.
             activations: as in the constructor, for this call.

@@ -4,17 +4,17 @@
 of ``torch.func``, has no values yet, or is traced), the product is a call of an operator instead. PyTorch's dispatcher
 then does the rest, and in the end calls back with plain tensors.
 
-======================================================  =================================================
-``qmm::matmul(x, engine, tensor, activations)``         ``x @ W^T``
+========================================================  =================================================
+``qmm::matmul(x, engine, tensor, activations)``           ``x @ W^T``
 ``qmm::matmul_out(x, out, engine, tensor, activations)``  the same, into ``out``; has no gradient
-``qmm::matmul_transposed(g, engine, tensor, ...)``      ``g @ W``, the gradient of the first, and vice versa
-======================================================  =================================================
+``qmm::matmul_transposed(g, engine, tensor, ...)``        ``g @ W``, the gradient of the first, and vice versa
+========================================================  =================================================
 
 ``engine`` is the engine's key: a graph holds this text, not the engine, which must be open where the graph runs.
 
 Gradients are those of the product with the dequantized weight, in float32. That activations are rounded, to int8 or
-float16, has no gradient of its own and counts as the identity ("straight through"). A tangent of forward mode is
-multiplied as ``x`` is, so it is rounded as ``x`` is.
+float16, has no gradient of its own and counts as the identity ("straight through"). A tangent of forward mode, and what
+a second backward pass multiplies, is rounded as ``x`` is.
 
 This module imports torch, and is imported where a tensor needs it. A program that loads a graph from a file imports it
 first.
@@ -108,7 +108,7 @@ def _on(engine: Engine, x: Any, stream: Any) -> Iterator[None]:
         return
     if engine.gpu is None or x.device.type != "cuda":
         raise ArrayError("stream= is for arrays on the GPU; x is in host memory, where the call waits anyway")
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         raise ArrayError("stream= would not be in the trace. Leave it out, and use the trace under torch.cuda.stream")
     handle, cuda = stream_handle(stream), torch.cuda
     with cuda.stream(cuda.ExternalStream(handle, x.device) if handle else cuda.default_stream(x.device)):
@@ -216,6 +216,11 @@ def _dequantized(engine: Engine, tensor: Tensor, device: torch.device) -> Iterat
 # What they would do, for tensors without values -----------------------------------------------------------------------
 
 
+def _what(names: tuple[str, ...]) -> str:
+    """The file and the tensor of an operator's arguments, for messages."""
+    return f"{engine_of(names[0]).model.path}: tensor {names[1]!r}"
+
+
 def _check_input(engine: Engine, tensor: Tensor, x: Any, device: torch.device) -> None:
     _ = tensor.format  # an error, if there is no kernel for it
     dtype = check_dtype(str(x.dtype).removeprefix("torch."), "a PyTorch tensor")
@@ -246,7 +251,7 @@ def _fake_matmul(x: Any, engine: str, tensor: str, activations: str) -> Any:
 
 def _fake_matmul_out(x: Any, out: Any, engine: str, tensor: str, activations: str) -> None:
     expected = _fake_matmul(x, engine, tensor, activations)
-    what = f"{engine_of(engine).model.path}: tensor {tensor!r}"
+    what = _what((engine, tensor, activations))
     if out.shape != expected.shape:
         raise ArrayError(f"{what}: out has shape {tuple(out.shape)}; this product has {tuple(expected.shape)}")
     if out.device != x.device:
@@ -306,12 +311,12 @@ def _refuse_gradients(keys: Any, x: Any, out: Any, *names: str) -> None:
     """As PyTorch's own functions with ``out=`` do."""
     if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         raise ArrayError(
-            "out= has no gradient, but x or out requires grad. Leave out= out, pass x.detach() and out.detach(), or "
-            "call qmm under torch.no_grad()."
+            f"{_what(names)}: out= has no gradient, but x or out requires grad. Leave out= out, pass x.detach() and "
+            "out.detach(), or call qmm under torch.no_grad()."
         )
     for each in (x, out):
         if torch.autograd.forward_ad.unpack_dual(each).tangent is not None:
-            raise ArrayError("out= has no tangent (forward-mode AD), but x or out has one. Leave out= out.")
+            raise ArrayError(f"{_what(names)}: out= has no tangent, but x or out has one. Leave out= out.")
     with torch._C._AutoDispatchBelowAutograd():
         _matmul_out.redispatch(keys & torch._C._after_autograd_keyset, x, out, *names)
 
@@ -343,14 +348,13 @@ def _check_batched(dimensions: int, trailing: Callable[[Tensor], int], names: tu
     needed = trailing(engine_of(engine)._tensor(name))
     if dimensions < needed:  # or the batch would be taken for values
         raise ArrayError(
-            f"tensor {name!r} is multiplied by at least {needed}-dimensional tensors, but under vmap this one has "
-            f"{dimensions} dimensions"
+            f"{_what(names)}: takes tensors of at least {needed} dimensions, but under vmap this one has {dimensions}"
         )
 
 
 def _batched_out(info: Any, in_dims: Any, x: Any, out: Any, *names: str) -> tuple[None, None]:
     if in_dims[1] is None:
-        raise ArrayError("under vmap, x is batched, but out is not: it has no room for the results. Leave out= out.")
+        raise ArrayError(f"{_what(names)}: under vmap x is batched, but out is not, and has no room. Leave out= out.")
     _check_batched(x.dim() - (in_dims[0] is not None), lambda _: 1, names)
     x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
     _matmul_out(x, out.movedim(in_dims[1], 0), *names)

@@ -117,12 +117,19 @@ def _signature_with(view: Callable[[Any], View]) -> Callable[[Any], tuple[int, H
     torch = sys.modules["torch"]
     forward, low = torch.autograd.forward_ad, LOW
     modes, transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
-    trace = torch._C._get_tracing_state
+    tracing = torch._C._is_tracing
 
     def signature(array: Any) -> tuple[int, Hashable]:
         address = array.data_ptr()
-        changing = array.requires_grad or array.is_neg() or address < low or forward._current_level >= 0
-        if changing or modes() or transforms() or trace() is not None:
+        if (
+            array.requires_grad
+            or array.is_neg()
+            or address < low
+            or forward._current_level >= 0
+            or modes()
+            or transforms()
+            or tracing()
+        ):
             view(array)  # what is followed, or refused, may change from call to call
         return address, (array.shape, array.stride(), array.dtype, array.device)
 
@@ -145,7 +152,7 @@ def _not_in_memory(torch: Any, array: Any) -> ArrayError:
 def _check_traced(torch: Any) -> None:
     """What a trace, a mode or a transform of PyTorch is to see."""
     followed = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
-    if followed or torch._C._get_tracing_state() is not None:
+    if followed or torch._C._is_tracing():
         raise FollowedError(
             "a trace, a mode or a transform of PyTorch (torch.jit.trace, make_fx, torch.func) does not see what is "
             "done here, and would keep the result of this x. Call it outside."
