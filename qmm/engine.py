@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from qmm.arrays import KINDS, kind_of
+from qmm.arrays import KINDS, FollowedError, kind_of
 from qmm.calls import Calls, check_activations
 from qmm.children import PerProcess, process
+from qmm.compiled import add_engine, compiled_matmul, compiled_matmul_each
 from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
 from qmm.host import HostProducts, cpu
 from qmm.in_flight import InFlight
@@ -134,6 +135,7 @@ class Engine(Resource):
                 held.callback(_close_all, self._plans)
                 held.callback(self.gpu.stop)
             self._held = held.pop_all()  # what close() releases, the last one first
+        self._key = add_engine(self, model)
         self._closed = False
 
     @property
@@ -151,7 +153,6 @@ class Engine(Resource):
         """Bytes that the placement holds now: registered pages, or copies on the device; 0 for the host."""
         return 0 if self._closed else self._weights.nbytes
 
-    @untraced
     def matmul(
         self,
         tensor: str | Tensor,
@@ -163,11 +164,15 @@ class Engine(Resource):
     ) -> Any:
         """``x @ W^T``: the product of activations with a tensor of the model.
 
+        PyTorch may follow the call: autograd, ``torch.func``, ``torch.compile``, tracing and export. The gradient is
+        that of the dequantized weight; rounding the activations has none. The graph of a trace needs this engine open.
+
         Args:
             tensor: its name, or a tensor of this engine's model.
             x: ``(..., k)`` float32, float16 or bfloat16, any leading shape, contiguous or not: a NumPy, CuPy, PyTorch
                 or Numba array, in host memory or on the engine's GPU. It is only read.
             out: ``(..., m)`` of the same kind and device, of any of the three dtypes; results are stored into it.
+                Not for PyTorch's autograd, as with its own functions.
             stream: where to queue the work, for arrays on the GPU: a stream of CuPy, PyTorch, Numba or cuda.core, or a
                 handle. Without one, the stream that the array's library uses now. With host arrays the call waits.
             activations: as in the constructor, for this call.
@@ -182,18 +187,23 @@ class Engine(Resource):
             MappingError: the file changed since it was mapped.
             DeviceError: CUDA failed.
         """
-        if watched():
-            return outside(Engine.matmul)(self, tensor, x, out, stream, activations=activations)
+        if seen := watched():
+            return compiled_matmul(seen, self, tensor, x, out, stream, activations)
         tensor = self._tensor(tensor)
         mode = self.activations if activations is None else activations
         kind = KINDS[type(x)]
         if self.gpu is not None and kind.on_gpu:
-            call, x_address, y_address = self._calls.find(tensor, mode, kind, x, out)
+            try:
+                call, x_address, y_address = self._calls.find(tensor, mode, kind, x, out)
+            except FollowedError as followed:
+                return followed.multiply(self, tensor, mode, x, out, stream)
             if call is not None:
                 return self._calls.queue(call, kind, x, out, x_address, y_address, stream)
-        return self._host.matmul(tensor, mode, kind, x, out, stream)
+        try:
+            return self._host.matmul(tensor, mode, kind, x, out, stream)
+        except FollowedError as followed:
+            return followed.multiply(self, tensor, mode, x, out, stream)
 
-    @untraced
     def matmul_each(
         self,
         tensors: str | Tensor | Iterable[str | Tensor],
@@ -221,9 +231,8 @@ class Engine(Resource):
             ArrayError: there are more or fewer ``outs`` than ``tensors``.
             QmmError: as :meth:`matmul`.
         """
-        if watched():
-            each: list[Any] = outside(Engine.matmul_each)(self, tensors, x, outs, stream, activations=activations)
-            return each
+        if seen := watched():
+            return compiled_matmul_each(seen, self, tensors, x, outs, stream, activations)
         if isinstance(tensors, str | Tensor):
             tensors = [tensors]
         named = [self._tensor(tensor) for tensor in tensors]
@@ -231,15 +240,16 @@ class Engine(Resource):
         if len(results) != len(named):
             raise ArrayError(f"{self.model.path}: {len(named)} products, but {len(results)} outs; pass one for each")
         mode, kind = self.activations if activations is None else activations, KINDS[type(x)]
-        if self.gpu is not None and kind.on_gpu and named:
-            calls = [self._calls.find(tensor, mode, kind, x, out) for tensor, out in zip(named, results, strict=True)]
-            if calls[0][0] is not None:
-                return self._calls.queue_each(calls, kind, x, results, stream)
-        quantized: dict[bool, Any] = {}
-        return [
-            self._host.matmul(tensor, mode, kind, x, out, stream, quantized)
-            for tensor, out in zip(named, results, strict=True)
-        ]
+        pairs = list(zip(named, results, strict=True))
+        try:
+            if self.gpu is not None and kind.on_gpu and named:
+                calls = [self._calls.find(tensor, mode, kind, x, out) for tensor, out in pairs]
+                if calls[0][0] is not None:
+                    return self._calls.queue_each(calls, kind, x, results, stream)
+            quantized: dict[bool, Any] = {}
+            return [self._host.matmul(tensor, mode, kind, x, out, stream, quantized) for tensor, out in pairs]
+        except FollowedError:
+            return [self.matmul(tensor, x, out, stream, activations=mode) for tensor, out in pairs]
 
     @untraced
     def plan(self, products: Iterable[tuple[str | Tensor, Any, Any]], *, activations: str | None = None) -> Plan:

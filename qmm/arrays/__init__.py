@@ -16,18 +16,29 @@ from typing import Any
 import numpy as np
 
 from qmm.arrays.cuda_interface import CuPyArrays, NumbaArrays
-from qmm.arrays.kind import ArrayKind
+from qmm.arrays.kind import ArrayKind, FollowedError
 from qmm.arrays.numpy import NumPyArrays
-from qmm.arrays.torch import TorchArrays
+from qmm.arrays.torch import TorchArrays, TorchSubclasses
 from qmm.arrays.view import View
 from qmm.errors import ArrayError, DeviceError
 from qmm.kernels.ops.op import DTYPES
 
-__all__ = ["DTYPES", "KINDS", "ArrayKind", "View", "keeper_of", "kind_of", "release_caches", "stream_handle"]
+__all__ = [
+    "DTYPES",
+    "KINDS",
+    "ArrayKind",
+    "FollowedError",
+    "View",
+    "keeper_of",
+    "kind_of",
+    "release_caches",
+    "stream_handle",
+]
 
 
 _NUMPY = NumPyArrays()
 _TORCH = TorchArrays()
+_TORCH_SUBCLASSES = TorchSubclasses()
 _CUPY = CuPyArrays()
 _NUMBA = NumbaArrays()
 
@@ -69,12 +80,8 @@ def _find_kind(cls: type) -> ArrayKind:
     for base in cls.__mro__:
         root = base.__module__.partition(".")[0]
         if root == "torch" and base.__name__ == "Tensor":
-            if cls.__torch_dispatch__ is not base.__torch_dispatch__:  # type: ignore[attr-defined]
-                raise ArrayError(
-                    f"{cls.__module__}.{cls.__qualname__} is a PyTorch tensor that keeps its values in a way of its "
-                    "own, or has none, as under torch.export. That is not supported: pass an ordinary tensor."
-                )
-            return _TORCH
+            own = cls.__torch_dispatch__ is not base.__torch_dispatch__  # type: ignore[attr-defined]
+            return _TORCH_SUBCLASSES if own else _TORCH
         if root == "cupy" and base.__name__ == "ndarray":
             return _CUPY
         if root in ("numba", "numba_cuda") and hasattr(base, "__cuda_array_interface__"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,22 @@ from qmm.arrays.view import View
 from qmm.errors import ArrayError
 from qmm.kernels.ops.op import DTYPES
 
-__all__ = ["ArrayKind", "as_rows", "check_dtype"]
+if TYPE_CHECKING:
+    from qmm.engine import Engine
+    from qmm.model import Tensor
+
+__all__ = ["ArrayKind", "FollowedError", "as_rows", "check_dtype"]
+
+
+class FollowedError(ArrayError):
+    """The array's library follows what is done with it, so a product by its address would be wrong. ``Engine.matmul``
+    catches this, and has the library do it; anywhere else it is an error."""
+
+    def multiply(self, engine: Engine, tensor: Tensor, mode: str, x: Any, out: Any, stream: Any) -> Any:
+        """The product, by the library's own means; arguments as for :meth:`qmm.Engine.matmul`."""
+        from qmm.torch_operator import product  # only PyTorch follows its arrays
+
+        return product(engine, tensor, mode, x, out, stream, str(self))
 
 
 class ArrayKind:
@@ -31,6 +46,7 @@ class ArrayKind:
         """Where the array lies.
 
         Raises:
+            FollowedError: its library follows what is done with it.
             ArrayError: its dtype is none of DTYPES, or it lies in memory that qmm cannot address.
         """
         raise NotImplementedError

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Hashable
+import threading
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qmm.arrays.kind import ArrayKind, as_rows, check_dtype
+from qmm.arrays.kind import ArrayKind, FollowedError, as_rows, check_dtype
 from qmm.arrays.view import View
 from qmm.errors import ArrayError
 from qmm.kernels.ops.op import ITEM_NBYTES
 
-__all__ = ["TorchArrays"]
+__all__ = ["OPERATOR", "TorchArrays", "TorchSubclasses"]
+
+LOW = 1 << 33
+"""Little memory lies below this address, so there is time to look whether any does: a tensor whose storage was freed
+has its offset as address."""
+
+
+class _Operator(threading.local):
+    """Whether this thread runs an operator of :mod:`qmm.torch_operator`, whose tensors nothing follows any more."""
+
+    runs = False
+
+
+OPERATOR = _Operator()
 
 
 class TorchArrays(ArrayKind):
@@ -23,25 +37,14 @@ class TorchArrays(ArrayKind):
 
     name = "PyTorch"
 
-    @functools.cached_property
-    def _forward(self) -> Any:
-        return sys.modules["torch"].autograd.forward_ad
-
-    @functools.cached_property
-    def _traces(self) -> Any:
-        return sys.modules["torch"]._C._get_tracing_state
-
-    @functools.cached_property
-    def _modes(self) -> Any:
-        return sys.modules["torch"]._C._len_torch_dispatch_stack
-
     def view(self, array: Any) -> View:
         torch = sys.modules["torch"]
         try:
             address, shape, strides = array.data_ptr(), tuple(array.shape), array.stride()
+            absent = address < LOW and 0 not in shape and not array.untyped_storage().data_ptr()
         except (RuntimeError, ValueError) as reason:
             raise _not_in_memory(torch, array) from reason
-        if not address and 0 not in shape:
+        if absent:
             raise _not_in_memory(torch, array)
         if array.device.type not in ("cpu", "cuda"):
             raise ArrayError(
@@ -51,21 +54,20 @@ class TorchArrays(ArrayKind):
             raise ArrayError(f"a PyTorch tensor of dtype {array.dtype} is not supported; use x.dequantize()")
         dtype = check_dtype(str(array.dtype).removeprefix("torch."), "a PyTorch tensor")
         if array.is_neg():
-            raise ArrayError(
-                "a PyTorch tensor stored with the other sign, as the imaginary part of a conjugate is, "
-                "is not supported; use x.resolve_neg()"
+            raise FollowedError(
+                "a PyTorch tensor stored with the other sign, as the imaginary part of a conjugate is, is not "
+                "supported here; use x.resolve_neg()."
             )
-        _check_gradients(torch, array)
-        _check_traced(torch)
+        if not OPERATOR.runs:
+            _check_gradients(torch, array)
+            _check_traced(torch)
         device = array.device.index if array.device.type == "cuda" else None
         writable = not array.is_inference() or torch.is_inference_mode_enabled()
         return View(shape, tuple(stride * ITEM_NBYTES[dtype] for stride in strides), dtype, address, device, writable)
 
     def signature(self, array: Any) -> tuple[int, Hashable]:
-        changing = array.requires_grad or array.is_neg() or self._forward._current_level >= 0
-        if changing or self._modes() or self._traces() is not None:
-            self.view(array)  # what is refused, or not, may change from call to call
-        return array.data_ptr(), (array.shape, array.stride(), array.dtype, array.device)
+        vars(self)["signature"] = quick = _signature_with(self.view)  # in place of this method
+        return quick(array)
 
     def address(self, array: Any) -> int:
         return int(array.data_ptr())
@@ -133,12 +135,51 @@ class TorchArrays(ArrayKind):
             cuda.empty_cache()
 
 
+class TorchSubclasses(TorchArrays):
+    """Tensors of a class that keeps its values in a way of its own, or has none, such as FakeTensor."""
+
+    name = "PyTorch (of a class of its own)"
+
+    def view(self, array: Any) -> View:
+        cls = type(array)
+        raise FollowedError(
+            f"{cls.__module__}.{cls.__qualname__} is a PyTorch tensor that keeps its values in a way of its own, or "
+            "has none. It is not supported here: pass an ordinary tensor."
+        )
+
+    def signature(self, array: Any) -> tuple[int, Hashable]:
+        return self.view(array).address, ()
+
+
+def _signature_with(view: Callable[[Any], View]) -> Callable[[Any], tuple[int, Hashable]]:
+    """:meth:`TorchArrays.signature`, with what it asks PyTorch bound: it is called for each product."""
+    torch = sys.modules["torch"]
+    forward, low = torch.autograd.forward_ad, LOW
+    modes, transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+    tracing = torch._C._is_tracing
+
+    def signature(array: Any) -> tuple[int, Hashable]:
+        address = array.data_ptr()
+        if (
+            array.requires_grad
+            or array.is_neg()
+            or address < low
+            or forward._current_level >= 0
+            or modes()
+            or transforms()
+            or tracing()
+        ):
+            view(array)  # what is followed, or refused, may change from call to call
+        return address, (array.shape, array.stride(), array.dtype, array.device)
+
+    return signature
+
+
 def _not_in_memory(torch: Any, array: Any) -> ArrayError:
     """Why a tensor has no address, and what would have one."""
     if torch._C._functorch.is_functorch_wrapped_tensor(array):
-        return ArrayError(
-            "a PyTorch tensor inside of torch.func (vmap, grad, jvp) is not supported: it stands for others, which qmm "
-            "does not see. Call qmm outside; matmul takes any leading dimensions at once, and computes no gradients."
+        return FollowedError(
+            "a PyTorch tensor inside of torch.func (vmap, grad, jvp) stands for others, and is not supported here."
         )
     if array.is_nested:
         return ArrayError("a nested PyTorch tensor is not supported; use x.to_padded_tensor(0.0), or its parts")
@@ -148,25 +189,25 @@ def _not_in_memory(torch: Any, array: Any) -> ArrayError:
 
 
 def _check_traced(torch: Any) -> None:
-    """Refuse to be traced: the trace would have the result of this x, whatever x it is run with."""
-    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
-    if proxies is not None or torch._C._get_tracing_state() is not None:
-        raise ArrayError(
-            "tracing (torch.jit.trace, make_fx) does not see what qmm does, and would keep the result of this x as a "
-            "constant. Use torch.compile, which calls qmm as it is."
+    """What a trace, a mode or a transform of PyTorch is to see."""
+    followed = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    if followed or torch._C._is_tracing():
+        raise FollowedError(
+            "a trace, a mode or a transform of PyTorch (torch.jit.trace, make_fx, torch.func) does not see what is "
+            "done here, and would keep the result of this x. Call it outside."
         )
 
 
 def _check_gradients(torch: Any, array: Any) -> None:
-    """Refuse what autograd follows: the product would come back without its gradient."""
+    """What autograd follows: the product would come back without its gradient."""
     if array.requires_grad and torch.is_grad_enabled():
-        raise ArrayError(
-            "a PyTorch tensor that requires grad is not supported: qmm computes no gradients, and the result would "
-            "have none. Pass x.detach() (out.detach() as out), or call qmm under torch.no_grad()."
+        raise FollowedError(
+            "a PyTorch tensor that requires grad is not supported here, for the result would have no gradient. Pass "
+            "x.detach() (out.detach() as out), or call qmm under torch.no_grad()."
         )
     forward = torch.autograd.forward_ad
     if forward._current_level >= 0 and forward.unpack_dual(array).tangent is not None:
-        raise ArrayError(
-            "a PyTorch tensor with a tangent (forward-mode AD) is not supported: qmm computes no gradients, and the "
-            "result would have none. Pass x.detach()."
+        raise FollowedError(
+            "a PyTorch tensor with a tangent (forward-mode AD) is not supported here, for the result would have none. "
+            "Pass x.detach()."
         )

@@ -1,9 +1,9 @@
-"""PyTorch's tensors and its compiler: results as without them, gradients never dropped in silence. Needs torch."""
+"""PyTorch's tensors and its compiler: results as without them. Needs torch. test_torch_operator.py has gradients,
+transforms and traces."""
 
 from __future__ import annotations
 
 import functools
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +15,11 @@ import pytest
 from small_model import K, M, Products, write_small_model
 
 import qmm
-from qmm.arrays import kind_of
+from qmm.arrays import FollowedError, kind_of
 
 torch = pytest.importorskip("torch", reason="the extra `torch` brings it")
 
-REFUSAL = r"qmm's kernels are compiled already.*without fullgraph=True|disable\(\) wrapped function"
+REFUSAL = r"qmm's kernels are compiled already.*without fullgraph=True.*error is qmm's own|disable\(\) wrapped function"
 """Why Dynamo does not go on; torch 2.6 does not give the reason that a function has."""
 
 
@@ -49,7 +49,7 @@ def closed_plan(engine: qmm.Engine) -> qmm.Plan:
 
 
 class TestCompile:
-    """``torch.compile`` calls qmm as it is, and compiles what is around the call."""
+    """``torch.compile`` has a product as one operator in its graph. All else it calls as it is, between two graphs."""
 
     @pytest.fixture(autouse=True)
     def _compile_anew(self) -> Iterator[None]:
@@ -69,13 +69,47 @@ class TestCompile:
         torch._dynamo.reset()
         return torch._dynamo.explain(function)(*arguments)
 
-    def test_matmul_is_called_between_two_graphs(self, engine: qmm.Engine, x: Any) -> None:
-        cut = self.agree(lambda x: torch.relu(engine.matmul("a", 2 * x)), x)
-        assert (cut.graph_count, cut.graph_break_count) == (2, 1)
-        assert re.search(REFUSAL, cut.break_reasons[0].reason)
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    @pytest.mark.parametrize("by", ["name", "tensor"])
+    def test_a_product_is_an_operator_in_one_graph(self, engine: qmm.Engine, x: Any, by: str, backend: str) -> None:
+        named = engine.model["a"] if by == "tensor" else "a"
+        products: list[Callable[[Any], Any]] = [
+            lambda x: torch.relu(engine.matmul(named, 2 * x)),
+            lambda x: engine.matmul(named, x, activations="f16") + 1,
+            lambda x: engine.matmul(named, x, out=torch.empty(2, M, dtype=torch.float16)) + 1,
+            lambda x: torch.cat(engine.matmul_each([named, "b"], x), -1),
+        ]
+        for product in products:
+            assert torch.equal(torch.compile(product, backend=backend, fullgraph=True)(x), product(x))
+        cut = self.agree(products[0], x)
+        assert (cut.graph_count, cut.graph_break_count) == (1, 0)
+        assert "qmm.matmul" in str(cut.ops_per_graph)
+
+    def test_a_graph_for_any_number_of_rows(self, engine: qmm.Engine, x: Any) -> None:
+        compiled = torch.compile(lambda x: engine.matmul("a", x), backend="eager", fullgraph=True, dynamic=True)
+        for rows in (x, x.expand(3, 2, K), x[0]):
+            assert torch.equal(compiled(rows), engine.matmul("a", rows))
+
+    def test_one_function_for_two_engines(self, engine: qmm.Engine, path: Path, x: Any) -> None:
+        compiled = torch.compile(lambda engine, x: engine.matmul("a", x), backend="eager", fullgraph=True)
+        with qmm.Engine(path, "cpu", activations="f16") as other:
+            expected = [each.matmul("a", x) for each in (engine, other)]
+            assert not torch.equal(*expected)
+            for _ in range(2):
+                for each, right in zip((engine, other), expected, strict=True):
+                    assert torch.equal(compiled(each, x), right)
 
     def test_matmul_itself_may_be_compiled(self, engine: qmm.Engine, x: Any) -> None:
         self.agree(engine.matmul, "a", x)
+        assert torch.equal(torch.compile(engine.matmul, backend="eager", fullgraph=True)("a", x), engine.matmul("a", x))
+
+    def test_an_engine_that_is_closed_before_the_graph_runs(self, path: Path, x: Any) -> None:
+        engine = qmm.Engine(path, "cpu")
+        compiled = torch.compile(lambda x: engine.matmul("a", x), backend="eager", fullgraph=True)
+        compiled(x)
+        engine.close()
+        with pytest.raises(qmm.ClosedError, match="engine was closed"):
+            compiled(x)
 
     def test_matmul_of_numpy_arrays(self, engine: qmm.Engine, x: Any) -> None:
         self.agree(lambda x: engine.matmul("a", x, out=np.empty((2, M), np.float32)) + 1, x.numpy())
@@ -126,11 +160,14 @@ class TestCompile:
         with pytest.raises(qmm.ClosedError, match="plan was closed"):
             torch.compile(lambda x: plan() or x + 1, backend="eager")(x)
 
-    @pytest.mark.parametrize("call", ["matmul", "dequantize", "plan", "plan()"])
+    @pytest.mark.parametrize("call", ["NumPy", "stream", "wrong k", "out has grad", "dequantize", "plan", "plan()"])
     def test_a_graph_in_one_piece_is_refused_with_the_reason(self, engine: qmm.Engine, x: Any, call: str) -> None:
-        plan = closed_plan(engine)
+        plan, leaf = closed_plan(engine), torch.empty(2, M, requires_grad=True)
         calls: dict[str, Callable[[Any], Any]] = {
-            "matmul": lambda x: engine.matmul("a", x),
+            "NumPy": lambda x: torch.from_numpy(engine.matmul("a", x.numpy())),
+            "stream": lambda x: engine.matmul("a", x, stream=0),
+            "wrong k": lambda x: engine.matmul("a", x[:, 1:]),
+            "out has grad": lambda x: engine.matmul("a", x, out=leaf),
             "dequantize": lambda x: engine.dequantize("a") + x,
             "plan": lambda x: engine.plan([("a", x, x)]),
             "plan()": lambda x: plan() or x + 1,
@@ -138,73 +175,30 @@ class TestCompile:
         with pytest.raises(Exception, match=REFUSAL):
             torch.compile(calls[call], backend="eager", fullgraph=True)(x)
 
-    def test_errors_come_through(self, engine: qmm.Engine, x: Any) -> None:
-        with pytest.raises(qmm.ArrayError, match=f"k = {K}"):
-            torch.compile(lambda x: engine.matmul("a", x[:, 1:]) + 1, backend="eager")(x)
+    @pytest.mark.parametrize(
+        ("call", "error"),
+        [
+            (lambda engine, x: engine.matmul("a", x[:, 1:]) + 1, rf"k = {K} weights a row.*\(2, {K - 1}\)"),
+            (lambda engine, x: engine.matmul("a", x.double()) + 1, "float64"),
+            (lambda engine, x: engine.matmul("c", x) + 1, "no tensor 'c'"),
+            (lambda engine, x: engine.matmul("a", x, activations="f8") + 1, "no activations 'f8'"),
+            (lambda engine, x: engine.matmul("a", x, out=torch.empty(3, M)) + 1, r"out has shape \(3, 64\)"),
+            (lambda engine, x: engine.matmul("a", x, out=torch.empty(1, M).expand(2, M)) + 1, "share memory"),
+            (lambda engine, x: engine.matmul("a", x.requires_grad_(), out=torch.empty(2, M)) + 1, "requires grad"),
+            (lambda engine, x: engine.matmul_each(["a", "a"], x, [None])[0], "2 products, but 1 outs"),
+        ],
+    )
+    def test_errors_come_through(self, engine: qmm.Engine, x: Any, call: Callable[..., Any], error: str) -> None:
+        with pytest.raises(qmm.QmmError, match=error):
+            torch.compile(call, backend="eager")(engine, x)
 
     def test_a_backend_that_traces_gradients_too(self, engine: qmm.Engine, x: Any) -> None:
         self.agree(lambda x: torch.relu(engine.matmul("a", 2 * x)), x, backend="aot_eager")
 
 
-class TestGradients:
-    """What autograd follows is refused, for the result would have no gradient."""
-
-    def test_x_that_requires_grad_is_refused_with_both_ways_out(self, engine: qmm.Engine, x: Any) -> None:
-        expected = engine.matmul("a", x)
-        for followed in (x.clone().requires_grad_(), 2 * x.clone().requires_grad_(), torch.nn.Parameter(x)):
-            with pytest.raises(qmm.ArrayError, match=r"requires grad.*x\.detach\(\).*torch\.no_grad\(\)"):
-                engine.matmul("a", followed)
-        leaf = x.clone().requires_grad_()
-        assert torch.equal(engine.matmul("a", leaf.detach()), expected)
-        for off in (torch.no_grad, torch.inference_mode):
-            with off():
-                assert torch.equal(engine.matmul("a", leaf), expected)
-        assert torch.equal(engine.matmul("a", torch.nn.Parameter(x, requires_grad=False)), expected)
-
-    def test_out_that_requires_grad_is_refused(self, engine: qmm.Engine, x: Any) -> None:
-        out = torch.zeros(2, M, requires_grad=True)
-        with pytest.raises(qmm.ArrayError, match="requires grad"):
-            engine.matmul("a", x, out=out)
-        assert not out.any()
-        with torch.no_grad():
-            assert engine.matmul("a", x, out=out) is out
-        assert torch.equal(out, engine.matmul("a", x))
-
-    def test_a_call_that_was_prepared_looks_again(self, x: Any) -> None:
-        """Under no_grad arrays on a GPU are prepared; the next call with the same may be outside of it."""
-        kind, leaf = kind_of(x), x.clone().requires_grad_()
-        with torch.no_grad():
-            assert kind.signature(leaf)[1] == kind.signature(x)[1]
-        with pytest.raises(qmm.ArrayError, match="requires grad"):
-            kind.signature(leaf)
-        with pytest.raises(qmm.ArrayError, match="resolve_neg"):
-            kind.signature(torch._neg_view(x))
-
-    def test_tangents_of_forward_mode(self, engine: qmm.Engine, x: Any) -> None:
-        forward = torch.autograd.forward_ad
-        with forward.dual_level():
-            dual = forward.make_dual(x, x)
-            for refused in (engine.matmul, lambda _, x: kind_of(x).signature(x)):
-                with pytest.raises(qmm.ArrayError, match="tangent"):
-                    refused("a", dual)
-            assert torch.equal(engine.matmul("a", dual.detach()), engine.matmul("a", x))
-
-    @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "functionalize"])
-    def test_transforms_of_torch_func(self, engine: qmm.Engine, x: Any, transform: str) -> None:
-        func = getattr(torch.func, transform)
-        transformed = (lambda f: lambda x: func(f, (x,), (x,))) if transform == "jvp" else func
-        with pytest.raises(qmm.ArrayError, match=r"inside of torch\.func"):
-            transformed(lambda x: engine.matmul("a", x).sum())(x)
-
-    @pytest.mark.parametrize("trace", ["jit.trace", "make_fx"])
-    def test_a_trace_would_keep_the_result_as_a_constant(self, engine: qmm.Engine, x: Any, trace: str) -> None:
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        made = make_fx if trace == "make_fx" else lambda function: lambda x: torch.jit.trace(function, (x,))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own: jit.trace is no longer its choice
-            with pytest.raises(qmm.ArrayError, match=r"make_fx.*constant.*torch\.compile"):
-                made(lambda x: engine.matmul("a", x))(x)
+def freed(x: Any) -> Any:
+    x.untyped_storage().resize_(0)
+    return x
 
 
 class TestKinds:
@@ -220,8 +214,6 @@ class TestKinds:
     @pytest.mark.parametrize(
         ("made", "way_out"),
         [
-            (lambda x: torch.complex(x, x).conj().imag, r"x\.resolve_neg\(\)"),
-            (torch._neg_view, r"x\.resolve_neg\(\)"),
             (lambda x: torch.complex(x, x).conj(), "complex64.*float32, float16, bfloat16"),
             (lambda x: x.double(), "float64.*float32, float16, bfloat16"),
             (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), r"qint8.*dequantize\(\)"),
@@ -229,7 +221,8 @@ class TestKinds:
             (lambda x: x.to_sparse_csr(), r"sparse_csr.*x\.to_dense\(\)"),
             (lambda x: torch.nested.nested_tensor([x, x]), "to_padded_tensor"),
             (lambda x: x.to("meta"), "on meta without values"),
-            (lambda x: torch._subclasses.FakeTensorMode().from_tensor(x), "FakeTensor.*way of its own"),
+            (lambda x: freed(x.clone()), "without values"),
+            (lambda x: freed(torch.cat([x, x])[2:]), "without values"),  # whose address is not 0
             (lambda x: torch.masked.masked_tensor(x, x > 0), "MaskedTensor.*way of its own"),
             (lambda x: torch.nn.UninitializedParameter(), "without values"),
             (lambda x: torch.tensor(1.0), f"k = {K}"),
@@ -244,13 +237,44 @@ class TestKinds:
             with torch.no_grad(), pytest.raises(qmm.ArrayError, match=way_out):
                 engine.matmul("a", refused)
 
-    def test_a_resolved_view_and_a_subclass_of_ordinary_values_are_used(self, engine: qmm.Engine, x: Any) -> None:
+    def test_tensors_stored_with_the_other_sign(self, engine: qmm.Engine, x: Any) -> None:
+        expected = engine.matmul("a", x)
+        for stored in (torch._neg_view(-x), torch.complex(x, -x).conj().imag):
+            assert stored.is_neg()
+            assert torch.equal(engine.matmul("a", stored), expected)
+            assert torch.equal(engine.matmul_each(["b", "a"], stored)[1], expected)
+            assert torch.equal(engine.matmul("a", stored.resolve_neg()), expected)
+        for dtype in (torch.float32, torch.float16):
+            values = torch.zeros(2, M, dtype=dtype)
+            out = torch._neg_view(values)
+            version = out._version
+            assert engine.matmul("a", x, out=out) is out
+            assert torch.equal(out, expected.to(dtype))
+            assert torch.equal(values, -expected.to(dtype))
+            assert out._version > version
+        assert torch.equal(engine.matmul("a", torch._neg_view(-x), out=torch._neg_view(torch.zeros(2, M))), expected)
+
+    def test_a_subclass_of_ordinary_values_is_used(self, engine: qmm.Engine, x: Any) -> None:
         class Named(torch.Tensor):
             pass
 
         expected = engine.matmul("a", x)
-        assert torch.equal(engine.matmul("a", torch.complex(x, -x).conj().imag.resolve_neg()), expected)
         assert torch.equal(engine.matmul("a", x.as_subclass(Named)).as_subclass(torch.Tensor), expected)
+
+    def test_an_out_without_values_is_refused(self, engine: qmm.Engine, x: Any) -> None:
+        with pytest.raises(qmm.ArrayError, match="without values"):
+            engine.matmul("a", x, out=freed(torch.zeros(2, M)))
+
+    def test_a_call_that_was_prepared_looks_again(self, x: Any) -> None:
+        """Arrays on a GPU are prepared by their signature; the next call with the same one may be another matter."""
+        kind, leaf = kind_of(x), x.clone().requires_grad_()
+        with torch.no_grad():
+            assert kind.signature(leaf)[1] == kind.signature(x)[1]
+        for followed in (leaf, torch._neg_view(x)):
+            with pytest.raises(FollowedError):
+                kind.signature(followed)
+        with pytest.raises(qmm.ArrayError, match="without values"):
+            kind.signature(freed(x.clone()))
 
     def test_no_rows(self, engine: qmm.Engine, x: Any) -> None:
         assert engine.matmul("a", x[:0]).shape == (0, M)

@@ -242,45 +242,6 @@ def test_out_may_be_x(engine: qmm.Engine, library, rng: np.random.Generator) -> 
     np.testing.assert_array_equal(after[:, 5:], values[:, 5:])
 
 
-def test_what_autograd_follows_is_refused(engine: qmm.Engine, rng: np.random.Generator) -> None:
-    torch = pytest.importorskip("torch")
-    x = torch.from_numpy(rng.standard_normal((N, 768)).astype(np.float32)).to("cuda")
-    expected = engine.matmul("q6_k", x)
-    followed, out = x.clone().requires_grad_(), torch.zeros_like(expected, requires_grad=True)
-    with torch.no_grad():
-        assert torch.equal(engine.matmul("q6_k", followed), expected)
-        assert torch.equal(engine.matmul("q6_k", x, out=out), expected)
-    for arrays in ((followed, None), (x, out)):  # though prepared just now
-        with pytest.raises(qmm.ArrayError, match="requires grad"):
-            engine.matmul("q6_k", *arrays)
-    with pytest.raises(qmm.ArrayError, match="requires grad"):
-        engine.plan([("q6_k", followed, torch.zeros_like(expected))])
-    with pytest.raises(qmm.ArrayError, match="resolve_neg"):
-        engine.matmul("q6_k", torch._neg_view(x))
-
-
-def test_autograd_notices_that_what_it_saved_is_overwritten(engine: qmm.Engine, rng: np.random.Generator) -> None:
-    torch = pytest.importorskip("torch")
-    x = torch.from_numpy(rng.standard_normal((N, 768)).astype(np.float32)).to("cuda")
-    out, factor = torch.ones_like(engine.matmul("q6_k", x)), torch.ones((), device="cuda", requires_grad=True)
-    result = (factor * out).sum()
-    engine.matmul("q6_k", x, out=out)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        result.backward()
-
-
-def test_torch_compile_calls_it_as_it_is(engine: qmm.Engine, rng: np.random.Generator) -> None:
-    torch = pytest.importorskip("torch")
-    x = torch.from_numpy(rng.standard_normal((N, 768)).astype(np.float32)).to("cuda")
-    y = torch.zeros((N, 5), device="cuda")
-    expected = torch.relu(engine.matmul("q6_k", 2 * x)) + 1
-    product = torch.compile(lambda x: torch.relu(engine.matmul("q6_k", 2 * x)) + 1, backend="eager")
-    with engine.plan([("q6_k", x, y)]) as plan:
-        assert torch.equal(product(x), expected)
-        replay = torch.compile(lambda x: plan() or y + 1, backend="eager")
-        assert torch.equal(replay(x), engine.matmul("q6_k", x) + 1)
-
-
 def test_streams(engine: qmm.Engine, library, rng: np.random.Generator) -> None:
     x = library.make(rng.standard_normal((N, 96)).astype(np.float32))
     expected = library.bring(engine.matmul("q8_0", x))
