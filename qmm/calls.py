@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from qmm.arrays import KINDS, ArrayKind, View, kind_of, stream_handle
 from qmm.children import PerProcess
+from qmm.copies import copy_in, copy_out
 from qmm.errors import ArrayError, OutOfMemoryError
 from qmm.in_flight import InFlight
 from qmm.kernels.ops.matvec.plan import Product, plan
@@ -155,7 +156,12 @@ class Calls:
         if kind.names_streams:
             self.wait_for(kind, arrays, handle)
         owner = kind if handle == current else stream
-        self._device.put("products", queue_sequence, self._device, steps, handle, True, owner)
+        try:
+            self._device.put("products", queue_sequence, self._device, steps, handle, True, owner)
+        except OutOfMemoryError:  # nothing was queued
+            for (call, x_address, _), out in zip(found, outs, strict=True):
+                assert call is not None
+                self.queue(call, kind, x, out, x_address, kind.address(out), stream)
         if handle != current and kind.recycles:
             self.keep(kind, arrays, stream, handle)
         return outs
@@ -219,18 +225,22 @@ class Calls:
             call = self._keep(key, Call(prepared, self._weights[tensor], (n, tensor.m)))
         assert call is not None and call.prepared is not None
         results = rounded(x.nbytes)
+        weights = call.residency.lease()  # not under the lock: another thread may lease, and need it
         with device.lock:  # threads share the staging area
             area, stream = device.staging(results + y.nbytes), device.stream
-            device.copy_in(area, x, stream)
-            device.queue(call.prepared, call.residency.lease(), area, area + results, stream)
-            device.copy_out(y, area + results, stream)
+            copy_in(device, area, x, stream)
+            device.queue(call.prepared, weights, area, area + results, stream)
+            copy_out(device, y, area + results, stream)
 
     def _keep(self, key: Hashable, call: Call | None) -> Call | None:
-        self._calls[key] = call
-        self._launches += _launches(call)
-        while self._launches > MOST_LAUNCHES and len(self._calls) > 1:
-            oldest = next(iter(self._calls))
-            self._launches -= _launches(self._calls.pop(oldest))
+        with self._device.lock:
+            if key in self._calls:  # another thread prepared the same
+                return self._calls[key]
+            self._calls[key] = call
+            self._launches += _launches(call)
+            while self._launches > MOST_LAUNCHES and len(self._calls) > 1:
+                oldest = next(iter(self._calls))
+                self._launches -= _launches(self._calls.pop(oldest))
         return call
 
     def _new(

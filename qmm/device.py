@@ -7,20 +7,15 @@ waiting.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import operator
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from qmm.arrays import release_caches
 from qmm.children import process
 from qmm.cuda import CudaCallError, attribute, call, current_device, on_device
-from qmm.errors import ClosedError, DeviceError, OutOfMemoryError
+from qmm.errors import ClosedError, DeviceError
 from qmm.kernels.ops.layout import ZERO_NBYTES
 from qmm.kernels.ops.op import BASES, Architecture, At, Work
 from qmm.kernels.runtime.launch import Launch
@@ -34,11 +29,6 @@ NONBLOCKING = 1
 """cudaStreamNonBlocking: work on the default stream is not waited for."""
 ANYWHERE = 4
 """cudaMemcpyDefault: the addresses say where they are."""
-OUT_OF_MEMORY = (
-    "What PyTorch and CuPy merely cached was given back before (as by torch.cuda.empty_cache() and "
-    "cupy.get_default_memory_pool().free_all_blocks()). Delete arrays, multiply fewer rows at a time, or choose "
-    'placement="mapped" or "host".'
-)
 
 
 class Prepared:
@@ -87,24 +77,24 @@ class Device(Resource):
         self.number = number = operator.index(number)
         self._process = process.now
         self.own_streams: dict[int, bool] = {}
-        self._addresses: dict[int, bool] = {}
         self._staging = (0, 0)
         self._thread = threading.local()
         self._stopped = False
         self.lock = threading.RLock()
-        with self.errors("preparing the device"), on_device(number):
-            self.architecture = Architecture(
-                sms=attribute("MultiProcessorCount", number),
-                shared_nbytes=attribute("MaxSharedMemoryPerBlockOptin", number),
-                bulk=attribute("ComputeCapabilityMajor", number) >= 9,
-                l2_nbytes=attribute("L2CacheSize", number),
-                bus_bits=attribute("GlobalMemoryBusWidth", number),
-            )
-            self._alone = call("cudaGetDeviceCount") == 1
-            self.stream, self._memory_stream = self._new_stream(), self._new_stream()
-            self.pool = Pool(number)
-        self.streams = Streams(self)
+        self.pool = Pool(number)
         try:
+            with self.errors("preparing the device"), on_device(number):
+                self.architecture = Architecture(
+                    sms=attribute("MultiProcessorCount", number),
+                    shared_nbytes=attribute("MaxSharedMemoryPerBlockOptin", number),
+                    bulk=attribute("ComputeCapabilityMajor", number) >= 9,
+                    l2_nbytes=attribute("L2CacheSize", number),
+                    bus_bits=attribute("GlobalMemoryBusWidth", number),
+                )
+                self._alone = call("cudaGetDeviceCount") == 1
+                self.streams = Streams(self)
+                self.stream = self._new_stream()
+                self.pool.open()
             self._zeros = self.allocate(ZERO_NBYTES, "zeros")
             with self.errors("preparing the device"), on_device(number):
                 call("cudaMemsetAsync", self._zeros, 0, ZERO_NBYTES, self.stream)
@@ -185,40 +175,18 @@ class Device(Resource):
         Raises:
             OutOfMemoryError: there is not enough.
         """
-        nbytes = operator.index(nbytes)
         with self.errors(f"{nbytes} bytes for {what}"), on_device(self.number):
-            try:
-                return self._from_pool(nbytes)
-            except CudaCallError as reason:
-                if reason.name != "cudaErrorMemoryAllocation":
-                    raise
-            with self.lock:
-                self.streams.forget_idle()
-            call("cudaStreamSynchronize", self._memory_stream)
-            self.pool.trim()
-            release_caches()
-            try:
-                return self._from_pool(nbytes)
-            except CudaCallError as reason:
-                if reason.name != "cudaErrorMemoryAllocation":
-                    raise
-                free_nbytes, _ = call("cudaMemGetInfo")
-                raise OutOfMemoryError(
-                    f"{nbytes} bytes for {what} on CUDA device {self.number}: {reason}. {free_nbytes} bytes are free. "
-                    f"{OUT_OF_MEMORY}"
-                ) from reason
-
-    def _from_pool(self, nbytes: int) -> int:
-        address = self.pool.allocate(nbytes, self._memory_stream)
-        self._addresses[address] = True
-        call("cudaStreamSynchronize", self._memory_stream)  # now any stream may use it
-        return address
+            address = self.pool.allocate(operator.index(nbytes))
+            if address is None:
+                with self.lock:
+                    self.streams.forget_idle()
+                address = self.pool.allocate_at_last(nbytes, f"{nbytes} bytes for {what} on CUDA device {self.number}")
+            return address
 
     def free(self, address: int) -> None:
         """Free memory, once the device is done with it. Freeing twice is harmless."""
         with self.errors("freeing memory"), on_device(self.number):
-            if self._addresses.pop(address, False):
-                self.pool.free(address, self._memory_stream)
+            self.pool.free(address)
 
     def _new_stream(self) -> int:
         stream = int(call("cudaStreamCreateWithFlags", NONBLOCKING))
@@ -269,33 +237,6 @@ class Device(Resource):
         """Copy between any two addresses, on a stream."""
         with self.errors(f"copying {nbytes} bytes"), on_device(self.number):
             call("cudaMemcpyAsync", *map(operator.index, (target, source, nbytes)), ANYWHERE, stream)
-
-    def copy_in(self, target: int, array: npt.NDArray[Any], stream: int) -> None:
-        """Copy a contiguous host array to the device, on a stream."""
-        if array.nbytes and not self._copied(target, array.ctypes.data, array.nbytes, stream):
-            buffer = _bounce_buffer(array.nbytes)
-            buffer[:] = array.reshape(-1).view(np.uint8)
-            self.copy(target, buffer.ctypes.data, array.nbytes, stream)
-            self.synchronize(stream)
-
-    def copy_out(self, array: npt.NDArray[Any], source: int, stream: int) -> None:
-        """Copy from the device into a contiguous host array, on a stream, and wait for it."""
-        if array.nbytes and not self._copied(array.ctypes.data, source, array.nbytes, stream):
-            buffer = _bounce_buffer(array.nbytes)
-            self.copy(buffer.ctypes.data, source, array.nbytes, stream)
-            self.synchronize(stream)
-            array.reshape(-1).view(np.uint8)[:] = buffer
-        self.synchronize(stream)
-
-    def _copied(self, target: int, source: int, nbytes: int, stream: int) -> bool:
-        """Copy, unless CUDA refuses the host's pages, some of which are registered and some not."""
-        try:
-            self.copy(target, source, nbytes, stream)
-        except DeviceError as error:
-            if getattr(error.__cause__, "name", "") != "cudaErrorInvalidValue":
-                raise
-            return False
-        return True
 
     def synchronize(self, stream: int) -> None:
         """Wait for a stream; an error of its work is raised here."""
@@ -430,10 +371,6 @@ class Device(Resource):
             call("cudaStreamSynchronize", self.stream)
             self.streams.close()
             self._staging = (0, 0)
-            while self._addresses:
-                address, _ = self._addresses.popitem()
-                self.pool.free(address, self._memory_stream)
-            call("cudaStreamSynchronize", self._memory_stream)
             self.pool.close()
             while self.own_streams:
                 stream, _ = self.own_streams.popitem()
@@ -441,8 +378,3 @@ class Device(Resource):
 
     def __repr__(self) -> str:
         return f"<Device {self.number}{' (closed)' if self.closed else ''}>"
-
-
-def _bounce_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
-    """Host memory in pages of its own, which nobody has registered."""
-    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)

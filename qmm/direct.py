@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmm.arrays import View
+from qmm.copies import copy_out
 from qmm.device import Device, Prepared
 from qmm.kernels.formats import Format
 from qmm.kernels.ops import dequantize as dequantize_op
@@ -99,7 +100,7 @@ def dequantize_host(
     if out.size:
         with device.temporary_buffer(out.nbytes, "dequantized weights") as buffer:
             dequantize(device, block_format, weights, m, k, buffer, stream, mapped)
-            device.copy_out(out, buffer, stream)
+            copy_out(device, out, buffer, stream)
     return out
 
 
@@ -109,5 +110,5 @@ def read_bytes(device: Device, address: int, nbytes: int, stream: int) -> bytes:
     with device.temporary_buffer(nbytes, "bytes read") as buffer:
         prepared = device.prepare(read_op.plan(nbytes, device.architecture), f"reading {nbytes} bytes")
         device.queue(prepared, address, 0, buffer, stream)
-        device.copy_out(found, buffer, stream)
+        copy_out(device, found, buffer, stream)
     return found.tobytes()

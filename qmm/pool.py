@@ -1,62 +1,117 @@
-"""Device memory that is allocated and freed in the order of a stream, so that neither waits for other streams."""
+"""Device memory, allocated and freed without waiting for what the device does.
+
+``cudaMalloc`` and ``cudaFree`` wait for all streams of the device, whoever uses them. Memory of a pool does not: it is
+allocated and freed in the order of a stream, here one of the pool's own, on which nothing else is queued.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from qmm.cuda import attribute, call, driver, runtime
+from qmm.arrays import release_caches
+from qmm.cuda import CudaCallError, attribute, call, driver, runtime
+from qmm.errors import OutOfMemoryError
 
 __all__ = ["Pool"]
 
 RETAINED_NBYTES: Final = 64 << 20
 """Free memory that a pool keeps for its next allocations; what is beyond goes back to the device."""
+NONBLOCKING: Final = 1
+"""cudaStreamNonBlocking: work on the default stream is not waited for."""
+OUT_OF_MEMORY: Final = (
+    "What PyTorch and CuPy merely cached was given back before (as by torch.cuda.empty_cache() and "
+    "cupy.get_default_memory_pool().free_all_blocks()). Delete arrays, multiply fewer rows at a time, or choose "
+    'placement="mapped" or "host".'
+)
 
 
 class Pool:
-    """A memory pool of CUDA's on the current device.
+    """A memory pool of one device. All methods want the device to be current (:func:`qmm.cuda.on_device`).
 
-    ``cudaMalloc`` and ``cudaFree``, which wait for all streams of the device, take its place on the few devices that
-    have no pools (attribute ``MemoryPoolsSupported``).
+    ``cudaMalloc`` and ``cudaFree`` take its place on the few devices that have no pools (attribute
+    ``MemoryPoolsSupported``).
     """
 
     def __init__(self, device: int) -> None:
-        """``device`` is CUDA's number of the current device."""
+        """``device`` is CUDA's number of it; nothing is asked of CUDA before :meth:`open`."""
+        self._device = device
+        self._stream = 0
         self._pool: Any = None
-        if attribute("MemoryPoolsSupported", device):
+        self._addresses: dict[int, bool] = {}
+
+    def open(self) -> None:
+        """Create the pool.
+
+        Raises:
+            CudaCallError: CUDA refused.
+        """
+        self._stream = int(call("cudaStreamCreateWithFlags", NONBLOCKING))
+        if attribute("MemoryPoolsSupported", self._device):
             cuda = runtime()
             properties = cuda.cudaMemPoolProps()
             properties.allocType = cuda.cudaMemAllocationType.cudaMemAllocationTypePinned
             properties.location.type = cuda.cudaMemLocationType.cudaMemLocationTypeDevice
-            properties.location.id = device
+            properties.location.id = self._device
             self._pool = call("cudaMemPoolCreate", properties)
             threshold = cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
             call("cudaMemPoolSetAttribute", self._pool, threshold, driver().cuuint64_t(RETAINED_NBYTES))
 
-    def allocate(self, nbytes: int, stream: int) -> int:
-        """The address of ``nbytes``, for work that a stream does after what is queued on it.
+    def allocate(self, nbytes: int) -> int | None:
+        """The address of ``nbytes``, for any stream; None if there is not enough.
 
         Raises:
-            CudaCallError: there is not enough.
+            CudaCallError: CUDA refused for another reason.
         """
-        if self._pool is None:
-            return int(call("cudaMalloc", nbytes))
-        return int(call("cudaMallocFromPoolAsync", max(1, nbytes), self._pool, stream))
+        try:
+            if self._pool is None:
+                address = int(call("cudaMalloc", nbytes))
+            else:
+                address = int(call("cudaMallocFromPoolAsync", max(1, nbytes), self._pool, self._stream))
+        except CudaCallError as reason:
+            if reason.name != "cudaErrorMemoryAllocation":
+                raise
+            return None
+        self._addresses[address] = True
+        call("cudaStreamSynchronize", self._stream)  # now any stream may use it
+        return address
 
-    def free(self, address: int, stream: int) -> None:
-        """Free memory once the work is done that is queued on a stream now."""
-        if self._pool is None:
-            call("cudaStreamSynchronize", stream)
-            call("cudaFree", address)
-        else:
-            call("cudaFreeAsync", address, stream)
+    def allocate_at_last(self, nbytes: int, what: str) -> int:
+        """The same once more, after all that is merely kept was given back, by other libraries too.
 
-    def trim(self) -> None:
-        """Give the device back what is free, for others."""
+        Raises:
+            OutOfMemoryError: there is not enough all the same; ``what`` begins the message.
+            CudaCallError: CUDA refused for another reason.
+        """
+        call("cudaStreamSynchronize", self._stream)
         if self._pool is not None:
             call("cudaMemPoolTrimTo", self._pool, 0)
+        release_caches()
+        address = self.allocate(nbytes)
+        if address is None:
+            free_nbytes, _ = call("cudaMemGetInfo")
+            raise OutOfMemoryError(f"{what} cannot be had: {free_nbytes} bytes are free. {OUT_OF_MEMORY}")
+        return address
+
+    def free(self, address: int) -> None:
+        """Free memory that the device is done with. Freeing twice is harmless."""
+        if self._addresses.pop(address, False):
+            self._undo(address)
+
+    def _undo(self, address: int) -> None:
+        if self._pool is None:
+            call("cudaFree", address)
+        else:
+            call("cudaFreeAsync", address, self._stream)
 
     def close(self) -> None:
-        """Give everything back; the device is done with it."""
+        """Free everything; the device is done with it. Twice is harmless."""
+        while self._addresses:
+            self._undo(self._addresses.popitem()[0])
+        if self._stream:
+            call("cudaStreamSynchronize", self._stream)
         if self._pool is not None:
             pool, self._pool = self._pool, None
             call("cudaMemPoolDestroy", pool)
+        if self._stream:
+            stream, self._stream = self._stream, 0
+            call("cudaStreamDestroy", stream)
