@@ -117,6 +117,25 @@ def test_call(engine: qmm.Engine, timed: Callable[..., None], what: str, n: int)
     timed(f"engine.matmul({what}, x, out, stream), n = {n}", calls, CALLS)
 
 
+@pytest.mark.parametrize("out", ["out", "new"])
+@pytest.mark.parametrize("on", ["current", "object", "handle"])
+def test_call_of_torch(engine: qmm.Engine, timed: Callable[..., None], on: str, out: str) -> None:
+    """On PyTorch's current stream; on another, given as its object or as a number, which the user may destroy."""
+    torch = pytest.importorskip("torch")
+    tensors = list(engine.model.values())
+    x, y = torch.ones((8, K), dtype=torch.float16, device="cuda"), None
+    if out == "out":
+        y = torch.empty((8, M), dtype=torch.float16, device="cuda")
+    other = torch.cuda.Stream()
+    stream = {"current": None, "object": other, "handle": other.cuda_stream}[on]
+
+    def calls() -> None:
+        for i in range(CALLS):
+            engine.matmul(tensors[i % TENSORS], x, y, stream)
+
+    timed(f"engine.matmul, torch, n = 8, stream: {on}, result: {out}", calls, CALLS)
+
+
 @pytest.mark.parametrize("products", [1, TENSORS])
 def test_plan(engine: qmm.Engine, timed: Callable[..., None], products: int) -> None:
     tensors = list(engine.model.values())[:products]
