@@ -33,7 +33,7 @@ SAFE = frozenset(
     cudaGetDevice cudaSetDevice cudaGetDeviceCount cudaDeviceGetAttribute cudaThreadExchangeStreamCaptureMode
     cudaGetLastError cudaStreamBeginCapture cudaStreamEndCapture cudaStreamGetCaptureInfo_v2 cuStreamIsCapturing
     cuStreamGetId cuEventRecord cuStreamWaitEvent cuLaunchKernelEx cudaGraphLaunch cudaUserObjectCreate
-    cudaGraphRetainUserObject cudaGraphDestroy
+    cudaGraphRetainUserObject cudaGraphDestroy cuEventCreate cuEventDestroy
     """.split()  # noqa: SIM905  # a list would be a line each
 )
 """What any thread may call while a stream is captured; all else is treated as unsafe."""

@@ -67,6 +67,7 @@ def opened(cuda: Cuda) -> Iterator[Simulated]:
     cuda.take_waits()
     yield made
     assert cuda.take_waits() == []
+    assert not cuda.freed_under_graphs()
     cuda.finish()
     made.device.close()
     assert cuda.take_waits() == []
