@@ -190,6 +190,13 @@ def test_a_stream_that_only_the_call_refers_to_lives_until_the_work_is_queued(
     cuda.finish()
 
 
+def test_kernels_start_early_on_the_librarys_current_stream_only(products: Products, multiply: Any) -> None:
+    products.library()
+    for stream, early in ((None, True), (int(products.other), False), (int(products.current), True)):
+        multiply(x_of(), stream=stream)
+        assert products.simulated.early == early
+
+
 # Which call, and how many ---------------------------------------------------------------------------------------------
 
 

@@ -245,20 +245,22 @@ def test_closing_beside_a_capture(cuda: Cuda) -> None:
 # Copies ---------------------------------------------------------------------------------------------------------------
 
 
-def test_host_arrays_that_cuda_refuses_go_through_pages_of_their_own(simulated: Simulated) -> None:
-    array, device, cuda = np.arange(8, dtype=np.float32), simulated.device, simulated.cuda
+@pytest.mark.parametrize("refused", [False, True])
+def test_host_arrays_that_cuda_refuses_go_through_pages_of_their_own(simulated: Simulated, refused: bool) -> None:
+    array, back = np.arange(8, dtype=np.float32).reshape(2, 4), np.zeros((2, 4), np.float32)
+    device, cuda = simulated.device, simulated.cuda
+    refusals = [cuda.cudaError_t.cudaErrorInvalidValue] * refused
     with device.temporary_buffer(array.nbytes, "a test") as address:
-        for copied in (
-            lambda: copy_in(device, address, array, device.stream),
-            lambda: copy_out(device, array, address, device.stream),
-        ):
-            cuda.refused["cudaMemcpyAsync"] = [cuda.cudaError_t.cudaErrorInvalidValue]
-            copied()
-            host = next(end for end in cuda.copies.pop()[:2] if end != address)
-            assert host != array.ctypes.data
-            assert host % 4096 == 0
-        copied()
-        assert cuda.copies.pop() == (array.ctypes.data, address, array.nbytes)
+        cuda.refused["cudaMemcpyAsync"] = list(refusals)
+        copy_in(device, address, array, device.stream)
+        cuda.refused["cudaMemcpyAsync"] = list(refusals)
+        copy_out(device, back, address, device.stream)
+        np.testing.assert_array_equal(back, array)
+        (_, source, _), (target, _, _) = cuda.copies
+    assert (source == array.ctypes.data, target == back.ctypes.data) == (not refused,) * 2
+    if refused:
+        assert source % 4096 == target % 4096 == 0
+    cuda.take_waits()
 
 
 def test_other_refusals_of_a_copy_are_errors(simulated: Simulated) -> None:

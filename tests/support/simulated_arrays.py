@@ -29,8 +29,13 @@ class Own(Stream):
 
 
 class Arrays(ArrayKind):
-    """The library. ``made`` are the arrays it gave with the stream that they are for, ``recorded`` the addresses
-    of those that it was told of."""
+    """The library, which keeps its current stream.
+
+    Attributes:
+        made: the arrays that it gave, with the streams that they are for.
+        recorded: the addresses of those that it was told of, with the streams.
+        cached_nbytes: its own memory, for :meth:`empty_bytes`.
+    """
 
     name = "made up"
 
@@ -55,6 +60,12 @@ class Arrays(ArrayKind):
 
     def stream(self, array: Any) -> int:
         return self.now
+
+    def current(self, device: int) -> Any:
+        return self
+
+    def keeper(self, stream: Any) -> object:
+        return stream is self
 
     def owns(self, stream: Any) -> bool:
         return isinstance(stream, Own)

@@ -25,8 +25,8 @@ from qmm.kernels.runtime import launch
 
 __all__ = ["MEMORY", "Capture", "Cuda", "Stream", "installed"]
 
-MEMORY = 0x7000_0000_0000
-"""Addresses of the device's memory begin here, and none is used again."""
+MEMORY = 1 << 60
+"""Addresses of the device's memory begin here, above all of the host's, and none is used again."""
 PER_THREAD = 2
 SAFE = frozenset(
     """
@@ -59,6 +59,8 @@ class Cuda(fake_driver.Driver):
         waited: for each wait that found unfinished work, what waited: ``"stream 5"`` (its number), ``"event"`` or
             ``"device"``. A test takes what it expects (:meth:`take_waits`).
         sizes: of the blocks in use, by address.
+        fresh: those whose stream was not waited for since.
+        contents: what was copied there, by address.
         limit: bytes of the device.
         elsewhere: bytes that other libraries use.
         refused: errors that functions return, by name, as often as they are listed.
@@ -69,6 +71,8 @@ class Cuda(fake_driver.Driver):
         super().__init__()
         self.waited: list[str] = []
         self.sizes: dict[int, int] = {}
+        self.fresh: set[int] = set()
+        self.contents: dict[int, bytes] = {}
         self.limit, self.elsewhere = 1 << 40, 0
         self.refused: dict[str, list[Any]] = {}
         self.copies: list[tuple[int, int, int]] = []
@@ -148,6 +152,11 @@ class Cuda(fake_driver.Driver):
             self.cudaStreamEndCapture(stream.handle)
 
     @property
+    def mode(self) -> Any:
+        """This thread's, of captures."""
+        return self._thread.mode
+
+    @property
     def nbytes(self) -> int:
         """In use."""
         return sum(self.sizes.values())
@@ -156,6 +165,7 @@ class Cuda(fake_driver.Driver):
         """The block that an address lies in; None for memory that is not the device's."""
         if address < MEMORY:
             return None
+        assert address not in self.fresh, f"{address:#x} is allocated in the order of another stream only"
         inside = [block for block, nbytes in self.sizes.items() if block <= address < block + nbytes]
         assert inside, f"{address:#x} was freed"
         return inside[0]
@@ -229,6 +239,7 @@ class Cuda(fake_driver.Driver):
 
     def cudaStreamSynchronize(self, handle: Any) -> tuple[int]:
         stream = self._at(handle, idle=True)
+        self.fresh.clear()
         return self._wait(stream.pending, f"stream {stream.number}")
 
     cuStreamSynchronize = cudaStreamSynchronize  # noqa: N815
@@ -293,8 +304,14 @@ class Cuda(fake_driver.Driver):
         return (0,)
 
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: int, handle: int) -> tuple[int]:
-        self._at(handle, idle=True)
+        stream = self._at(handle, idle=True)
         self.copies.append((target, source, nbytes))
+        if target >= MEMORY:  # as from pageable memory, which is read before this returns
+            self.contents[target] = ctypes.string_at(source, nbytes)
+        else:
+            item = Item()
+            item.then.append(lambda: ctypes.memmove(target, self.contents.get(source, bytes(nbytes)), nbytes) and None)
+            stream.items.append(item)
         return (0,)
 
     # Captures and graphs ----------------------------------------------------------------------------------------------
@@ -369,6 +386,7 @@ class Cuda(fake_driver.Driver):
         address = self._next_address
         self._next_address += nbytes + 511 & ~511
         self.sizes[address] = nbytes
+        self.fresh.add(address)
         return (0, address)
 
     def cudaFreeAsync(self, address: int, handle: int) -> tuple[int]:
@@ -397,5 +415,6 @@ def installed(patch: pytest.MonkeyPatch) -> Iterator[Cuda]:
         yield made
     finally:
         cuda.runtime.cache_clear()
+    assert made.mode == runtime.cudaStreamCaptureMode.cudaStreamCaptureModeGlobal, "the thread's mode was changed"
     assert not made.sizes, "memory was left"
     assert not [event for event in made.all_events if event.alive], "events were left"
