@@ -13,7 +13,7 @@ from simulated_work import Library, Simulated
 
 from qmm.copies import copy_in, copy_out
 from qmm.device import Device
-from qmm.errors import DeviceError
+from qmm.errors import DeviceError, OutOfMemoryError
 from qmm.graph import capture
 
 MIB = 1 << 20
@@ -194,6 +194,12 @@ def a_plan(simulated: Simulated) -> None:
     graph.close()
 
 
+def out_of_memory(simulated: Simulated) -> None:
+    simulated.cuda.limit = simulated.cuda.nbytes
+    with pytest.raises(OutOfMemoryError):
+        simulated.use(simulated.cuda.stream())
+
+
 UNSAFE: dict[str, Callable[[Simulated], object]] = {
     "a new device": lambda simulated: Device(0).close(),
     "preparing": lambda simulated: simulated.prepared(MIB),
@@ -201,6 +207,7 @@ UNSAFE: dict[str, Callable[[Simulated], object]] = {
     "many streams": more_streams_than_are_remembered,
     "a first call on a default stream": lambda simulated: (simulated.use(0), simulated.use(2), simulated.cuda.finish()),
     "grown workspace": grown_workspace,
+    "out of memory": out_of_memory,
     "order": ordered_streams,
     "a plan": a_plan,
     "draining": lambda simulated: simulated.device.drain(),

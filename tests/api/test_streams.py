@@ -8,6 +8,7 @@ import weakref
 from typing import Any
 
 import pytest
+import simulated_cuda
 from simulated_cuda import MEMORY, Cuda
 from simulated_work import Library, Simulated
 
@@ -275,3 +276,19 @@ def test_out_of_memory_at_last_names_both_numbers(simulated: Simulated, caches: 
         simulated.use(stream, 4 * MIB)
     assert small in simulated.cuda.sizes  # its work is not done
     assert simulated.use(stream, MIB // 2) != small  # and goes on with another
+
+
+def test_a_device_without_memory_pools(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(simulated_cuda.ATTRIBUTES, "MemoryPoolsSupported", 0)
+    cuda.refused["cudaMemPoolCreate"] = [cuda.cudaError_t.cudaErrorNotSupported]
+    device = Device(0)
+    simulated, stream = Simulated(cuda, device), cuda.stream()
+    address = simulated.use(stream, MIB)
+    stream.finish()
+    cuda.limit = cuda.nbytes + MIB
+    assert simulated.use(stream, 2 * MIB) != address  # in place of the first
+    with pytest.raises(OutOfMemoryError):
+        simulated.use(cuda.stream(), 2 * MIB)
+    cuda.take_waits()
+    device.close()
+    assert cuda.take_waits() == ["event"]

@@ -379,8 +379,15 @@ class Cuda(fake_driver.Driver):
     def cudaMemGetInfo(self) -> tuple[int, int, int]:
         return (0, self.limit - self.elsewhere - self.nbytes, self.limit)
 
+    def cudaMalloc(self, nbytes: int) -> tuple[Any, int]:
+        return self.cudaMallocFromPoolAsync(nbytes, "of cudaMalloc", 0)
+
+    def cudaFree(self, address: int) -> tuple[int]:
+        return self.cudaFreeAsync(address, 0)
+
     def cudaMallocFromPoolAsync(self, nbytes: int, pool: str, handle: int) -> tuple[Any, int]:
         self._at(handle, idle=True)
+        assert pool is not None
         if self.nbytes + self.elsewhere + nbytes > self.limit:
             return (runtime.cudaError_t.cudaErrorMemoryAllocation, 0)
         address = self._next_address
