@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import simulated_cuda
-from simulated_cuda import MEMORY, Cuda
+from simulated_cuda import Cuda
+from simulated_memory import MEMORY
 from simulated_work import Library, Simulated
 
 import qmm.pool
@@ -280,7 +281,8 @@ def test_out_of_memory_at_last_names_both_numbers(simulated: Simulated, caches: 
 
 def test_a_device_without_memory_pools(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(simulated_cuda.ATTRIBUTES, "MemoryPoolsSupported", 0)
-    cuda.refused["cudaMemPoolCreate"] = [cuda.cudaError_t.cudaErrorNotSupported]
+    for pooled in ("cudaMemPoolCreate", "cudaFreeAsync"):
+        cuda.refused[pooled] = [cuda.cudaError_t.cudaErrorNotSupported]
     device = Device(0)
     simulated, stream = Simulated(cuda, device), cuda.stream()
     address = simulated.use(stream, MIB)

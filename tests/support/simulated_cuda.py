@@ -18,15 +18,14 @@ from typing import Any
 import fake_driver
 import pytest
 from cuda.bindings import driver, runtime
+from simulated_memory import Memory
 from simulated_objects import Capture, Event, Executable, Item, Stream
 
 from qmm import cuda
 from qmm.kernels.runtime import launch
 
-__all__ = ["MEMORY", "Capture", "Cuda", "Stream", "installed"]
+__all__ = ["Capture", "Cuda", "Stream", "installed"]
 
-MEMORY = 1 << 60
-"""Addresses of the device's memory begin here, above all of the host's, and none is used again."""
 PER_THREAD = 2
 SAFE = frozenset(
     """
@@ -52,35 +51,23 @@ class _Thread(threading.local):
         self.stream: Stream | None = None
 
 
-class Cuda(fake_driver.Driver):
+class Cuda(Memory):
     """Both ``cuda.bindings.driver`` and ``cuda.bindings.runtime``.
 
     Attributes:
         waited: for each wait that found unfinished work, what waited: ``"stream 5"`` (its number), ``"event"`` or
             ``"device"``. A test takes what it expects (:meth:`take_waits`).
-        sizes: of the blocks in use, by address.
-        fresh: those whose stream was not waited for since.
-        contents: what was copied there, by address.
-        limit: bytes of the device.
-        elsewhere: bytes that other libraries use.
         refused: errors that functions return, by name, as often as they are listed.
-        copies: arguments of those that were made.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waited: list[str] = []
-        self.sizes: dict[int, int] = {}
-        self.fresh: set[int] = set()
-        self.contents: dict[int, bytes] = {}
-        self.limit, self.elsewhere = 1 << 40, 0
         self.refused: dict[str, list[Any]] = {}
-        self.copies: list[tuple[int, int, int]] = []
         self._thread = _Thread()
         self._numbers = iter(range(100, 1 << 30))
         self._handles = iter(range(0x1000, 1 << 30, 16))
         self._free_handles: list[int] = []
-        self._next_address = MEMORY
         self.streams = {handle: Stream(handle, next(self._numbers)) for handle in (0, 1)}
         self.streams[1] = self.streams[0]
         self.all_streams = [self.streams[0]]
@@ -155,20 +142,6 @@ class Cuda(fake_driver.Driver):
     def mode(self) -> Any:
         """This thread's, of captures."""
         return self._thread.mode
-
-    @property
-    def nbytes(self) -> int:
-        """In use."""
-        return sum(self.sizes.values())
-
-    def block(self, address: int) -> int | None:
-        """The block that an address lies in; None for memory that is not the device's."""
-        if address < MEMORY:
-            return None
-        assert address not in self.fresh, f"{address:#x} is allocated in the order of another stream only"
-        inside = [block for block, nbytes in self.sizes.items() if block <= address < block + nbytes]
-        assert inside, f"{address:#x} was freed"
-        return inside[0]
 
     def _at(self, handle: Any, idle: bool = False) -> Stream:
         if int(handle) == PER_THREAD:
@@ -298,22 +271,6 @@ class Cuda(fake_driver.Driver):
         stream.items.append(item)
         return item
 
-    def cudaMemsetAsync(self, address: int, value: int, nbytes: int, handle: int) -> tuple[int]:
-        assert self.block(address) is not None
-        self._at(handle, idle=True)
-        return (0,)
-
-    def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: int, handle: int) -> tuple[int]:
-        stream = self._at(handle, idle=True)
-        self.copies.append((target, source, nbytes))
-        if target >= MEMORY:  # as from pageable memory, which is read before this returns
-            self.contents[target] = ctypes.string_at(source, nbytes)
-        else:
-            item = Item()
-            item.then.append(lambda: ctypes.memmove(target, self.contents.get(source, bytes(nbytes)), nbytes) and None)
-            stream.items.append(item)
-        return (0,)
-
     # Captures and graphs ----------------------------------------------------------------------------------------------
 
     def cudaStreamBeginCapture(self, handle: int, mode: Any) -> tuple[int]:
@@ -361,52 +318,6 @@ class Cuda(fake_driver.Driver):
     def cudaGraphRetainUserObject(self, graph: Capture, counted: Any, count: int, flags: Any) -> tuple[int]:
         graph.retained.append(counted)
         return (0,)
-
-    # Memory -----------------------------------------------------------------------------------------------------------
-
-    def cudaMemPoolCreate(self, properties: Any) -> tuple[int, str]:
-        return (0, "pool")
-
-    def cudaMemPoolSetAttribute(self, pool: str, attribute: Any, value: Any) -> tuple[int]:
-        return (0,)
-
-    def cudaMemPoolTrimTo(self, pool: str, nbytes: int) -> tuple[int]:
-        return (0,)
-
-    def cudaMemPoolDestroy(self, pool: str) -> tuple[int]:
-        return (0,)
-
-    def cudaMemGetInfo(self) -> tuple[int, int, int]:
-        return (0, self.limit - self.elsewhere - self.nbytes, self.limit)
-
-    def cudaMalloc(self, nbytes: int) -> tuple[Any, int]:
-        return self.cudaMallocFromPoolAsync(nbytes, "of cudaMalloc", 0)
-
-    def cudaFree(self, address: int) -> tuple[int]:
-        return self.cudaFreeAsync(address, 0)
-
-    def cudaMallocFromPoolAsync(self, nbytes: int, pool: str, handle: int) -> tuple[Any, int]:
-        self._at(handle, idle=True)
-        assert pool is not None
-        if self.nbytes + self.elsewhere + nbytes > self.limit:
-            return (runtime.cudaError_t.cudaErrorMemoryAllocation, 0)
-        address = self._next_address
-        self._next_address += nbytes + 511 & ~511
-        self.sizes[address] = nbytes
-        self.fresh.add(address)
-        return (0, address)
-
-    def cudaFreeAsync(self, address: int, handle: int) -> tuple[int]:
-        self._at(handle, idle=True)
-        assert address in self.sizes, "freed twice"
-        used = [item for stream in self.all_streams for item in stream.pending if address in item.blocks]
-        assert not used, "memory was freed while queued work uses it"
-        del self.sizes[address]
-        return (0,)
-
-    def freed_under_graphs(self) -> bool:
-        """Whether a graph that still exists uses memory that was freed."""
-        return any(graph.holders and graph.blocks - self.sizes.keys() for graph in self.graphs + self.captures)
 
 
 @contextmanager
