@@ -195,6 +195,8 @@ class Device(Resource):
 
     def _destroy(self, stream: int) -> None:
         if self.own_streams.pop(stream, False):
+            with suppress(CudaCallError):  # kernels on it may start early: destroying it before they end can hang
+                call("cudaStreamSynchronize", stream)
             with self.lock:
                 self.streams.forget(stream)
             call("cudaStreamDestroy", stream)
@@ -214,7 +216,7 @@ class Device(Resource):
 
     @contextmanager
     def temporary_stream(self) -> Iterator[int]:
-        """A stream for the ``with`` block, on which no other thread puts work."""
+        """A stream for the ``with`` block, on which no other thread puts work; its end waits for that work."""
         with self.errors("creating a stream"), on_device(self.number):
             stream = self._new_stream()
         try:
