@@ -194,6 +194,7 @@ class Calls:
         self._device.queue(call.prepared, weights, x_address, y_address, handle, kind.address(workspace), 0, stream)
         if handle != current:
             self.keep(kind, (workspace,), stream, handle)
+        self._device.keep_for_graph(handle, workspace)
         return True
 
     def wait_for(self, kind: ArrayKind, arrays: Iterable[Any], handle: int) -> None:

@@ -19,7 +19,7 @@ from qmm.errors import ClosedError, DeviceError
 from qmm.kernels.ops.layout import ZERO_NBYTES
 from qmm.kernels.ops.op import BASES, Architecture, At, Work
 from qmm.kernels.runtime.launch import Launch
-from qmm.loaders.closing import Resource
+from qmm.loaders.closing import Resource, close_later
 from qmm.pool import Pool
 from qmm.streams import IDLE_NBYTES, Streams
 
@@ -113,6 +113,11 @@ class Device(Resource):
     def closed(self) -> bool:
         """Whether it was closed, or this is a forked child."""
         return not getattr(self, "own_streams", None) or self.forked
+
+    @property
+    def _in_use(self) -> bool:
+        """Whether this thread is in the middle of putting work on it."""
+        return not self.forked and bool(self.lock._is_owned())  # type: ignore[attr-defined]
 
     # Errors and threads -----------------------------------------------------------------------------------------------
 
@@ -208,6 +213,7 @@ class Device(Resource):
             yield address
         except BaseException:
             with suppress(DeviceError):
+                self.drain()  # the exception may have come before the block had waited; if this fails, it is not freed
                 self.free(address)
             raise
         self.free(address)
@@ -221,6 +227,7 @@ class Device(Resource):
             yield stream
         finally:
             with suppress(DeviceError), self.errors("freeing a stream"), on_device(self.number):
+                call("cudaStreamSynchronize", stream)  # work on it would hang the device; see keeper_of
                 self._destroy(stream)
 
     @contextmanager
@@ -249,8 +256,9 @@ class Device(Resource):
         address, held = self._staging
         if held < nbytes:
             if address:
-                self.free(address)
                 self._staging = (0, 0)
+                self.synchronize(self.stream)  # a call that KeyboardInterrupt ended may have work there
+                self.free(address)
             address = self.allocate(nbytes, "activations and results")
             self._staging = (address, nbytes)
         return address
@@ -335,6 +343,10 @@ class Device(Resource):
         """Keep arrays alive until what is queued on a stream now is done, and somewhat longer."""
         self.put("an event", self.streams.hold, stream, arrays)
 
+    def keep_for_graph(self, stream: int, array: object) -> None:
+        """If a stream is being captured, keep an array that only qmm knows until the graph is destroyed."""
+        self.put("a captured product", self.streams.keep_for_graph, stream, array)
+
     def workspace(self, stream: int, nbytes: int) -> int:
         """The address of workspace for calls that follow on a stream, until others follow; 0 for no bytes. For the
         thread that holds :attr:`lock`.
@@ -346,10 +358,23 @@ class Device(Resource):
             return self.streams.workspace(self.streams.begin(stream), nbytes) if nbytes else 0
 
     def stop(self) -> None:
-        """Refuse new work, and wait for the work that was queued; an error of any of it is raised here."""
+        """Refuse new work."""
         with self.lock:
             self._stopped = True
-        self.drain()
+
+    def settle(self, resource: Resource) -> None:
+        """Wait for the work that was queued, before a resource is released that it may use. That work failed is no
+        error here, but is one of :meth:`drain`.
+
+        Raises:
+            DeviceError: a capture is in the way. The resource may not be released yet; it is closed later.
+        """
+        try:
+            self.drain()
+        except DeviceError as error:
+            if isinstance(error.__cause__, CudaCallError) and error.__cause__.captured:
+                close_later(resource)
+                raise
 
     def drain(self) -> None:
         """Wait for the work that was queued here, whatever else the device does; an error of any of it is raised
@@ -366,6 +391,7 @@ class Device(Resource):
         """
         if self.closed:
             return
+        self.settle(self)
         with self.errors("closing"), on_device(self.number):
             self.streams.wait()
             call("cudaStreamSynchronize", self.stream)

@@ -133,7 +133,7 @@ class Engine(Resource):
                 self._calls = Calls(self._weights, self.gpu, self._in_flight, model.path)
                 self._host = HostProducts(self._weights, self.device, self._in_flight, self._calls)
                 held.callback(_close_all, self._plans)
-                held.callback(self.gpu.stop)
+                held.callback(self.gpu.drain)  # raises what failed
             self._held = held.pop_all()  # what close() releases, the last one first
         self._key = add_engine(self, model)
         self._closed = False
@@ -364,13 +364,18 @@ class Engine(Resource):
         Closing twice is harmless. If KeyboardInterrupt ends it, call it again.
 
         Raises:
-            DeviceError, RegistrationError: work that was still queued failed.
+            DeviceError, RegistrationError: work that was still queued failed; or a stream that the engine used is being
+                captured, so that it cannot be waited for. Nothing is released then: close again once the capture has
+                ended.
         """
         self._closed = True
         if self.forked:
             return
         self._in_flight.now.end()
         with self._closing:
+            if self.gpu is not None and not self.gpu.closed:
+                self.gpu.stop()
+                self.gpu.settle(self)
             self._held.close()
 
     def __copy__(self) -> Engine:
@@ -378,6 +383,10 @@ class Engine(Resource):
 
     def __deepcopy__(self, memo: object) -> Engine:
         return self
+
+    @property
+    def _in_use(self) -> bool:
+        return self.gpu is not None and self.gpu._in_use
 
     def _why_not_copied(self) -> str:
         path = str(self.model.path)

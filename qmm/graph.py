@@ -34,6 +34,10 @@ class Graph(Resource):
         """Whether it was closed, or this is a forked child."""
         return self._ended or self._device.forked
 
+    @property
+    def _in_use(self) -> bool:
+        return self._device._in_use
+
     def launch(self, stream: int) -> bool:
         """Put one replay on a stream.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -49,6 +50,7 @@ class Plan(Resource):
             name: of the model, for messages.
         """
         self._closed = True  # until there is something to close
+        self._closing = threading.RLock()
         self._device, self._length, self._checks, self._name = device, length, list(checks), name
         self._stream_of: Callable[[], int] | None = stream_of
         self._kept = kept
@@ -58,9 +60,13 @@ class Plan(Resource):
                 work = functools.partial(self._queue, stream)
                 self._graph = held.enter_context(capture(device, work, stream))
             held.callback(self._let_go)
-            held.callback(device.drain)
+            held.callback(device.drain)  # raises what failed
             self._held = held.pop_all()  # what close() releases, the last one first
         self._closed = False
+
+    @property
+    def _in_use(self) -> bool:
+        return self._device._in_use
 
     def __len__(self) -> int:
         """How many products it has."""
@@ -97,18 +103,22 @@ class Plan(Resource):
             stream = stream_of() if stream_of is not None else 0
         handle = stream if type(stream) is int else stream_handle(stream)
         if not self._graph.launch(handle):
-            self._queue(handle)
+            self._device.put("products", self._queue, handle)
 
     def close(self) -> None:
         """Wait for the engine's work, and release the graph and the arrays. Closing twice is harmless; if
         KeyboardInterrupt ends it, call it again.
 
         Raises:
-            DeviceError: work that was still queued failed.
+            DeviceError: work that was still queued failed; or a stream that the engine used is being captured, so that
+                it cannot be waited for. Nothing is released then: close again once the capture has ended.
         """
         if not self._device.forked and hasattr(self, "_held"):
             self._closed = True
-            self._held.close()
+            with self._closing:  # another thread would release what this one still waits for
+                if not self._graph.closed:
+                    self._device.settle(self)
+                self._held.close()
 
     def _let_go(self) -> None:
         """Drop the arrays, once the device is done: their libraries reuse the memory."""

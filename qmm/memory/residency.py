@@ -139,6 +139,7 @@ class CopyResidency(Residency):
             self._fill(target, self.tensor.info.offset, nbytes)
         except BaseException:
             with suppress(DeviceError):  # the first error takes precedence
+                self._device.synchronize(self._device.stream)  # it may have come before a transfer was waited for
                 self._device.free(target)
             raise
         return target

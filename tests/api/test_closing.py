@@ -1,0 +1,265 @@
+"""Closing what a GPU may still use: after all work, or not yet. A fake driver answers; nothing runs on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import fake_driver
+import pytest
+from cuda.bindings import driver as bindings
+from fake_driver import Driver
+
+import qmm
+from qmm import streams
+from qmm.arrays import keeper_of
+from qmm.children import PerProcess, process
+from qmm.cuda import CudaCallError
+from qmm.device import Device
+from qmm.in_flight import InFlight
+from qmm.loaders.closing import Resource
+from qmm.plan import Plan
+from qmm.streams import GraphLife, Streams, Use
+
+OWN, USERS = 1 << 20, 2 << 20
+MIB = 1 << 20
+
+
+class Answers(Driver):
+    """Streams of which some are being captured, and some cannot be used because others are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.captured: set[int] = set()
+        self.implicit: set[int] = set()
+        self.waited: list[int] = []
+        self.interrupts = False
+
+    def cuStreamIsCapturing(self, stream: Any) -> tuple[Any, int]:  # noqa: N802
+        error = "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT" if int(stream) in self.implicit else "CUDA_SUCCESS"
+        return getattr(bindings.CUresult, error), int(stream) in self.captured
+
+    def cuStreamSynchronize(self, stream: Any) -> tuple[int]:  # noqa: N802
+        if self.interrupts:
+            raise KeyboardInterrupt
+        self.waited.append(int(stream))
+        return (0,)
+
+    def cuEventCreate(self, flags: int) -> tuple[int, object]:  # noqa: N802
+        return 0, object()
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    monkeypatch.setattr(fake_driver, "Driver", Answers)
+    made = fake_driver.install(monkeypatch)
+    assert isinstance(made, Answers)
+    return made
+
+
+@pytest.fixture
+def device(fake: Answers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """One with a product on a stream of the user's, which nothing destroys."""
+    for module in ("device", "streams"):
+        monkeypatch.setattr(f"qmm.{module}.on_device", lambda number: nullcontext())
+        monkeypatch.setattr(f"qmm.{module}.call", lambda function, *arguments: None)
+    device = object.__new__(Device)
+    device.number, device.own_streams, device._alone, device.stream = 0, {OWN: True}, True, OWN
+    device.lock, device._thread, device._stopped = threading.RLock(), threading.local(), False
+    device._process, device.freed = process.now, []
+    device.free = device.freed.append
+    device.streams = Streams(device)
+    device._thread.ready = True
+    device.streams._kept[USERS] = Use(bindings.CUstream(USERS))
+    yield device
+    device.own_streams = {}
+
+
+def engine_on(device: Device, released: list[str]) -> qmm.Engine:
+    engine = object.__new__(qmm.Engine)
+    engine._closed, engine._process, engine._closing = False, process.now, threading.RLock()
+    engine._in_flight = PerProcess(functools.partial(InFlight, "closed"))
+    engine.gpu, engine.explanation, engine._held = device, "on a fake", ExitStack()
+    engine._held.callback(released.append, "weights")
+    return engine
+
+
+def plan_on(device: Device, released: list[str]) -> Plan:
+    class Graph:
+        closed = False
+
+    plan = object.__new__(Plan)
+    plan._closed, plan._device, plan._closing, plan._length = False, device, threading.RLock(), 1
+    plan._graph, plan._held = Graph(), ExitStack()
+    plan._held.callback(released.append, "arrays")
+    return plan
+
+
+@pytest.mark.parametrize("make", [engine_on, plan_on], ids=["engine", "plan"])
+@pytest.mark.parametrize("how", ["captured", "implicit"])
+def test_nothing_is_released_while_a_capture_is_in_the_way_of_waiting(
+    fake: Answers, device: Device, make: Any, how: str
+) -> None:
+    released: list[str] = []
+    closed = make(device, released)
+    getattr(fake, how).add(USERS)
+    with pytest.raises(qmm.DeviceError, match=r"stream 0x200000 is being captured.*close again once the capture"):
+        closed.close()
+    assert closed.closed
+    assert not released
+    getattr(fake, how).clear()
+    closed.close()
+    assert released
+    assert fake.waited[0] == USERS
+
+
+@pytest.mark.parametrize("make", [engine_on, plan_on], ids=["engine", "plan"])
+def test_an_interrupt_of_the_waiting_releases_nothing(fake: Answers, device: Device, make: Any) -> None:
+    released: list[str] = []
+    closed = make(device, released)
+    fake.interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        closed.close()
+    assert not released
+    fake.interrupts = False
+    closed.close()
+    assert released
+
+
+@pytest.mark.parametrize("make", [engine_on, plan_on], ids=["engine", "plan"])
+def test_what_is_dropped_during_a_capture_is_closed_after_it(fake: Answers, device: Device, make: Any) -> None:
+    released: list[str] = []
+    held = [make(device, released)]
+    fake.captured.add(USERS)
+    with pytest.warns(ResourceWarning, match="dropped before it was closed"):
+        held.clear()
+    gc.collect()
+    assert not released
+    fake.captured.clear()
+    gc.collect()
+    assert released
+
+
+@pytest.mark.parametrize("make", [engine_on, plan_on], ids=["engine", "plan"])
+def test_what_is_collected_while_this_thread_queues_work_is_closed_later(
+    fake: Answers, device: Device, make: Any
+) -> None:
+    """As a plan's call may collect its engine, and with it the graph that is about to be launched."""
+    released: list[str] = []
+    held = [make(device, released)]
+    with device.lock:
+        with pytest.warns(ResourceWarning, match="dropped before it was closed"):
+            held.clear()
+        assert not released
+    gc.collect()
+    assert released
+
+
+def test_only_what_waits_for_closing_is_looked_at_when_garbage_is_collected() -> None:
+    class Stubborn(Resource):
+        closed = False
+        attempts = 0
+
+        def close(self) -> None:
+            Stubborn.attempts += 1
+            raise qmm.DeviceError("no")
+
+    with pytest.warns(ResourceWarning):
+        Stubborn()
+    for _ in range(2):
+        gc.collect()
+    assert Stubborn.attempts == 1
+
+
+def test_work_is_not_ended_by_a_default_stream_that_cannot_be_asked(fake: Answers, device: Device) -> None:
+    """As while a "blocking" stream is captured: it is neither idle nor an error."""
+    device.streams._kept[0] = Use(bindings.CUstream(0))
+    fake.implicit.add(0)
+    device.streams.forget_idle()
+    assert list(device.streams._kept) == [0]
+    with pytest.raises(CudaCallError, match="use another stream, or capture a non-blocking one"):
+        device.streams.order(0, 5)
+    fake.captured.add(5)
+    device.streams.order(0, 5)  # a captured stream waits for nothing
+
+
+def test_a_workspace_that_is_given_back_is_never_in_use_too(device: Device) -> None:
+    class Interrupted(list):
+        def append(self, item: object) -> None:
+            raise KeyboardInterrupt
+
+    use = device.streams._kept[USERS]
+    use.address, use.nbytes = 4096, MIB
+    device.streams._retired = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        device.streams._retire(use)
+    assert (use.address, use.nbytes) == (0, 0)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The semaphores of graphs, as CUDA gets to know them."""
+    semaphores: list[int] = []
+
+    def call(function: str, *arguments: Any) -> object:
+        if function == "cudaUserObjectCreate":
+            semaphores.append(arguments[0])
+        return object()
+
+    monkeypatch.setattr(streams, "call", call)
+    monkeypatch.setattr(streams, "capture_of", lambda stream: (7, object()))
+    return semaphores
+
+
+def test_a_graph_is_over_once_cuda_says_so(graphs: list[int]) -> None:
+    life = GraphLife(object())
+    assert not life.over
+    libc = ctypes.CDLL(None)
+    libc.sem_post(ctypes.c_void_p(graphs[0]))
+    assert life.over
+    assert life.over
+
+
+def test_threads_in_one_capture_have_a_workspace_each_for_their_own_default_streams(
+    fake: Answers, device: Device, graphs: list[int]
+) -> None:
+    """Their handles are the same number."""
+    fake.captured.add(2)
+    uses = [device.streams.begin(2), device.streams.begin(2)]
+    thread = threading.Thread(target=lambda: uses.append(device.streams.begin(2)))
+    thread.start()
+    thread.join()
+    assert uses[0] is uses[1]
+    assert uses[0] is not uses[2]
+    assert uses[0].life is uses[2].life
+
+
+def test_an_array_that_only_qmm_knows_lives_as_long_as_the_graph(
+    fake: Answers, device: Device, graphs: list[int]
+) -> None:
+    class Array:
+        pass
+
+    array, collected = Array(), []
+    weakref.finalize(array, collected.append, True)
+    fake.captured.add(5)
+    device.keep_for_graph(5, array)
+    del array
+    device.streams.forget_graphs()
+    assert not collected
+    ctypes.CDLL(None).sem_post(ctypes.c_void_p(graphs[0]))
+    device.streams.forget_graphs()
+    assert collected
+
+
+def test_the_default_stream_of_each_thread_is_kept_by_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert keeper_of(None, 0, 0) is True
+    monkeypatch.setattr("qmm.arrays._LEGACY", (1,))  # as if cuda-python took 0 for each thread's own
+    assert keeper_of(None, 0, 0) is None
+    assert keeper_of(None, 2, 0) is None
