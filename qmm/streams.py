@@ -162,7 +162,10 @@ class Streams:
         if handle is None:
             if len(self._handles) > 1024:
                 self._handles.clear()
-            handle = self._handles[stream] = cuda.driver().CUstream(stream)
+            try:
+                handle = self._handles[stream] = cuda.driver().CUstream(stream)
+            except OverflowError as reason:
+                raise CudaCallError(f"{stream} is not the handle of a stream: {reason}") from reason
         return handle
 
     def _found(self, stream: int, handle: Any, number: int, owner: object) -> Use:
@@ -316,9 +319,9 @@ class Streams:
 
     def close(self) -> None:
         """Destroy the events; all work is done."""
-        self._held.clear()
         self._captures.clear()
-        self._events += [event for event, _ in self._retired]
+        self._events += [event for event, _ in (*self._held, *self._retired)]
+        self._held.clear()
         self._retired.clear()
         self._kept.clear()
         while self._others:

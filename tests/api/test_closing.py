@@ -9,12 +9,15 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from typing import Any
 
 import fake_driver
+import numpy as np
 import pytest
 from cuda.bindings import driver as bindings
 from fake_driver import Driver
+from small_model import write_small_model
 
 import qmm
 from qmm import streams
@@ -24,7 +27,9 @@ from qmm.cuda import CudaCallError
 from qmm.device import Device
 from qmm.in_flight import InFlight
 from qmm.loaders.closing import Resource
+from qmm.memory.residency import CopyResidency
 from qmm.plan import Plan
+from qmm.pool import Pool
 from qmm.streams import GraphLife, Streams, Use
 
 OWN, USERS = 1 << 20, 2 << 20
@@ -263,3 +268,41 @@ def test_the_default_stream_of_each_thread_is_kept_by_nothing(monkeypatch: pytes
     monkeypatch.setattr("qmm.arrays._LEGACY", (1,))  # as if cuda-python took 0 for each thread's own
     assert keeper_of(None, 0, 0) is None
     assert keeper_of(None, 2, 0) is None
+
+
+def test_a_copy_that_was_released_is_not_made_again(tmp_path: Path, rng: np.random.Generator) -> None:
+    """A call of another thread may have begun before the engine was closed, and come to its weight after that."""
+    write_small_model(tmp_path / "small.gguf", rng)
+    with qmm.open(tmp_path / "small.gguf") as model:
+        tensor = model["a"]
+        copy = CopyResidency(tensor, model.mapping(tensor.info.path), None, registers=False)  # type: ignore[arg-type]
+        copy.release()
+        with pytest.raises(qmm.ClosedError, match=r"small\.gguf: the engine was closed"):
+            copy.lease()
+
+
+def test_a_closed_pool_allocates_nothing() -> None:
+    with pytest.raises(CudaCallError, match="closed"):
+        Pool(0).allocate(1)
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 64])
+def test_a_number_that_is_no_handle_is_refused(device: Device, number: int) -> None:
+    with pytest.raises(qmm.DeviceError, match=f"an event on CUDA device 0: {number} is not the handle of a stream"):
+        device.hold(number, [])
+
+
+def test_all_events_are_destroyed_with_the_streams(
+    fake: Answers, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[object] = []
+    monkeypatch.setattr(fake, "cuEventCreate", lambda flags: (0, events.append(object()) or events[-1]), raising=False)
+    monkeypatch.setattr(fake, "cuEventDestroy", lambda event: (0, events.remove(event)), raising=False)
+    device.hold(USERS, ["an array"])
+    device.hold(5, ["another"])
+    use = device.streams.begin(5)
+    use.address = use.nbytes = MIB
+    device.streams._retire(use)
+    assert len(events) == 4
+    device.streams.close()
+    assert not events
