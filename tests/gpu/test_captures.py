@@ -223,12 +223,14 @@ def test_what_waits_for_its_result_works_in_a_capture_or_is_refused(
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("non_blocking", [False, True], ids=["blocking", "non-blocking"])
 @pytest.mark.parametrize("warm", [False, True], ids=["another stream", "that stream"])
 def test_products_are_captured_by_cupy_after_a_warm_up(
-    engine: qmm.Engine, cupy: Any, rng: np.random.Generator, warm: bool
+    engine: qmm.Engine, cupy: Any, rng: np.random.Generator, warm: bool, non_blocking: bool
 ) -> None:
+    """While a blocking stream is captured, CUDA refuses questions about the default stream, which was used before."""
     values = [rng.standard_normal((N, K), np.float32).astype(np.float16) for _ in range(2)]
-    x, stream = cupy.asarray(values[0]), cupy.cuda.Stream(non_blocking=True)
+    x, stream = cupy.asarray(values[0]), cupy.cuda.Stream(non_blocking=non_blocking)
     right, out = engine.matmul("w", cupy.asarray(values[1])).get(), engine.matmul("w", x)
     synchronize()
     with stream:
