@@ -295,9 +295,8 @@ class Engine(Resource):
             if call.prepared is not None:
                 steps.append(Step(call.prepared, call.residency.lease(), x_address, y_address))
         kept = [(x, y) for _, x, y in listed]
-        first = kept[0][0]
-        stream_of = functools.partial(kind_of(first).stream, first)
-        plan = Plan(gpu, steps, len(listed), [*checks.values()], stream_of, kept, str(self.model.path))
+        first = kind_of(kept[0][0])
+        plan = Plan(gpu, steps, len(listed), [*checks.values()], first, kept, str(self.model.path))
         self._plans.add(plan)
         return plan
 

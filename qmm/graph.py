@@ -38,8 +38,12 @@ class Graph(Resource):
     def _in_use(self) -> bool:
         return self._device._in_use
 
-    def launch(self, stream: int) -> bool:
+    def launch(self, stream: int, owner: object = None) -> bool:
         """Put one replay on a stream.
+
+        Args:
+            stream: its handle.
+            owner: of the stream, see :meth:`qmm.device.Device.queue`.
 
         Returns:
             Whether it was; not if the stream is being captured, since a replay cannot be.
@@ -48,14 +52,14 @@ class Graph(Resource):
             ClosedError: it was closed.
             DeviceError: CUDA refused.
         """
-        replayed: bool = self._device.put("launching a graph", self._launch, stream)
+        replayed: bool = self._device.put("launching a graph", self._launch, stream, owner)
         return replayed
 
-    def _launch(self, stream: int) -> bool:
+    def _launch(self, stream: int, owner: object) -> bool:
         if self._ended:
             raise ClosedError("the graph was closed by another thread. Create another one.")
         streams = self._device.streams
-        use = streams.begin(stream)
+        use = streams.begin(stream, owner)
         if use.life is not None:
             return False
         call("cudaGraphLaunch", self._executable, stream)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from qmm.arrays import stream_handle
+from qmm.arrays import ArrayKind, stream_handle
 from qmm.device import Device
 from qmm.errors import ClosedError
 from qmm.graph import capture
@@ -34,7 +34,7 @@ class Plan(Resource):
         steps: Sequence[Step],
         length: int,
         checks: Sequence[Callable[[], None]],
-        stream_of: Callable[[], int],
+        kind: ArrayKind,
         kept: list[Any],
         name: str,
     ) -> None:
@@ -45,14 +45,14 @@ class Plan(Resource):
             steps: its products, without empty ones.
             length: the number of products that the user passed.
             checks: functions that raise if the weights must not be read any more.
-            stream_of: the stream that the library of the first ``x`` uses now.
-            kept: the arrays, to keep them alive.
+            kind: of the first ``x``.
+            kept: the arrays, to keep them alive, with the first ``x`` first.
             name: of the model, for messages.
         """
         self._closed = True  # until there is something to close
         self._closing = threading.RLock()
         self._device, self._length, self._checks, self._name = device, length, list(checks), name
-        self._stream_of: Callable[[], int] | None = stream_of
+        self._kind = kind
         self._kept = kept
         self._queue = functools.partial(queue_sequence, device, steps)
         with ExitStack() as held:
@@ -98,11 +98,12 @@ class Plan(Resource):
             raise ClosedError(f"{self._name}: the plan was closed, or its engine was. Create another one.")
         for check in self._checks:
             check()
+        owner = stream
         if stream is None:
-            stream_of = self._stream_of  # None if another thread closes the plan: the graph then raises
-            stream = stream_of() if stream_of is not None else 0
+            owner, kept = self._kind, self._kept[:1]  # none if another thread closes the plan: the graph then raises
+            stream = owner.stream(kept[0][0]) if kept else 0
         handle = stream if type(stream) is int else stream_handle(stream)
-        if not self._graph.launch(handle):
+        if not self._graph.launch(handle, owner):
             self._device.put("products", self._queue, handle)
 
     def close(self) -> None:
@@ -123,7 +124,6 @@ class Plan(Resource):
     def _let_go(self) -> None:
         """Drop the arrays, once the device is done: their libraries reuse the memory."""
         self._kept.clear()
-        self._stream_of = None
 
     def _why_not_copied(self) -> str:
         return "copied or pickled: it reads and writes particular arrays. Create another: engine.plan(...)"

@@ -25,6 +25,7 @@ from qmm.arrays import keeper_of
 from qmm.children import PerProcess, process
 from qmm.cuda import CudaCallError
 from qmm.device import Device
+from qmm.graph import Graph
 from qmm.in_flight import InFlight
 from qmm.loaders.closing import Resource
 from qmm.memory.residency import CopyResidency
@@ -306,3 +307,29 @@ def test_all_events_are_destroyed_with_the_streams(
     assert len(events) == 4
     device.streams.close()
     assert not events
+
+
+class CuPyLike:
+    """A stream that is destroyed when the last reference to it goes."""
+
+    handle = 6
+
+
+def test_a_stream_lives_as_long_as_a_replay_on_it(
+    fake: Answers, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels may start early, which a stream that is destroyed does not survive."""
+    launched: list[tuple[object, ...]] = []
+    monkeypatch.setattr("qmm.graph.call", lambda *arguments: launched.append(arguments))
+    monkeypatch.setattr(streams, "keeper_of", lambda owner, handle, number: owner)
+    graph = object.__new__(Graph)
+    graph._device, graph._ended, graph._executable = device, False, "executable"
+    stream = CuPyLike()
+    gone = weakref.ref(stream)
+    assert graph.launch(stream.handle, stream)
+    assert launched == [("cudaGraphLaunch", "executable", 6)]
+    del stream
+    assert gone() is not None
+    device.streams.forget_idle()
+    assert gone() is None
+    graph._ended = True
