@@ -213,7 +213,7 @@ class Device(Resource):
             yield address
         except BaseException:
             with suppress(DeviceError):
-                self.drain()  # the exception may have come before the block had waited; if this fails, it is not freed
+                self.drain(graphs=False)  # the exception may have come before the block had waited
                 self.free(address)
             raise
         self.free(address)
@@ -362,25 +362,29 @@ class Device(Resource):
         with self.lock:
             self._stopped = True
 
-    def settle(self, resource: Resource) -> None:
-        """Wait for the work that was queued, before a resource is released that it may use. That work failed is no
-        error here, but is one of :meth:`drain`.
+    def settle(self, resource: Resource, graphs: bool = True) -> None:
+        """Wait for the work that was queued, before a resource is released that it may use; arguments as for
+        :meth:`drain`. That work failed is no error here, but is one of :meth:`drain`.
 
         Raises:
             DeviceError: a capture is in the way. The resource may not be released yet; it is closed later.
         """
         try:
-            self.drain()
+            self.drain(graphs)
         except DeviceError as error:
             if isinstance(error.__cause__, CudaCallError) and error.__cause__.captured:
                 close_later(resource)
                 raise
 
-    def drain(self) -> None:
-        """Wait for the work that was queued here, whatever else the device does; an error of any of it is raised
-        here."""
+    def drain(self, graphs: bool = True) -> None:
+        """Wait for the work that was queued here, whatever else the device does; an error of any of it is raised here.
+
+        Args:
+            graphs: whether to wait for replays of the user's graphs too. While there is one that has work of this
+                device's in it, that means all work on the GPU.
+        """
         with self.errors("waiting for the device"), on_device(self.number):
-            self.streams.wait()
+            self.streams.wait(graphs)
             call("cudaStreamSynchronize", self.stream)
 
     def close(self) -> None:
@@ -393,7 +397,7 @@ class Device(Resource):
             return
         self.settle(self)
         with self.errors("closing"), on_device(self.number):
-            self.streams.wait()
+            self.streams.wait(graphs=True)
             call("cudaStreamSynchronize", self.stream)
             self.streams.close()
             self._staging = (0, 0)

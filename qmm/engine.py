@@ -385,7 +385,13 @@ class Engine(Resource):
 
     @property
     def _in_use(self) -> bool:
-        return self.gpu is not None and self.gpu._in_use
+        """Also if a graph of the user's has products in it, whose replays need the weights."""
+        if self.gpu is None or self.gpu.closed:
+            return False
+        if self.gpu._in_use:
+            return True
+        with self.gpu.lock:
+            return self.gpu.streams.in_graphs
 
     def _why_not_copied(self) -> str:
         path = str(self.model.path)

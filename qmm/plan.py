@@ -60,7 +60,7 @@ class Plan(Resource):
                 work = functools.partial(self._queue, stream)
                 self._graph = held.enter_context(capture(device, work, stream))
             held.callback(self._let_go)
-            held.callback(device.drain)  # raises what failed
+            held.callback(device.drain, graphs=False)  # raises what failed
             self._held = held.pop_all()  # what close() releases, the last one first
         self._closed = False
 
@@ -118,7 +118,7 @@ class Plan(Resource):
             self._closed = True
             with self._closing:  # another thread would release what this one still waits for
                 if not self._graph.closed:
-                    self._device.settle(self)
+                    self._device.settle(self, graphs=False)  # those use the arrays, which are the user's to keep
                 self._held.close()
 
     def _let_go(self) -> None:

@@ -257,9 +257,18 @@ class Streams:
         assert life is not None
         life.followed = True
 
-    def wait(self) -> None:
-        """Wait for all that was queued. Nobody knows where a captured graph is replayed: while there is one, that means
-        all work on the device.
+    @property
+    def in_graphs(self) -> bool:
+        """Whether a graph of the user's that was not destroyed yet, and may be replayed at any time, has work in it."""
+        lives = [use.life for use in self._captures.values()]
+        return any(life is not None and not life.followed and not life.over for life in lives)
+
+    def wait(self, graphs: bool) -> None:
+        """Wait for all that was queued.
+
+        Args:
+            graphs: whether to wait for replays of the user's graphs too. Nobody knows where those are: while there is
+                such a graph, that means all work on the device.
 
         Raises:
             CudaCallError: the work failed; or a capture is in the way (:attr:`CudaCallError.captured`), in which case
@@ -267,8 +276,7 @@ class Streams:
         """
         with self._device.lock:
             kept, others = list(self._kept.values()), list(self._others.values())
-            lives = {use.life for use in self._captures.values() if use.life is not None}
-            replayed = [life for life in lives if not (life.followed or life.over)]
+            everywhere = graphs and self.in_graphs
         handle = next((int(use.handle) for use in kept if self._in_capture(use.handle)), None)
         if handle is not None:  # before any is waited for: a second attempt is to wait for all
             raise CudaCallError(
@@ -280,7 +288,7 @@ class Streams:
             drive("cuStreamSynchronize", use.handle)
         for use in others:
             drive("cuEventSynchronize", use.event)
-        if replayed:
+        if everywhere:
             try:
                 call("cudaDeviceSynchronize")
             except CudaCallError as error:

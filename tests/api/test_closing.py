@@ -333,3 +333,44 @@ def test_a_stream_lives_as_long_as_a_replay_on_it(
     device.streams.forget_idle()
     assert gone() is None
     graph._ended = True
+
+
+def test_an_engine_that_is_dropped_is_closed_after_the_graphs_that_need_it(
+    fake: Answers, device: Device, graphs: list[int]
+) -> None:
+    released: list[str] = []
+    held = [engine_on(device, released)]
+    fake.captured.add(5)
+    device.streams.begin(5)  # a product is captured
+    fake.captured.clear()
+    with pytest.warns(ResourceWarning, match="dropped before it was closed"):
+        held.clear()
+    gc.collect()
+    assert not released
+    ctypes.CDLL(None).sem_post(ctypes.c_void_p(graphs[0]))
+    gc.collect()
+    assert released
+
+
+def test_only_engines_wait_for_the_replays_of_graphs(
+    fake: Answers, device: Device, graphs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be anywhere, so all of the device is waited for. CUDA forbids that while anything is captured."""
+    fake.captured.add(5)
+    device.streams.begin(5)
+
+    def call(function: str, *arguments: object) -> None:
+        if function == "cudaDeviceSynchronize":
+            raise CudaCallError("it was refused", "cudaErrorStreamCaptureUnsupported", 900)
+
+    monkeypatch.setattr(streams, "call", call)
+    released: list[str] = []
+    plan_on(device, released).close()
+    assert released == ["arrays"]
+    engine = engine_on(device, released)
+    with pytest.raises(qmm.DeviceError, match=r"it was refused\. A graph of yours has products in it.*close again"):
+        engine.close()
+    assert released == ["arrays"]
+    ctypes.CDLL(None).sem_post(ctypes.c_void_p(graphs[0]))
+    engine.close()
+    assert released == ["arrays", "weights"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,3 +271,25 @@ def test_graphs_give_their_workspace_back(engine: qmm.Engine, rng: np.random.Gen
                 before = free_nbytes()
         lost = before - free_nbytes()
     assert lost < 48 << 20, f"{lost >> 20} MiB"
+
+
+def test_a_graph_works_after_the_last_reference_to_its_engine_is_gone(
+    engine: qmm.Engine, torch: Any, rng: np.random.Generator
+) -> None:
+    x = activations(torch, rng)
+    right, made = product(engine, x), [qmm.Engine(engine.model, "cuda", "device")]
+    device = made[0].gpu
+    assert device is not None
+    graph, y = captured_by_torch(torch, lambda: made[0].matmul("w", x))
+    with pytest.warns(ResourceWarning, match="dropped before it was closed"):
+        made.clear()
+    gc.collect()
+    y.zero_()
+    graph.replay()
+    synchronize()
+    assert torch.equal(y, right)
+    assert not device.closed
+    del graph, y
+    gc.collect()  # destroys the graph
+    gc.collect()
+    assert device.closed
