@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -95,9 +94,9 @@ def close_later(resource: Resource) -> None:
         gc.callbacks.append(_collected)
 
 
-def _collected(phase: str, _: object) -> None:
-    """What Python calls when it collects garbage."""
+def _collected(phase: str, _: object, later: list[Resource] = _later) -> None:
+    """What Python calls when it collects garbage; at the interpreter's exit, without this module's names."""
     if phase == "stop":
-        for _ in range(len(_later)):
-            with suppress(IndexError):  # another thread has taken it
-                _later.pop(0)._close_dropped()
+        for _ in later[:]:
+            if later:  # another thread may have taken it
+                later.pop(0)._close_dropped()

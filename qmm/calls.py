@@ -227,7 +227,7 @@ class Calls:
         assert call is not None and call.prepared is not None
         results = rounded(x.nbytes)
         weights = call.residency.lease()  # not under the lock: another thread may lease, and need it
-        with device.lock:  # threads share the staging area
+        with device.lock, device.undisturbed(1):  # threads share the staging area
             area, stream = device.staging(results + y.nbytes), device.stream
             copy_in(device, area, x, stream)
             device.queue(call.prepared, weights, area, area + results, stream)

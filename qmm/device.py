@@ -31,6 +31,12 @@ ANYWHERE = 4
 """cudaMemcpyDefault: the addresses say where they are."""
 
 
+DISTURBED = (
+    "a finalizer or a signal handler of the same thread multiplied in the middle of a product, whose results may be "
+    "wrong. Multiply again."
+)
+
+
 class Prepared:
     """Work on a device, ready to be queued again and again: kernels loaded, launches packed.
 
@@ -80,6 +86,7 @@ class Device(Resource):
         self._staging = (0, 0)
         self._thread = threading.local()
         self._stopped = False
+        self._queued = 0
         self.lock = threading.RLock()
         self.pool = Pool(number)
         try:
@@ -317,6 +324,7 @@ class Device(Resource):
     def _queue(
         self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, skip: int, owner: object
     ) -> None:
+        number = self._queued = self._queued + 1
         use = self.streams.begin(stream, owner)
         nbytes = prepared.workspace_nbytes
         if nbytes and not workspace:
@@ -333,6 +341,20 @@ class Device(Resource):
         finally:
             if event is not None:
                 self.streams.end(use)
+        if self._queued != number:
+            raise CudaCallError(DISTURBED)
+
+    @contextmanager
+    def undisturbed(self, products: int) -> Iterator[None]:
+        """For the thread that holds :attr:`lock`, while it queues so many products that share memory.
+
+        Raises:
+            DeviceError: it queued others too: a finalizer or a signal handler ran in the middle.
+        """
+        before = self._queued
+        yield
+        if self._queued != before + products:
+            raise DeviceError(f"products on CUDA device {self.number}: {DISTURBED}")
 
     def order(self, first: int, then: int) -> None:
         """Let what is queued on one stream from now on wait for what is queued on another; nothing is done if one of

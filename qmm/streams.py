@@ -263,7 +263,7 @@ class Streams:
         lives = [use.life for use in self._captures.values()]
         return any(life is not None and not life.followed and not life.over for life in lives)
 
-    def wait(self, graphs: bool) -> None:
+    def wait(self, graphs: bool = True) -> None:
         """Wait for all that was queued.
 
         Args:

@@ -78,6 +78,7 @@ def device(fake: Answers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     device = object.__new__(Device)
     device.number, device.own_streams, device._alone, device.stream = 0, {OWN: True}, True, OWN
     device.lock, device._thread, device._stopped = threading.RLock(), threading.local(), False
+    device._queued = 0
     device._process, device.freed = process.now, []
     device.free = device.freed.append
     device.streams = Streams(device)
