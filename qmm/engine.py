@@ -174,7 +174,8 @@ class Engine(Resource):
             out: ``(..., m)`` of the same kind and device, of any of the three dtypes; results are stored into it.
                 Not for PyTorch's autograd, as with its own functions.
             stream: where to queue the work, for arrays on the GPU: a stream of CuPy, PyTorch, Numba or cuda.core, or a
-                handle. Without one, the stream that the array's library uses now. With host arrays the call waits.
+                handle. Without one, the stream that the array's library uses now. ``x`` must be ready there: a stream
+                does not wait for others by itself. With host arrays the call waits.
             activations: as in the constructor, for this call.
 
         Returns:

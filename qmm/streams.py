@@ -32,7 +32,7 @@ SEMAPHORE_NBYTES: Final = 64
 REMEMBERED: Final = 16
 """How many streams are remembered, with their workspaces, once their work is done."""
 HELD: Final = 8
-"""Work whose arrays are held is looked after once there are more such calls than these."""
+"""Once arrays of more calls than these are held, those of work that is done are dropped."""
 NO_TIMING: Final = 2
 """cudaEventDisableTiming: cheaper to record."""
 AGAIN: Final = "Nothing was released yet: close again once the capture has ended."
@@ -48,7 +48,7 @@ class Use:
         handle: of the stream, as the driver's bindings take it.
         address, nbytes: its workspace, which no other stream uses.
         event: recorded after each call on a stream that the user may destroy while work is queued; None on another.
-        owner: what was asked whether it keeps the stream from being destroyed, or what does.
+        owner: what keeps the stream from being destroyed; if nothing does, what :func:`keeper_of` was asked about.
         life: of the graph that a capture becomes; else None.
     """
 
