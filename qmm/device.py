@@ -379,10 +379,11 @@ class Device(Resource):
         with self.errors("workspace"):
             return self.streams.workspace(self.streams.begin(stream), nbytes) if nbytes else 0
 
-    def stop(self) -> None:
-        """Refuse new work."""
+    def stop(self, resource: Resource | None = None) -> None:
+        """Refuse new work, and :meth:`settle`, before a resource is released, or the device itself."""
         with self.lock:
             self._stopped = True
+        self.settle(self if resource is None else resource)
 
     def settle(self, resource: Resource, graphs: bool = True) -> None:
         """Wait for the work that was queued, before a resource is released that it may use; arguments as for

@@ -374,8 +374,7 @@ class Engine(Resource):
         self._in_flight.now.end()
         with self._closing:
             if self.gpu is not None and not self.gpu.closed:
-                self.gpu.stop()
-                self.gpu.settle(self)
+                self.gpu.stop(self)
             self._held.close()
 
     def __copy__(self) -> Engine:

@@ -279,11 +279,11 @@ class Streams:
             everywhere = graphs and self.in_graphs
         handle = next((int(use.handle) for use in kept if self._in_capture(use.handle)), None)
         if handle is not None:  # before any is waited for: a second attempt is to wait for all
-            raise CudaCallError(
-                f"stream {handle:#x} is being captured, or is the default stream and one that waits for it is, so what "
-                f"was queued there before cannot be waited for. {AGAIN}",
-                IMPLICIT,
-            )
+            which = f"stream {handle:#x} is being captured"
+            if handle in (0, 1):
+                which = "the default stream cannot be used while a stream is captured that would wait for it"
+            why = f"{which}, and what was queued there before cannot be waited for. {AGAIN}"
+            raise CudaCallError(why, IMPLICIT)
         for use in kept:
             drive("cuStreamSynchronize", use.handle)
         for use in others:

@@ -104,23 +104,28 @@ def plan_on(device: Device, released: list[str]) -> Plan:
     plan = object.__new__(Plan)
     plan._closed, plan._device, plan._closing, plan._length = False, device, threading.RLock(), 1
     plan._graph, plan._held = Graph(), ExitStack()
+    plan._held.callback(setattr, plan._graph, "closed", True)
     plan._held.callback(released.append, "arrays")
     return plan
 
 
 @pytest.mark.parametrize("make", [engine_on, plan_on], ids=["engine", "plan"])
-@pytest.mark.parametrize("how", ["captured", "implicit"])
+@pytest.mark.parametrize("default", [False, True], ids=["that stream's", "one that the default stream waits for"])
 def test_nothing_is_released_while_a_capture_is_in_the_way_of_waiting(
-    fake: Answers, device: Device, make: Any, how: str
+    fake: Answers, device: Device, make: Any, default: bool
 ) -> None:
     released: list[str] = []
     closed = make(device, released)
-    getattr(fake, how).add(USERS)
-    with pytest.raises(qmm.DeviceError, match=r"stream 0x200000 is being captured.*close again once the capture"):
+    which = "the default stream cannot be used" if default else "stream 0x200000 is being captured"
+    if default:
+        device.streams._kept[0] = Use(bindings.CUstream(0))
+    (fake.implicit if default else fake.captured).add(0 if default else USERS)
+    with pytest.raises(qmm.DeviceError, match=f"{which}.* cannot be waited for.*close again once the capture"):
         closed.close()
     assert closed.closed
     assert not released
-    getattr(fake, how).clear()
+    fake.implicit.clear()
+    fake.captured.clear()
     closed.close()
     assert released
     assert fake.waited[0] == USERS
