@@ -130,8 +130,9 @@ class Calls:
                     call, kind, x, x_address, y_address, *where, weights
                 ):
                     raise
-            if handle != current and kind.recycles:
-                self.keep(kind, (x, out), stream, handle)
+            finally:  # also after an interrupt, which may leave a part of it queued
+                if handle != current and kind.recycles:
+                    self.keep(kind, (x, out), stream, handle)
         return out
 
     def queue_each(self, found: Sequence[Found], kind: ArrayKind, x: Any, outs: list[Any], stream: Any) -> list[Any]:
@@ -162,8 +163,9 @@ class Calls:
             for (call, x_address, _), out in zip(found, outs, strict=True):
                 assert call is not None
                 self.queue(call, kind, x, out, x_address, kind.address(out), stream)
-        if handle != current and kind.recycles:
-            self.keep(kind, arrays, stream, handle)
+        finally:  # also after an interrupt, which may leave a part of it queued
+            if handle != current and kind.recycles:
+                self.keep(kind, arrays, stream, handle)
         return outs
 
     def output(self, call: Call, kind: ArrayKind, x: Any, stream: Any, handle: int, current: int) -> Any:

@@ -207,6 +207,8 @@ class Device(Resource):
 
     def _destroy(self, stream: int) -> None:
         if self.own_streams.pop(stream, False):
+            with suppress(CudaCallError):  # kernels on it may start early: destroying it before they end can hang
+                call("cudaStreamSynchronize", stream)
             with self.lock:
                 self.streams.forget(stream)
             call("cudaStreamDestroy", stream)
@@ -227,14 +229,13 @@ class Device(Resource):
 
     @contextmanager
     def temporary_stream(self) -> Iterator[int]:
-        """A stream for the ``with`` block, on which no other thread puts work."""
+        """A stream for the ``with`` block, on which no other thread puts work; its end waits for that work."""
         with self.errors("creating a stream"), on_device(self.number):
             stream = self._new_stream()
         try:
             yield stream
         finally:
             with suppress(DeviceError), self.errors("freeing a stream"), on_device(self.number):
-                call("cudaStreamSynchronize", stream)  # work on it would hang the device; see keeper_of
                 self._destroy(stream)
 
     @contextmanager
