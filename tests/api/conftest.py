@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import made_up_gpu as gpu
 import pytest
@@ -20,3 +22,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.install(monkeypatch)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A simulated CUDA (:mod:`simulated_cuda`)."""
+    from simulated_cuda import installed
+
+    with installed(monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture
+def simulated(cuda: Any) -> Iterator[Any]:
+    """A device on it (:mod:`simulated_work`)."""
+    from simulated_work import opened
+
+    with opened(cuda) as made:
+        yield made
