@@ -18,7 +18,7 @@ class Graph(Resource):
 
     def __init__(self, device: Device, graph: object) -> None:
         self._device = device
-        self._ended = False
+        self._stopped = self._ended = False
         self._held = ExitStack()
         self._held.callback(call, "cudaGraphDestroy", graph)
         try:
@@ -56,7 +56,7 @@ class Graph(Resource):
         return replayed
 
     def _launch(self, stream: int, owner: object) -> bool:
-        if self._ended:
+        if self._stopped or self._ended:
             raise ClosedError("the graph was closed by another thread. Create another one.")
         streams = self._device.streams
         use = streams.begin(stream, owner)
@@ -65,6 +65,11 @@ class Graph(Resource):
         call("cudaGraphLaunch", self._executable, stream)
         streams.end(use)
         return True
+
+    def stop(self) -> None:
+        """Refuse replays from now on."""
+        with self._device.lock:
+            self._stopped = True
 
     def close(self) -> None:
         """Free it; the device must be done with it. Closing twice is harmless."""

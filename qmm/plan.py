@@ -118,6 +118,7 @@ class Plan(Resource):
             self._closed = True
             with self._closing:  # another thread would release what this one still waits for
                 if not self._graph.closed:
+                    self._graph.stop()  # other threads may be about to launch it
                     self._device.settle(self, graphs=False)  # those use the arrays, which are the user's to keep
                 self._held.close()
 

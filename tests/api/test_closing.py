@@ -101,6 +101,9 @@ def plan_on(device: Device, released: list[str]) -> Plan:
     class Graph:
         closed = False
 
+        def stop(self) -> None:
+            """Refuse replays."""
+
     plan = object.__new__(Plan)
     plan._closed, plan._device, plan._closing, plan._length = False, device, threading.RLock(), 1
     plan._graph, plan._held = Graph(), ExitStack()
@@ -329,7 +332,7 @@ def test_a_stream_lives_as_long_as_a_replay_on_it(
     monkeypatch.setattr("qmm.graph.call", lambda *arguments: launched.append(arguments))
     monkeypatch.setattr(streams, "keeper_of", lambda owner, handle, number: owner)
     graph = object.__new__(Graph)
-    graph._device, graph._ended, graph._executable = device, False, "executable"
+    graph._device, graph._stopped, graph._ended, graph._executable = device, False, False, "executable"
     stream = CuPyLike()
     gone = weakref.ref(stream)
     assert graph.launch(stream.handle, stream)
@@ -338,6 +341,9 @@ def test_a_stream_lives_as_long_as_a_replay_on_it(
     assert gone() is not None
     device.streams.forget_idle()
     assert gone() is None
+    graph.stop()
+    with pytest.raises(qmm.ClosedError, match="the graph was closed by another thread"):
+        graph.launch(6)
     graph._ended = True
 
 
@@ -373,10 +379,11 @@ def test_only_engines_wait_for_the_replays_of_graphs(
     released: list[str] = []
     plan_on(device, released).close()
     assert released == ["arrays"]
+    released.clear()
     engine = engine_on(device, released)
     with pytest.raises(qmm.DeviceError, match=r"it was refused\. A graph of yours has products in it.*close again"):
         engine.close()
-    assert released == ["arrays"]
+    assert not released
     ctypes.CDLL(None).sem_post(ctypes.c_void_p(graphs[0]))
     engine.close()
-    assert released == ["arrays", "weights"]
+    assert released == ["weights"]
