@@ -26,12 +26,13 @@ from qmm.children import PerProcess, process
 from qmm.cuda import CudaCallError
 from qmm.device import Device
 from qmm.graph import Graph
+from qmm.graph_life import GraphLife
 from qmm.in_flight import InFlight
 from qmm.loaders.closing import Resource
 from qmm.memory.residency import CopyResidency
 from qmm.plan import Plan
 from qmm.pool import Pool
-from qmm.streams import GraphLife, Streams, Use
+from qmm.streams import Streams, Use
 
 OWN, USERS = 1 << 20, 2 << 20
 MIB = 1 << 20
@@ -227,7 +228,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             semaphores.append(arguments[0])
         return object()
 
-    monkeypatch.setattr(streams, "call", call)
+    monkeypatch.setattr("qmm.graph_life.call", call)
     monkeypatch.setattr(streams, "capture_of", lambda stream: (7, object()))
     return semaphores
 
