@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from types import TracebackType
@@ -9,7 +10,7 @@ from typing import Any, NoReturn, Self
 
 from qmm.errors import CopyError, QmmError
 
-__all__ = ["Closing", "Resource"]
+__all__ = ["Closing", "Resource", "close_later"]
 
 
 class Closing:
@@ -50,13 +51,19 @@ class Resource(Closing):
     """Holds what outlives its Python object: device memory, locked pages, queued work.
 
     If it is dropped before it was closed, it emits a ResourceWarning and closes itself. The garbage collector may do
-    that in the middle of any statement, of any thread, so this is a last resort.
+    that in the middle of any statement, of any thread, so this is a last resort. If this thread is just using what it
+    holds, it is kept, and closed later.
     """
 
     @property
     def closed(self) -> bool:
         """Whether nothing is left to close. Asked of an object whose constructor failed, too."""
         raise NotImplementedError
+
+    @property
+    def _in_use(self) -> bool:
+        """Whether this very thread is in the middle of using what it holds."""
+        return False
 
     def __del__(self, warn: Callable[..., Any] = warnings.warn) -> None:
         if self.closed:
@@ -68,6 +75,28 @@ class Resource(Closing):
 
     def _close_dropped(self) -> None:
         try:
-            self.close()
+            if self._in_use:
+                close_later(self)
+            else:
+                self.close()
         except Exception:  # nobody is left to tell; and at the interpreter's exit, modules and CUDA may be gone
             return
+
+
+_later: list[Resource] = []
+
+
+def close_later(resource: Resource) -> None:
+    """Close something after the next collection of garbage, or once it can be closed."""
+    if not any(resource is other for other in _later):
+        _later.append(resource)
+    if _collected not in gc.callbacks:
+        gc.callbacks.append(_collected)
+
+
+def _collected(phase: str, _: object, later: list[Resource] = _later) -> None:
+    """What Python calls when it collects garbage; at the interpreter's exit, without this module's names."""
+    if phase == "stop":
+        for _ in later[:]:
+            if later:  # another thread may have taken it
+                later.pop(0)._close_dropped()

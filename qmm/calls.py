@@ -130,8 +130,9 @@ class Calls:
                     call, kind, x, x_address, y_address, *where, weights
                 ):
                     raise
-            if handle != current and kind.recycles:
-                self.keep(kind, (x, out), stream, handle)
+            finally:  # also after an interrupt, which may leave a part of it queued
+                if handle != current and kind.recycles:
+                    self.keep(kind, (x, out), stream, handle)
         return out
 
     def queue_each(self, found: Sequence[Found], kind: ArrayKind, x: Any, outs: list[Any], stream: Any) -> list[Any]:
@@ -162,8 +163,9 @@ class Calls:
             for (call, x_address, _), out in zip(found, outs, strict=True):
                 assert call is not None
                 self.queue(call, kind, x, out, x_address, kind.address(out), stream)
-        if handle != current and kind.recycles:
-            self.keep(kind, arrays, stream, handle)
+        finally:  # also after an interrupt, which may leave a part of it queued
+            if handle != current and kind.recycles:
+                self.keep(kind, arrays, stream, handle)
         return outs
 
     def output(self, call: Call, kind: ArrayKind, x: Any, stream: Any, handle: int, current: int) -> Any:
@@ -194,6 +196,7 @@ class Calls:
         self._device.queue(call.prepared, weights, x_address, y_address, handle, kind.address(workspace), 0, stream)
         if handle != current:
             self.keep(kind, (workspace,), stream, handle)
+        self._device.keep_for_graph(handle, workspace)
         return True
 
     def wait_for(self, kind: ArrayKind, arrays: Iterable[Any], handle: int) -> None:
@@ -226,7 +229,7 @@ class Calls:
         assert call is not None and call.prepared is not None
         results = rounded(x.nbytes)
         weights = call.residency.lease()  # not under the lock: another thread may lease, and need it
-        with device.lock:  # threads share the staging area
+        with device.lock, device.undisturbed(1):  # threads share the staging area
             area, stream = device.staging(results + y.nbytes), device.stream
             copy_in(device, area, x, stream)
             device.queue(call.prepared, weights, area, area + results, stream)

@@ -21,7 +21,7 @@ __all__ = ["copy_in", "copy_out"]
 
 
 def copy_in(device: Device, target: int, array: npt.NDArray[Any], stream: int) -> None:
-    """Copy a contiguous host array to the device, on a stream; it may be changed as soon as this returns.
+    """Copy a contiguous host array to the device, on a stream, which is waited for before the array may be changed.
 
     Raises:
         DeviceError: CUDA refused.

@@ -53,6 +53,12 @@ LOST: Final = (
     "A kernel of this process failed, here or earlier, qmm's or another's, and the device takes no more work from the "
     "process: start a new one."
 )
+CAPTURE_IMPLICIT: Final = 906
+"""cudaErrorStreamCaptureImplicit."""
+BLOCKED: Final = (
+    "CUDA forbids the default stream while a stream is captured that would wait for it: use another stream, or "
+    "capture a non-blocking one."
+)
 FORKED: Final = (
     "CUDA was in use when this process was forked, which it does not survive: start the process with the spawn method, "
     "or use CUDA in children only."
@@ -76,6 +82,11 @@ class CudaCallError(Exception):
     def gone(self) -> bool:
         """Whether a call that releases something failed because CUDA has released it already."""
         return self.name in GONE
+
+    @property
+    def captured(self) -> bool:
+        """Whether a capture was in the way, and the call may succeed once it has ended."""
+        return self.name.startswith(("cudaErrorStreamCapture", "CUDA_ERROR_STREAM_CAPTURE"))
 
 
 @functools.cache
@@ -196,6 +207,8 @@ def advice(number: int) -> str:
     """Advice on an error of this number, as the end of a message; mostly empty."""
     if number in STICKY:
         return f". {LOST}"
+    if number == CAPTURE_IMPLICIT:
+        return f". {BLOCKED}"
     return f". {FORKED}" if _first_process() != os.getpid() else ""
 
 

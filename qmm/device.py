@@ -19,7 +19,7 @@ from qmm.errors import ClosedError, DeviceError
 from qmm.kernels.ops.layout import ZERO_NBYTES
 from qmm.kernels.ops.op import BASES, Architecture, At, Work
 from qmm.kernels.runtime.launch import Launch
-from qmm.loaders.closing import Resource
+from qmm.loaders.closing import Resource, close_later
 from qmm.pool import Pool
 from qmm.streams import IDLE_NBYTES, Streams
 
@@ -29,6 +29,12 @@ NONBLOCKING = 1
 """cudaStreamNonBlocking: work on the default stream is not waited for."""
 ANYWHERE = 4
 """cudaMemcpyDefault: the addresses say where they are."""
+
+
+DISTURBED = (
+    "a finalizer or a signal handler of the same thread multiplied in the middle of a product, whose results may be "
+    "wrong. Multiply again."
+)
 
 
 class Prepared:
@@ -80,6 +86,7 @@ class Device(Resource):
         self._staging = (0, 0)
         self._thread = threading.local()
         self._stopped = False
+        self._queued = 0
         self.lock = threading.RLock()
         self.pool = Pool(number)
         try:
@@ -113,6 +120,11 @@ class Device(Resource):
     def closed(self) -> bool:
         """Whether it was closed, or this is a forked child."""
         return not getattr(self, "own_streams", None) or self.forked
+
+    @property
+    def _in_use(self) -> bool:
+        """Whether this thread is in the middle of putting work on it."""
+        return not self.forked and bool(self.lock._is_owned())  # type: ignore[attr-defined]
 
     # Errors and threads -----------------------------------------------------------------------------------------------
 
@@ -210,6 +222,7 @@ class Device(Resource):
             yield address
         except BaseException:
             with suppress(DeviceError):
+                self.drain(graphs=False)  # the exception may have come before the block had waited
                 self.free(address)
             raise
         self.free(address)
@@ -251,8 +264,9 @@ class Device(Resource):
         address, held = self._staging
         if held < nbytes:
             if address:
-                self.free(address)
                 self._staging = (0, 0)
+                self.synchronize(self.stream)  # a call that KeyboardInterrupt ended may have work there
+                self.free(address)
             address = self.allocate(nbytes, "activations and results")
             self._staging = (address, nbytes)
         return address
@@ -311,6 +325,7 @@ class Device(Resource):
     def _queue(
         self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, skip: int, owner: object
     ) -> None:
+        number = self._queued = self._queued + 1
         use = self.streams.begin(stream, owner)
         nbytes = prepared.workspace_nbytes
         if nbytes and not workspace:
@@ -327,6 +342,20 @@ class Device(Resource):
         finally:
             if event is not None:
                 self.streams.end(use)
+        if self._queued != number:
+            raise CudaCallError(DISTURBED)
+
+    @contextmanager
+    def undisturbed(self, products: int) -> Iterator[None]:
+        """For the thread that holds :attr:`lock`, while it queues so many products that share memory.
+
+        Raises:
+            DeviceError: it queued others too: a finalizer or a signal handler ran in the middle.
+        """
+        before = self._queued
+        yield
+        if self._queued != before + products:
+            raise DeviceError(f"products on CUDA device {self.number}: {DISTURBED}")
 
     def order(self, first: int, then: int) -> None:
         """Let what is queued on one stream from now on wait for what is queued on another; nothing is done if one of
@@ -336,6 +365,10 @@ class Device(Resource):
     def hold(self, stream: int, arrays: object) -> None:
         """Keep arrays alive until what is queued on a stream now is done, and somewhat longer."""
         self.put("an event", self.streams.hold, stream, arrays)
+
+    def keep_for_graph(self, stream: int, array: object) -> None:
+        """If a stream is being captured, keep an array that only qmm knows until the graph is destroyed."""
+        self.put("a captured product", self.streams.keep_for_graph, stream, array)
 
     def workspace(self, stream: int, nbytes: int) -> int:
         """The address of workspace for calls that follow on a stream, until others follow; 0 for no bytes. For the
@@ -347,17 +380,35 @@ class Device(Resource):
         with self.errors("workspace"):
             return self.streams.workspace(self.streams.begin(stream), nbytes) if nbytes else 0
 
-    def stop(self) -> None:
-        """Refuse new work, and wait for the work that was queued; an error of any of it is raised here."""
+    def stop(self, resource: Resource | None = None) -> None:
+        """Refuse new work, and :meth:`settle`, before a resource is released, or the device itself."""
         with self.lock:
             self._stopped = True
-        self.drain()
+        self.settle(self if resource is None else resource)
 
-    def drain(self) -> None:
-        """Wait for the work that was queued here, whatever else the device does; an error of any of it is raised
-        here."""
+    def settle(self, resource: Resource, graphs: bool = True) -> None:
+        """Wait for the work that was queued, before a resource is released that it may use; arguments as for
+        :meth:`drain`. That work failed is no error here, but is one of :meth:`drain`.
+
+        Raises:
+            DeviceError: a capture is in the way. The resource may not be released yet; it is closed later.
+        """
+        try:
+            self.drain(graphs)
+        except DeviceError as error:
+            if isinstance(error.__cause__, CudaCallError) and error.__cause__.captured:
+                close_later(resource)
+                raise
+
+    def drain(self, graphs: bool = True) -> None:
+        """Wait for the work that was queued here, whatever else the device does; an error of any of it is raised here.
+
+        Args:
+            graphs: whether to wait for replays of the user's graphs too. While there is one that has work of this
+                device's in it, that means all work on the GPU.
+        """
         with self.errors("waiting for the device"), on_device(self.number):
-            self.streams.wait()
+            self.streams.wait(graphs)
             call("cudaStreamSynchronize", self.stream)
 
     def close(self) -> None:
@@ -368,8 +419,9 @@ class Device(Resource):
         """
         if self.closed:
             return
+        self.settle(self)
         with self.errors("closing"), on_device(self.number):
-            self.streams.wait()
+            self.streams.wait(graphs=True)
             call("cudaStreamSynchronize", self.stream)
             self.streams.close()
             self._staging = (0, 0)

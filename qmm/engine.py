@@ -133,7 +133,7 @@ class Engine(Resource):
                 self._calls = Calls(self._weights, self.gpu, self._in_flight, model.path)
                 self._host = HostProducts(self._weights, self.device, self._in_flight, self._calls)
                 held.callback(_close_all, self._plans)
-                held.callback(self.gpu.stop)
+                held.callback(self.gpu.drain)  # raises what failed
             self._held = held.pop_all()  # what close() releases, the last one first
         self._key = add_engine(self, model)
         self._closed = False
@@ -174,7 +174,8 @@ class Engine(Resource):
             out: ``(..., m)`` of the same kind and device, of any of the three dtypes; results are stored into it.
                 Not for PyTorch's autograd, as with its own functions.
             stream: where to queue the work, for arrays on the GPU: a stream of CuPy, PyTorch, Numba or cuda.core, or a
-                handle. Without one, the stream that the array's library uses now. With host arrays the call waits.
+                handle. Without one, the stream that the array's library uses now. ``x`` must be ready there: a stream
+                does not wait for others by itself. With host arrays the call waits.
             activations: as in the constructor, for this call.
 
         Returns:
@@ -295,9 +296,8 @@ class Engine(Resource):
             if call.prepared is not None:
                 steps.append(Step(call.prepared, call.residency.lease(), x_address, y_address))
         kept = [(x, y) for _, x, y in listed]
-        first = kept[0][0]
-        stream_of = functools.partial(kind_of(first).stream, first)
-        plan = Plan(gpu, steps, len(listed), [*checks.values()], stream_of, kept, str(self.model.path))
+        first = kind_of(kept[0][0])
+        plan = Plan(gpu, steps, len(listed), [*checks.values()], first, kept, str(self.model.path))
         self._plans.add(plan)
         return plan
 
@@ -364,13 +364,17 @@ class Engine(Resource):
         Closing twice is harmless. If KeyboardInterrupt ends it, call it again.
 
         Raises:
-            DeviceError, RegistrationError: work that was still queued failed.
+            DeviceError, RegistrationError: work that was still queued failed; or a stream that the engine used is being
+                captured, so that it cannot be waited for. Nothing is released then: close again once the capture has
+                ended.
         """
         self._closed = True
         if self.forked:
             return
         self._in_flight.now.end()
         with self._closing:
+            if self.gpu is not None and not self.gpu.closed:
+                self.gpu.stop(self)
             self._held.close()
 
     def __copy__(self) -> Engine:
@@ -378,6 +382,16 @@ class Engine(Resource):
 
     def __deepcopy__(self, memo: object) -> Engine:
         return self
+
+    @property
+    def _in_use(self) -> bool:
+        """Also if a graph of the user's has products in it, whose replays need the weights."""
+        if self.gpu is None or self.gpu.closed:
+            return False
+        if self.gpu._in_use:
+            return True
+        with self.gpu.lock:
+            return self.gpu.streams.in_graphs
 
     def _why_not_copied(self) -> str:
         path = str(self.model.path)

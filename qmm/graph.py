@@ -18,7 +18,7 @@ class Graph(Resource):
 
     def __init__(self, device: Device, graph: object) -> None:
         self._device = device
-        self._ended = False
+        self._stopped = self._ended = False
         self._held = ExitStack()
         self._held.callback(call, "cudaGraphDestroy", graph)
         try:
@@ -34,8 +34,16 @@ class Graph(Resource):
         """Whether it was closed, or this is a forked child."""
         return self._ended or self._device.forked
 
-    def launch(self, stream: int) -> bool:
+    @property
+    def _in_use(self) -> bool:
+        return self._device._in_use
+
+    def launch(self, stream: int, owner: object = None) -> bool:
         """Put one replay on a stream.
+
+        Args:
+            stream: its handle.
+            owner: of the stream, see :meth:`qmm.device.Device.queue`.
 
         Returns:
             Whether it was; not if the stream is being captured, since a replay cannot be.
@@ -44,19 +52,24 @@ class Graph(Resource):
             ClosedError: it was closed.
             DeviceError: CUDA refused.
         """
-        replayed: bool = self._device.put("launching a graph", self._launch, stream)
+        replayed: bool = self._device.put("launching a graph", self._launch, stream, owner)
         return replayed
 
-    def _launch(self, stream: int) -> bool:
-        if self._ended:
+    def _launch(self, stream: int, owner: object) -> bool:
+        if self._stopped or self._ended:
             raise ClosedError("the graph was closed by another thread. Create another one.")
         streams = self._device.streams
-        use = streams.begin(stream)
+        use = streams.begin(stream, owner)
         if use.life is not None:
             return False
         call("cudaGraphLaunch", self._executable, stream)
         streams.end(use)
         return True
+
+    def stop(self) -> None:
+        """Refuse replays from now on."""
+        with self._device.lock:
+            self._stopped = True
 
     def close(self) -> None:
         """Free it; the device must be done with it. Closing twice is harmless."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from qmm.arrays import stream_handle
+from qmm.arrays import ArrayKind, stream_handle
 from qmm.device import Device
 from qmm.errors import ClosedError
 from qmm.graph import capture
@@ -33,7 +34,7 @@ class Plan(Resource):
         steps: Sequence[Step],
         length: int,
         checks: Sequence[Callable[[], None]],
-        stream_of: Callable[[], int],
+        kind: ArrayKind,
         kept: list[Any],
         name: str,
     ) -> None:
@@ -44,13 +45,14 @@ class Plan(Resource):
             steps: its products, without empty ones.
             length: the number of products that the user passed.
             checks: functions that raise if the weights must not be read any more.
-            stream_of: the stream that the library of the first ``x`` uses now.
-            kept: the arrays, to keep them alive.
+            kind: of the first ``x``.
+            kept: the arrays, to keep them alive, with the first ``x`` first.
             name: of the model, for messages.
         """
         self._closed = True  # until there is something to close
+        self._closing = threading.RLock()
         self._device, self._length, self._checks, self._name = device, length, list(checks), name
-        self._stream_of: Callable[[], int] | None = stream_of
+        self._kind = kind
         self._kept = kept
         self._queue = functools.partial(queue_sequence, device, steps)
         with ExitStack() as held:
@@ -58,9 +60,13 @@ class Plan(Resource):
                 work = functools.partial(self._queue, stream)
                 self._graph = held.enter_context(capture(device, work, stream))
             held.callback(self._let_go)
-            held.callback(device.drain)
+            held.callback(device.drain, graphs=False)  # raises what failed
             self._held = held.pop_all()  # what close() releases, the last one first
         self._closed = False
+
+    @property
+    def _in_use(self) -> bool:
+        return self._device._in_use
 
     def __len__(self) -> int:
         """How many products it has."""
@@ -92,28 +98,33 @@ class Plan(Resource):
             raise ClosedError(f"{self._name}: the plan was closed, or its engine was. Create another one.")
         for check in self._checks:
             check()
+        owner = stream
         if stream is None:
-            stream_of = self._stream_of  # None if another thread closes the plan: the graph then raises
-            stream = stream_of() if stream_of is not None else 0
+            owner, kept = self._kind, self._kept[:1]  # none if another thread closes the plan: the graph then raises
+            stream = owner.stream(kept[0][0]) if kept else 0
         handle = stream if type(stream) is int else stream_handle(stream)
-        if not self._graph.launch(handle):
-            self._queue(handle)
+        if not self._graph.launch(handle, owner):
+            self._device.put("products", self._queue, handle)
 
     def close(self) -> None:
         """Wait for the engine's work, and release the graph and the arrays. Closing twice is harmless; if
         KeyboardInterrupt ends it, call it again.
 
         Raises:
-            DeviceError: work that was still queued failed.
+            DeviceError: work that was still queued failed; or a stream that the engine used is being captured, so that
+                it cannot be waited for. Nothing is released then: close again once the capture has ended.
         """
         if not self._device.forked and hasattr(self, "_held"):
             self._closed = True
-            self._held.close()
+            with self._closing:  # another thread would release what this one still waits for
+                if not self._graph.closed:
+                    self._graph.stop()  # other threads may be about to launch it
+                    self._device.settle(self, graphs=False)  # those use the arrays, which are the user's to keep
+                self._held.close()
 
     def _let_go(self) -> None:
         """Drop the arrays, once the device is done: their libraries reuse the memory."""
         self._kept.clear()
-        self._stream_of = None
 
     def _why_not_copied(self) -> str:
         return "copied or pickled: it reads and writes particular arrays. Create another: engine.plan(...)"

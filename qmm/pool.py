@@ -62,6 +62,8 @@ class Pool:
         Raises:
             CudaCallError: CUDA refused for another reason.
         """
+        if not self._stream:
+            raise CudaCallError("the device was closed")
         try:
             if self._pool is None:
                 address = int(call("cudaMalloc", nbytes))

@@ -45,7 +45,7 @@ def queue_sequence(
     """
     quantized: Step | None = None
     nbytes = max((step.product.workspace_nbytes for step in steps), default=0)
-    with device.lock:
+    with device.lock, device.undisturbed(len(steps)):
         workspace = device.workspace(stream, nbytes)
         for step, following in itertools.zip_longest(steps, steps[1:]):
             shared = share_activations and quantized is not None and _same_activations(quantized, step)

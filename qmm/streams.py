@@ -8,18 +8,19 @@ gives them, and their work is followed by events.
 
 from __future__ import annotations
 
-import ctypes
+import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from qmm import cuda
 from qmm.arrays import keeper_of
-from qmm.cuda import CudaCallError, call, capture_of, drive, on_device, runtime
+from qmm.cuda import CudaCallError, call, capture_of, drive, on_device
+from qmm.graph_life import GraphLife
 
 if TYPE_CHECKING:
     from qmm.device import Device
 
-__all__ = ["IDLE_NBYTES", "GraphLife", "Streams", "Use"]
+__all__ = ["IDLE_NBYTES", "Streams", "Use"]
 
 IDLE_NBYTES: Final = 64 << 20
 """Workspace of streams whose work is done is given back once all streams together have more than this."""
@@ -28,9 +29,13 @@ LEAST_NBYTES: Final = 1 << 18
 REMEMBERED: Final = 16
 """How many streams are remembered, with their workspaces, once their work is done."""
 HELD: Final = 8
-"""Work whose arrays are held is looked after once there are more such calls than these."""
+"""Once arrays of more calls than these are held, those of work that is done are dropped."""
 NO_TIMING: Final = 2
 """cudaEventDisableTiming: cheaper to record."""
+AGAIN: Final = "Nothing was released yet: close again once the capture has ended."
+"""What to do about work that cannot be waited for."""
+IMPLICIT: Final = "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT"
+"""What CUDA says of the default stream while a stream is captured that would wait for it (a "blocking" one)."""
 
 
 class Use:
@@ -40,7 +45,7 @@ class Use:
         handle: of the stream, as the driver's bindings take it.
         address, nbytes: its workspace, which no other stream uses.
         event: recorded after each call on a stream that the user may destroy while work is queued; None on another.
-        owner: what was asked whether it keeps the stream from being destroyed, or what does.
+        owner: what keeps the stream from being destroyed; if nothing does, what :func:`keeper_of` was asked about.
         life: of the graph that a capture becomes; else None.
     """
 
@@ -54,40 +59,6 @@ class Use:
         self.life = life
 
 
-class GraphLife:
-    """The time in which a graph, or one that was instantiated from it, exists.
-
-    CUDA calls a function of C when the last of them is destroyed: ``sem_post``, so that no Python runs in CUDA's
-    thread.
-
-    Attributes:
-        blocks: the memory that the graph uses.
-        followed: whether an event is recorded after each of its replays, as after those of a plan.
-    """
-
-    _living: set[GraphLife] = set()  # noqa: RUF012  # CUDA writes to their semaphores, whatever becomes of the device
-
-    def __init__(self, graph: Any) -> None:
-        """``graph`` may still be capturing."""
-        known, libc = runtime(), ctypes.CDLL(None)
-        self.blocks: list[int] = []
-        self.followed = False
-        self._semaphore = ctypes.create_string_buffer(64)
-        libc.sem_init(self._semaphore, 0, 0)
-        post = known.cudaHostFn_t(ctypes.cast(libc.sem_post, ctypes.c_void_p).value)
-        no_wait = known.cudaUserObjectFlags.cudaUserObjectNoDestructorSync
-        counted = call("cudaUserObjectCreate", ctypes.addressof(self._semaphore), post, 1, no_wait)
-        self._living.add(self)
-        call("cudaGraphRetainUserObject", graph, counted, 1, known.cudaUserObjectRetainFlags.cudaGraphUserObjectMove)
-
-    @property
-    def over(self) -> bool:
-        """Whether they are all destroyed."""
-        if self in self._living and ctypes.CDLL(None).sem_trywait(self._semaphore) == 0:
-            self._living.discard(self)
-        return self not in self._living
-
-
 class Streams:
     """The streams that a device has queued work on. For the thread that holds the device's lock."""
 
@@ -99,7 +70,7 @@ class Streams:
         self._handles: dict[int, Any] = {}  # as the driver's bindings take them
         self._kept: dict[int, Use] = {}  # by handle
         self._others: dict[int, Use] = {}  # by number
-        self._captures: dict[tuple[int, int], Use] = {}
+        self._captures: dict[tuple[int, int, int], Use] = {}  # by capture, handle and thread
         self._events: list[Any] = []  # free ones: never destroyed before the end, since somebody may be waiting
         self._held: deque[tuple[Any, object]] = deque()
         self._retired: list[tuple[Any, int]] = []  # workspaces that grew, each with the event after its last use
@@ -144,7 +115,10 @@ class Streams:
         if handle is None:
             if len(self._handles) > 1024:
                 self._handles.clear()
-            handle = self._handles[stream] = cuda.driver().CUstream(stream)
+            try:
+                handle = self._handles[stream] = cuda.driver().CUstream(stream)
+            except OverflowError as reason:
+                raise CudaCallError(f"{stream} is not the handle of a stream: {reason}") from reason
         return handle
 
     def _found(self, stream: int, handle: Any, number: int, owner: object) -> Use:
@@ -207,10 +181,18 @@ class Streams:
             with on_device(self._device.number):
                 self._let_go()
 
+    def keep_for_graph(self, stream: int, array: object) -> None:
+        """If a stream is being captured, keep an array that only qmm knows until the graph is destroyed."""
+        life = self.begin(stream).life
+        if life is not None:
+            life.arrays.append(array)
+
     def order(self, first: int, then: int) -> None:
         """Let what is queued on a stream from now on wait for what is queued on another, unless one is captured."""
+        if self._in_capture(self._handle(then)):  # then the first may be the default stream, which CUDA refuses
+            return
         before, after = self.begin(first), self.begin(then)
-        if before is not after and before.life is None and after.life is None:
+        if before is not after and before.life is None:
             event = self._recorded(before)
             drive("cuStreamWaitEvent", after.handle, event, 0)
             self._events.append(event)
@@ -228,24 +210,45 @@ class Streams:
         assert life is not None
         life.followed = True
 
-    def wait(self) -> None:
-        """Wait for all that was queued. Nobody knows where a captured graph is replayed: while there is one, that means
-        all work on the device."""
+    @property
+    def in_graphs(self) -> bool:
+        """Whether a graph of the user's that was not destroyed yet, and may be replayed at any time, has work in it."""
+        lives = [use.life for use in self._captures.values()]
+        return any(life is not None and not life.followed and not life.over for life in lives)
+
+    def wait(self, graphs: bool = True) -> None:
+        """Wait for all that was queued.
+
+        Args:
+            graphs: whether to wait for replays of the user's graphs too. Nobody knows where those are: while there is
+                such a graph, that means all work on the device.
+
+        Raises:
+            CudaCallError: the work failed; or a capture is in the way (:attr:`CudaCallError.captured`), in which case
+                it may go on.
+        """
         with self._device.lock:
             kept, others = list(self._kept.values()), list(self._others.values())
-            lives = {use.life for use in self._captures.values() if use.life is not None}
-            replayed = [life for life in lives if not (life.followed or life.over)]
+            everywhere = graphs and self.in_graphs
+        handle = next((int(use.handle) for use in kept if self._in_capture(use.handle)), None)
+        if handle is not None:  # before any is waited for: a second attempt is to wait for all
+            which = f"stream {handle:#x} is being captured"
+            if handle in (0, 1):
+                which = "the default stream cannot be used while a stream is captured that would wait for it"
+            why = f"{which}, and what was queued there before cannot be waited for. {AGAIN}"
+            raise CudaCallError(why, IMPLICIT)
         for use in kept:
-            if drive("cuStreamIsCapturing", use.handle):
-                raise CudaCallError(
-                    f"stream {int(use.handle):#x} is being captured, and what was queued there before cannot be waited "
-                    "for. Close engines and plans once the capture has ended."
-                )
             drive("cuStreamSynchronize", use.handle)
         for use in others:
             drive("cuEventSynchronize", use.event)
-        if replayed:
-            call("cudaDeviceSynchronize")
+        if everywhere:
+            try:
+                call("cudaDeviceSynchronize")
+            except CudaCallError as error:
+                if not error.captured:
+                    raise
+                why = "A graph of yours has products in it, so all work on the device must be waited for, but a stream "
+                raise CudaCallError(f"{error}. {why}is being captured. {AGAIN}", error.name, error.number) from error
         with self._device.lock:
             self._let_go()
 
@@ -253,8 +256,7 @@ class Streams:
         """Forget streams whose work is done, and give back all workspace that is not in use."""
         for known in (self._kept, self._others):
             for key, use in list(known.items()):
-                if use is not self._present and self._idle(use):
-                    del known[key]
+                if use is not self._present and self._idle(use) and known.pop(key, None) is not None:
                     if use.event is not None:
                         self._events.append(use.event)
                     if use.address:
@@ -271,16 +273,16 @@ class Streams:
         """Give back the workspaces of destroyed graphs."""
         for key, use in list(self._captures.items()):
             if use.life is not None and use.life.over:
-                del self._captures[key]
-                for address in use.life.blocks:
-                    self._device.free(address)
-                use.life.blocks.clear()
+                self._captures.pop(key, None)
+                use.life.arrays.clear()
+                while use.life.blocks:
+                    self._device.free(use.life.blocks.pop())
 
     def close(self) -> None:
         """Destroy the events; all work is done."""
-        self._held.clear()
         self._captures.clear()
-        self._events += [event for event, _ in self._retired]
+        self._events += [event for event, _ in (*self._held, *self._retired)]
+        self._held.clear()
         self._retired.clear()
         self._kept.clear()
         while self._others:
@@ -291,18 +293,20 @@ class Streams:
     def _captured(self, stream: int, handle: Any) -> Use:
         """A stream in a capture: it has its own workspace there, since streams of one capture may run at once."""
         capture, graph = capture_of(stream)
-        use = self._captures.get((capture, stream))
+        thread = threading.get_ident()  # the handle of a thread's default stream is the same in each
+        use = self._captures.get((capture, stream, thread))
         if use is None:
             with on_device(self._device.number):
                 self.forget_idle()
             lives = (other.life for key, other in self._captures.items() if key[0] == capture)
-            use = self._captures[capture, stream] = Use(handle, None, next(lives, None) or GraphLife(graph))
+            use = self._captures[capture, stream, thread] = Use(handle, None, next(lives, None) or GraphLife(graph))
         return use
 
     def _retire(self, use: Use) -> None:
         """Give a workspace back once the work is done that is queued on its stream."""
-        self._retired.append((self._recorded(use), use.address))
-        use.address = use.nbytes = 0
+        event, address = self._recorded(use), use.address
+        use.nbytes = use.address = 0  # first: an interrupt must not leave it in use, and to be freed
+        self._retired.append((event, address))
 
     def _event(self) -> Any:
         return self._events.pop() if self._events else drive("cuEventCreate", NO_TIMING)
@@ -317,7 +321,17 @@ class Streams:
         """Whether what was queued on a stream is done."""
         if use.event is not None:
             return self._done(use.event)
-        return not drive("cuStreamIsCapturing", use.handle) and self._ready("cuStreamQuery", use.handle)
+        return not self._in_capture(use.handle) and self._ready("cuStreamQuery", use.handle)
+
+    @staticmethod
+    def _in_capture(handle: Any) -> bool:
+        """Whether a stream is being captured, or is the default stream and cannot be used while another is."""
+        try:
+            return bool(drive("cuStreamIsCapturing", handle))
+        except CudaCallError as error:
+            if error.name != IMPLICIT:
+                raise
+            return True
 
     def _done(self, event: Any) -> bool:
         """Whether what was queued before an event is done."""

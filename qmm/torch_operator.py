@@ -12,9 +12,9 @@ then does the rest, and in the end calls back with plain tensors.
 
 ``engine`` is the engine's key: a graph holds this text, not the engine, which must be open where the graph runs.
 
-Gradients are those of the product with the dequantized weight, in float32. That activations are rounded, to int8 or
-float16, has no gradient of its own and counts as the identity ("straight through"). A tangent of forward mode, and what
-a second backward pass multiplies, is rounded as ``x`` is.
+Gradients are those of the product with the dequantized weight, in float32 (on a GPU in TF32, if PyTorch is set to it).
+That activations are rounded, to int8 or float16, has no gradient of its own and counts as the identity ("straight
+through"). A tangent of forward mode, and what a second backward pass multiplies, is rounded as ``x`` is.
 
 This module imports torch, and is imported where a tensor needs it. A program that loads a graph from a file imports it
 first.

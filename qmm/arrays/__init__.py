@@ -118,7 +118,7 @@ def keeper_of(owner: Any, handle: int, device: int) -> object:
     """
     if handle in _LEGACY:
         return True
-    if handle == PER_THREAD:  # destroyed when its thread ends
+    if handle in (0, PER_THREAD):  # of each thread another one, which is destroyed when its thread ends
         return None
     if isinstance(owner, ArrayKind):
         kind, owner = owner, owner.current(device)

@@ -10,7 +10,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from qmm.errors import DeviceError, RegistrationError
+from qmm.errors import ClosedError, DeviceError, RegistrationError
 from qmm.kernels.ops.op import WeightLayout
 from qmm.loaders.access.registered import HostRegistration
 from qmm.loaders.mapping import FileMapping
@@ -113,6 +113,7 @@ class CopyResidency(Residency):
         self._device = device
         self._registers = registers
         self._address = 0
+        self._released = False
         self._lock = threading.Lock()
 
     @property
@@ -124,6 +125,8 @@ class CopyResidency(Residency):
         """The address of the copy; the first use copies."""
         if not self._address and self.tensor.nbytes:
             with self._lock:
+                if self._released:  # by another thread, after this one's call began
+                    raise ClosedError(f"{self.tensor.info.path}: the engine was closed. Create another one.")
                 if not self._address:
                     self._address = self._copy()
         return self._address
@@ -139,6 +142,7 @@ class CopyResidency(Residency):
             self._fill(target, self.tensor.info.offset, nbytes)
         except BaseException:
             with suppress(DeviceError):  # the first error takes precedence
+                self._device.synchronize(self._device.stream)  # it may have come before a transfer was waited for
                 self._device.free(target)
             raise
         return target
@@ -164,7 +168,9 @@ class CopyResidency(Residency):
         self._device.synchronize(self._device.stream)
 
     def release(self) -> None:
-        """Free the copy."""
-        if self._address:
-            self._device.free(self._address)
-            self._address = 0
+        """Free the copy, and make no other."""
+        self._released = True
+        with self._lock:  # another thread may be copying
+            if self._address:
+                self._device.free(self._address)
+                self._address = 0

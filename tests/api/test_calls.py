@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -309,3 +310,37 @@ def test_a_product_in_a_capture_takes_its_workspace_there(products: Products, mu
     assert addresses(products)[0] in graph.blocks
     assert not products.simulated.device.streams._held
     cuda.cudaGraphDestroy(graph)
+
+
+def test_workspace_of_the_library_in_a_capture_lives_as_long_as_the_graph(products: Products, multiply: Any) -> None:
+    library, cuda = products.library(), products.simulated.cuda
+    products.nbytes, library.cached_nbytes = 4 * MIB, 8 * MIB
+    cuda.limit = cuda.nbytes + MIB
+    with cuda.captured(products.current) as graph:
+        multiply(x_of(), Array((1, M), 0x6000))
+    workspace, _ = library.made[-1]
+    assert addresses(products)[0] == 0x8000
+    gc.collect()
+    assert workspace() is not None
+    cuda.cudaGraphDestroy(graph)
+    products.simulated.device.streams.forget_idle()
+    assert workspace() is None
+
+
+def test_a_result_lives_on_after_an_interrupt_that_left_its_work_queued(products: Products, multiply: Any) -> None:
+    library, device = products.library(records=False), products.simulated.device
+    queue = device.queue
+
+    def interrupted(*arguments: Any) -> None:
+        queue(*arguments)
+        raise KeyboardInterrupt
+
+    products.patch.setattr(device, "queue", interrupted)
+    with suppress(KeyboardInterrupt):
+        multiply(x_of(), stream=int(products.other))
+    made, _ = library.made[-1]
+    gc.collect()
+    assert made() is not None
+    products.simulated.cuda.finish()
+    device.streams.forget_idle()
+    assert made() is None

@@ -9,6 +9,7 @@ import fake_driver
 import pytest
 from fake_driver import Driver
 
+from qmm import sequence
 from qmm.device import Device
 from qmm.errors import ClosedError, DeviceError
 from qmm.kernels.ops.layout import Activations
@@ -44,6 +45,7 @@ def device(fake: Driver, monkeypatch: pytest.MonkeyPatch) -> Device:
     device = object.__new__(Device)
     device.number, device.own_streams, device._zeros, device._alone = 0, {}, 0x2E05, True
     device.lock, device._thread, device._stopped = threading.RLock(), threading.local(), False
+    device._queued = 0
     device.allocate = lambda nbytes, what: WORKSPACE
     device.streams = Streams(device)
     device._thread.ready = True
@@ -133,3 +135,26 @@ def test_a_stopped_device_takes_no_more_work(fake: Driver, device: Device) -> No
     device._stopped = True
     with pytest.raises(ClosedError, match="the engine on CUDA device 0 was closed"):
         device.queue(prepared, 1, 2, 3, 0)
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["in a product", "between two of a sequence"])
+def test_a_product_in_the_middle_of_others_is_an_error(
+    fake: Driver, device: Device, monkeypatch: pytest.MonkeyPatch, between: bool
+) -> None:
+    """As of a signal handler: they share the memory of their arguments, and of quantized activations."""
+    steps = steps_of(fake, device, (1000, 5000), (1000, 6000))
+    whose, name = (sequence, "_same_activations") if between else (fake, "cuStreamIsCapturing")
+    usual, nested = getattr(whose, name), []
+
+    def multiply_first(*arguments: object) -> object:
+        if not nested:
+            nested.append(True)
+            device.queue(steps[0].prepared, 4096, 3000, 7000, 0)
+        return usual(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whose, name, multiply_first)
+        patch.setattr(device.streams, "_capturing", fake.cuStreamIsCapturing)
+        with pytest.raises(DeviceError, match="a signal handler of the same thread multiplied in the middle"):
+            queue_sequence(device, steps, 0)
+    queue_sequence(device, steps, 0)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from busy import new_stream, synchronize
-from captures import MODES, activations, captured_by_torch, product
+from captures import MODES, Captured, activations, captured_by_torch, product
 
 import qmm
 
@@ -128,3 +128,20 @@ def test_what_is_forgotten_may_be_collected_during_a_capture(
         warnings.simplefilter("ignore", ResourceWarning)
         captured_by_torch(torch, collect, mode)
     assert still_right(torch, engine, x, right)
+
+
+def test_an_engine_that_used_the_captured_stream_is_closed_after_the_capture(
+    engine: qmm.Engine, torch: Any, rng: np.random.Generator
+) -> None:
+    """What it queued there before cannot be waited for, so nothing may be released."""
+    x, stream = activations(torch, rng), torch.cuda.Stream()
+    made = qmm.Engine(engine.model, "cuda", "device")
+    made.matmul("w", x, stream=stream)
+    synchronize()
+    captured = Captured(torch, made.close, stream=stream)
+    assert "close again once the capture has ended" in str(captured.refusal)
+    assert made.gpu is not None
+    assert not made.gpu.closed
+    captured.check()
+    made.close()
+    assert made.gpu.closed

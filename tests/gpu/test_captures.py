@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,12 +224,14 @@ def test_what_waits_for_its_result_works_in_a_capture_or_is_refused(
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("non_blocking", [False, True], ids=["blocking", "non-blocking"])
 @pytest.mark.parametrize("warm", [False, True], ids=["another stream", "that stream"])
 def test_products_are_captured_by_cupy_after_a_warm_up(
-    engine: qmm.Engine, cupy: Any, rng: np.random.Generator, warm: bool
+    engine: qmm.Engine, cupy: Any, rng: np.random.Generator, warm: bool, non_blocking: bool
 ) -> None:
+    """While a blocking stream is captured, CUDA refuses questions about the default stream, which was used before."""
     values = [rng.standard_normal((N, K), np.float32).astype(np.float16) for _ in range(2)]
-    x, stream = cupy.asarray(values[0]), cupy.cuda.Stream(non_blocking=True)
+    x, stream = cupy.asarray(values[0]), cupy.cuda.Stream(non_blocking=non_blocking)
     right, out = engine.matmul("w", cupy.asarray(values[1])).get(), engine.matmul("w", x)
     synchronize()
     with stream:
@@ -268,3 +271,25 @@ def test_graphs_give_their_workspace_back(engine: qmm.Engine, rng: np.random.Gen
                 before = free_nbytes()
         lost = before - free_nbytes()
     assert lost < 48 << 20, f"{lost >> 20} MiB"
+
+
+def test_a_graph_works_after_the_last_reference_to_its_engine_is_gone(
+    engine: qmm.Engine, torch: Any, rng: np.random.Generator
+) -> None:
+    x = activations(torch, rng)
+    right, made = product(engine, x), [qmm.Engine(engine.model, "cuda", "device")]
+    device = made[0].gpu
+    assert device is not None
+    graph, y = captured_by_torch(torch, lambda: made[0].matmul("w", x))
+    with pytest.warns(ResourceWarning, match="dropped before it was closed"):
+        made.clear()
+    gc.collect()
+    y.zero_()
+    graph.replay()
+    synchronize()
+    assert torch.equal(y, right)
+    assert not device.closed
+    del graph, y
+    gc.collect()  # destroys the graph
+    gc.collect()
+    assert device.closed
