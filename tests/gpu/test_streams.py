@@ -113,30 +113,46 @@ def test_threads_whose_current_cupy_stream_is_the_per_thread_one(
 
 
 RECYCLED = """
-import faulthandler, os, time
+import faulthandler, os, threading, time
 import numpy as np, qmm
 from busy import checked, is_busy, new_stream, synchronize
 from cuda.bindings import runtime
 from numba import cuda
 
 faulthandler.dump_traceback_later(80, exit=True)
-ROUNDS = 20
+path, how = sys.argv[1:]
+ROUNDS, ROWS = 20, 64  # so many rows that the stream is destroyed before the work is done
 rng = np.random.default_rng(0)
-engine = qmm.Engine(sys.argv[1], "cuda", "device")
-xs = [cuda.to_device(rng.standard_normal((8, 4096), np.float32).astype(np.float16)) for _ in range(2)]
-outs = [cuda.device_array((8, 8192), np.float16) for _ in xs]
+engine = qmm.Engine(path, "cuda", "device")
+xs = [cuda.to_device(rng.standard_normal((ROWS, 4096), np.float32).astype(np.float16)) for _ in range(2)]
+outs = [cuda.device_array((ROWS, 8192), np.float16) for _ in xs]
 expected = [engine.matmul("w", x).copy_to_host() for x in xs]
+plans = [engine.plan([("w", x, out)] * 3) for x, out in zip(xs, outs)]
 synchronize()
+
+def queue(number, stream):
+    if how == "a plan":
+        plans[number](stream)
+    else:
+        for _ in range(3 if how == "products" else 1):
+            engine.matmul("w", xs[number], outs[number], stream)
+
 wrong = same = 0
 for number in range(ROUNDS):
     for out in outs:
         out.copy_to_device(np.zeros(out.shape, np.float16))
     synchronize()
-    first = new_stream()
-    engine.matmul("w", xs[0], outs[0], first)
-    checked(runtime.cudaStreamDestroy(first))  # its work goes on
+    first = 0
+    if how == "a thread that ends":
+        thread = threading.Thread(target=queue, args=(0, 2))
+        thread.start()
+        thread.join()
+    else:
+        first = new_stream()
+        queue(0, first)
+        checked(runtime.cudaStreamDestroy(first))  # its work goes on
     second = new_stream()
-    engine.matmul("w", xs[1], outs[1], second)
+    queue(1, second)
     start = time.monotonic()
     while is_busy(second):
         if time.monotonic() - start > 12:
@@ -152,8 +168,9 @@ engine.close()
 """
 
 
-def test_a_stream_may_be_destroyed_with_products_on_it_and_its_handle_come_again(model_path: Path) -> None:
-    done = run_python(RECYCLED, model_path)
+@pytest.mark.parametrize("how", ["one product", "products", "a plan", "a thread that ends"])
+def test_a_stream_may_be_destroyed_with_work_on_it_and_its_handle_come_again(model_path: Path, how: str) -> None:
+    done = run_python(RECYCLED, model_path, how)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("0 of 40 products wrong"), done.stdout
 
