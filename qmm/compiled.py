@@ -38,7 +38,7 @@ def compiled_matmul_each(
 ) -> list[Any]:
     """:meth:`qmm.Engine.matmul_each` where :func:`watched` is ``seen``: one operator for each product, or a call."""
     if seen == TRACED:
-        tensors = [tensors] if isinstance(tensors, str | Tensor) else list(tensors)
+        tensors = [tensors] if isinstance(tensors, (str, Tensor)) else list(tensors)  # torch 2.6
         results = [None] * len(tensors) if outs is None else list(outs)
         if len(results) == len(tensors):
             pairs = zip(tensors, results, strict=True)

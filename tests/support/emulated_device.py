@@ -85,6 +85,7 @@ class EmulatedDevice(Device):
         self._thread = threading.local()
         self._thread.ready = True
         self._stopped = False
+        self._queued = 0
         self.own_streams = {}
         self.streams = EmulatedStreams(self)
         self._staging = (0, 0)
