@@ -227,9 +227,7 @@ def attribute(name: str, device: int) -> int:
 def capture_of(stream: int) -> tuple[int, Any]:
     """The number of the capture that a stream is in, unique in the process, and the graph that it becomes so far; 0 if
     the stream is not capturing."""
-    cuda = runtime()
-    name = "cudaStreamGetCaptureInfo_v2" if hasattr(cuda, "cudaStreamGetCaptureInfo_v2") else "cudaStreamGetCaptureInfo"
-    status, number, graph, *_ = call(name, stream)
+    status, number, graph, *_ = call("cudaStreamGetCaptureInfo", stream)
     return (int(number), graph) if int(status) else (0, None)
 
 

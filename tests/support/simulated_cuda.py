@@ -30,7 +30,7 @@ PER_THREAD = 2
 SAFE = frozenset(
     """
     cudaGetDevice cudaSetDevice cudaGetDeviceCount cudaDeviceGetAttribute cudaThreadExchangeStreamCaptureMode
-    cudaGetLastError cudaStreamBeginCapture cudaStreamEndCapture cudaStreamGetCaptureInfo_v2 cuStreamIsCapturing
+    cudaGetLastError cudaStreamBeginCapture cudaStreamEndCapture cudaStreamGetCaptureInfo cuStreamIsCapturing
     cuStreamGetId cuEventRecord cuStreamWaitEvent cuLaunchKernelEx cudaGraphLaunch cudaUserObjectCreate
     cudaGraphRetainUserObject cudaGraphDestroy cuEventCreate cuEventDestroy
     """.split()  # noqa: SIM905  # a list would be a line each
@@ -203,7 +203,7 @@ class Cuda(Memory):
     def cuStreamIsCapturing(self, handle: Any) -> tuple[int, int]:
         return (0, int(self._at(handle).capture is not None))
 
-    def cudaStreamGetCaptureInfo_v2(self, handle: Any) -> tuple[Any, ...]:
+    def cudaStreamGetCaptureInfo(self, handle: Any) -> tuple[Any, ...]:
         capture = self._at(handle).capture
         return (0, 1, capture.number, capture, [], 0) if capture else (0, 0, 0, None, [], 0)
 
