@@ -329,7 +329,7 @@ class Device(Resource):
         use = self.streams.begin(stream, owner)
         nbytes = prepared.workspace_nbytes
         if nbytes and not workspace:
-            fits = nbytes <= use.nbytes <= IDLE_NBYTES
+            fits = nbytes <= use.nbytes <= IDLE_NBYTES and not self.streams.crowded
             workspace = use.address if fits else self.streams.workspace(use, nbytes)
         bases = prepared.bases
         bases[0], bases[1], bases[2], bases[3] = weights, x, y, workspace  # the order of BASES

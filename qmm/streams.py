@@ -60,7 +60,12 @@ class Use:
 
 
 class Streams:
-    """The streams that a device has queued work on. For the thread that holds the device's lock."""
+    """The streams that a device has queued work on. For the thread that holds the device's lock.
+
+    Attributes:
+        crowded: whether they have more than IDLE_NBYTES of workspace together: the next call that needs any looks
+            which streams are done.
+    """
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -74,6 +79,7 @@ class Streams:
         self._events: list[Any] = []  # free ones: never destroyed before the end, since somebody may be waiting
         self._held: deque[tuple[Any, object]] = deque()
         self._retired: list[tuple[Any, int]] = []  # workspaces that grew, each with the event after its last use
+        self.crowded = False
         self._present: Use | None = None  # the one that gets workspace now
 
     def begin(self, stream: int, owner: object = None) -> Use:
@@ -149,27 +155,36 @@ class Streams:
         Raises:
             OutOfMemoryError: there is not enough memory.
         """
-        if nbytes <= use.nbytes and (use.nbytes <= IDLE_NBYTES or nbytes > IDLE_NBYTES):
-            return use.address
         self._present = use
         try:
+            if self.crowded:
+                with on_device(self._device.number):
+                    self.forget_idle()
+            if nbytes <= use.nbytes and (use.nbytes <= IDLE_NBYTES or nbytes > IDLE_NBYTES):
+                return use.address
             if use.life is not None:
                 use.address = self._device.allocate(nbytes, "the workspace of a captured graph")
                 use.life.blocks.append(use.address)
             else:
                 if use.address:
                     self._retire(use)
-                others = [*self._kept.values(), *self._others.values()]
-                if self._retired or nbytes + sum(other.nbytes for other in others) > IDLE_NBYTES:
+                if self._retired or nbytes + self._held_nbytes > IDLE_NBYTES:
                     with on_device(self._device.number):
                         self.forget_idle()
-                if nbytes <= IDLE_NBYTES:  # up to twice what is needed now: the next call may need somewhat more
-                    nbytes = max(LEAST_NBYTES, 1 << (nbytes - 1).bit_length())
+                if nbytes <= IDLE_NBYTES:  # somewhat more than is needed now: the next call may need that
+                    step = max(LEAST_NBYTES, (1 << (nbytes - 1).bit_length()) >> 3)
+                    nbytes = -(-nbytes // step) * step
                 use.address = self._device.allocate(nbytes, "workspace")
             use.nbytes = nbytes
+            self.crowded = self._held_nbytes > IDLE_NBYTES
         finally:
             self._present = None
         return use.address
+
+    @property
+    def _held_nbytes(self) -> int:
+        """Workspace of all streams, but not of captures."""
+        return sum(use.nbytes for known in (self._kept, self._others) for use in known.values())
 
     def hold(self, stream: int, arrays: object) -> None:
         """Keep arrays alive until what is queued on a stream is done."""
@@ -268,6 +283,7 @@ class Streams:
                 self._device.free(address)
         self.forget_graphs()
         self._let_go()
+        self.crowded = self._held_nbytes > IDLE_NBYTES
 
     def forget_graphs(self) -> None:
         """Give back the workspaces of destroyed graphs."""

@@ -77,6 +77,17 @@ def test_little_idle_workspace_stays(simulated: Simulated) -> None:
     assert simulated.cuda.nbytes <= IDLE_NBYTES + MIB
 
 
+def test_what_many_streams_needed_at_once_is_given_back_by_the_next_call(simulated: Simulated) -> None:
+    streams = [simulated.cuda.stream() for _ in range(12)]
+    for stream in streams:
+        simulated.use(stream, IDLE_NBYTES // 8)
+    assert simulated.cuda.nbytes > IDLE_NBYTES + 4 * MIB  # they work
+    for stream in streams:
+        stream.finish()
+    simulated.use(streams[0], IDLE_NBYTES // 8)
+    assert simulated.cuda.nbytes <= IDLE_NBYTES // 8 + MIB
+
+
 def test_few_idle_streams_are_remembered(simulated: Simulated) -> None:
     streams = [simulated.cuda.stream() for _ in range(3 * REMEMBERED)]
     for stream in streams:

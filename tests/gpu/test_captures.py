@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from busy import free_nbytes, stream_of_its_own, synchronize
+from busy import pool_nbytes, stream_of_its_own, synchronize
 from captures import MODES, Captured, activations, captured_by_torch, product, replayed
 from children import run_python
 from numba import cuda
@@ -268,9 +268,9 @@ def test_graphs_give_their_workspace_back(engine: qmm.Engine, rng: np.random.Gen
                 np.testing.assert_array_equal(out.copy_to_host(), expected[0])
                 np.testing.assert_array_equal(out_other.copy_to_host(), expected[1])
             if number == 1:
-                before = free_nbytes()
-        lost = before - free_nbytes()
-    assert lost < 48 << 20, f"{lost >> 20} MiB"
+                before = pool_nbytes(engine)
+        lost = pool_nbytes(engine) - before
+    assert lost < 16 << 20, f"{lost >> 20} MiB"
 
 
 def test_a_graph_works_after_the_last_reference_to_its_engine_is_gone(

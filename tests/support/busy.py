@@ -18,6 +18,7 @@ from cuda.bindings import driver, runtime
 __all__ = [
     "checked",
     "free_nbytes",
+    "pool_nbytes",
     "is_busy",
     "keep_busy",
     "new_stream",
@@ -127,6 +128,12 @@ def seconds_of(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def pool_nbytes(engine: Any) -> int:
+    """GPU memory of an engine that is in use now, whatever other processes do."""
+    attribute = runtime.cudaMemPoolAttr.cudaMemPoolAttrUsedMemCurrent
+    return int(checked(runtime.cudaMemPoolGetAttribute(engine.gpu.pool._pool, attribute)))
 
 
 def free_nbytes() -> int:

@@ -58,6 +58,7 @@ class EmulatedStreams(Streams):
 
     def __init__(self, device: EmulatedDevice) -> None:
         self._device = device
+        self.crowded = False
 
     def begin(self, stream: int, owner: object = None) -> Use:
         return Use(None)
