@@ -5,6 +5,7 @@ What tests of streams, captures and memory share is here too: a model and its en
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,10 @@ import pytest
 from gguf_files import random_blocks, write_gguf
 
 import qmm
+
+
+ALONE = ("test_out_of_memory.py", "test_waiting.py")
+"""Files that fill the card, or measure how long calls take while it is busy."""
 
 
 @cache
@@ -50,6 +55,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.user_properties.append(note)  # tests/conftest.py sums these up
     if note[0] == "no_cuda_device":
         item.add_marker(pytest.mark.skip(reason=f"no CUDA device: {note[1]}"))
+    elif "PYTEST_XDIST_WORKER" in os.environ and Path(item.path).name in ALONE:
+        item.add_marker(pytest.mark.skip(reason="needs the card for itself: run this file without -n"))
 
 
 SHAPES = {
