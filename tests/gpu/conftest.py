@@ -17,7 +17,6 @@ from gguf_files import random_blocks, write_gguf
 
 import qmm
 
-
 ALONE = ("test_out_of_memory.py", "test_waiting.py")
 """Files that fill the card, or measure how long calls take while it is busy."""
 
