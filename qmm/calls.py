@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from qmm.arrays import KINDS, ArrayKind, View, kind_of, stream_handle
 from qmm.children import PerProcess
 from qmm.copies import copy_in, copy_out
-from qmm.errors import ArrayError, OutOfMemoryError
+from qmm.errors import ArrayError, OutOfMemoryError, QmmError
 from qmm.in_flight import InFlight
 from qmm.kernels.ops.matvec.plan import Product, plan
 from qmm.kernels.ops.op import Operand, rounded
@@ -106,12 +106,9 @@ class Calls:
             QmmError: as :meth:`qmm.Engine.matmul`.
         """
         current = kind.stream(x)
-        if stream is None:
-            handle = current
-        else:
-            handle = stream if type(stream) is int else stream_handle(stream)
+        handle = current if stream is None else stream_handle(stream)
         if out is None:
-            out = self.output(call, kind, x, stream, handle, current)
+            out = self.new(kind, kind.empty, call.shape, x, stream, handle, current)
             y_address = kind.address(out)
         else:
             kind.written(out)
@@ -138,14 +135,13 @@ class Calls:
     def queue_each(self, found: Sequence[Found], kind: ArrayKind, x: Any, outs: list[Any], stream: Any) -> list[Any]:
         """Queue calls with the same ``x``; new arrays take the place of None among ``outs``. Arguments as for
         :meth:`queue`."""
-        handle = current = kind.stream(x)
-        if stream is not None:
-            handle = stream if type(stream) is int else stream_handle(stream)
+        current = kind.stream(x)
+        handle = current if stream is None else stream_handle(stream)
         steps = []
         for number, (call, x_address, y_address) in enumerate(found):
             assert call is not None
             if outs[number] is None:
-                outs[number] = self.output(call, kind, x, stream, handle, current)
+                outs[number] = self.new(kind, kind.empty, call.shape, x, stream, handle, current)
                 y_address = kind.address(outs[number])
             else:
                 kind.written(outs[number])
@@ -168,16 +164,18 @@ class Calls:
                 self.keep(kind, arrays, stream, handle)
         return outs
 
-    def output(self, call: Call, kind: ArrayKind, x: Any, stream: Any, handle: int, current: int) -> Any:
-        """A new array for results, whose memory nothing but work on the stream uses; arguments as for :meth:`queue`,
-        ``handle`` of the stream and ``current`` of the one that the library would use."""
+    def new(
+        self, kind: ArrayKind, empty: Callable[..., Any], size: Any, x: Any, stream: Any, handle: int, current: int
+    ) -> Any:
+        """A new array, ``empty(size, x)``, whose memory nothing but work on the stream uses; arguments as for
+        :meth:`queue`, ``handle`` of the stream and ``current`` of the one that the library would use."""
         if handle == current or not kind.recycles:
-            return kind.empty(call.shape, x)
+            return empty(size, x)
         if kind.owns(stream):
-            return kind.empty(call.shape, x, stream)
-        out = kind.empty(call.shape, x)
+            return empty(size, x, stream)
+        array = empty(size, x)
         self._device.order(current, handle)  # what was in this memory before may still be in use there
-        return out
+        return array
 
     def _queue_with_own_memory(
         self, call: Call, kind: ArrayKind, x: Any, x_address: int, y_address: int, stream: Any, handle: int,
@@ -186,13 +184,13 @@ class Calls:
         """Queue a call whose workspace is an array of the library's, if that has memory which it merely keeps; whether
         it had."""
         assert call.prepared is not None
-        own = stream if handle != current and kind.owns(stream) else None
+        nbytes = call.prepared.workspace_nbytes
         try:
-            workspace = kind.empty_bytes(call.prepared.workspace_nbytes, x, own)
+            workspace = self.new(kind, kind.empty_bytes, nbytes, x, stream, handle, current)
+        except QmmError:
+            raise
         except Exception:  # the library's own error: ours says more
             return False
-        if handle != current and own is None:
-            self._device.order(current, handle)
         self._device.queue(call.prepared, weights, x_address, y_address, handle, kind.address(workspace), 0, stream)
         if handle != current:
             self.keep(kind, (workspace,), stream, handle)

@@ -20,13 +20,11 @@ from qmm.kernels.ops.layout import ZERO_NBYTES
 from qmm.kernels.ops.op import BASES, Architecture, At, Work
 from qmm.kernels.runtime.launch import Launch
 from qmm.loaders.closing import Resource, close_later
-from qmm.pool import Pool
+from qmm.pool import NONBLOCKING, Pool
 from qmm.streams import IDLE_NBYTES, Streams
 
 __all__ = ["Device", "Prepared"]
 
-NONBLOCKING = 1
-"""cudaStreamNonBlocking: work on the default stream is not waited for."""
 ANYWHERE = 4
 """cudaMemcpyDefault: the addresses say where they are."""
 
@@ -421,7 +419,7 @@ class Device(Resource):
             return
         self.settle(self)
         with self.errors("closing"), on_device(self.number):
-            self.streams.wait(graphs=True)
+            self.streams.wait(graphs=True)  # all is done: this raises what failed
             call("cudaStreamSynchronize", self.stream)
             self.streams.close()
             self._staging = (0, 0)

@@ -102,7 +102,7 @@ class Plan(Resource):
         if stream is None:
             owner, kept = self._kind, self._kept[:1]  # none if another thread closes the plan: the graph then raises
             stream = owner.stream(kept[0][0]) if kept else 0
-        handle = stream if type(stream) is int else stream_handle(stream)
+        handle = stream_handle(stream)
         if not self._graph.launch(handle, owner):
             self._device.put("products", self._queue, handle)
 

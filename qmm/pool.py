@@ -12,7 +12,7 @@ from qmm.arrays import release_caches
 from qmm.cuda import CudaCallError, attribute, call, driver, runtime
 from qmm.errors import OutOfMemoryError
 
-__all__ = ["Pool"]
+__all__ = ["NONBLOCKING", "Pool"]
 
 RETAINED_NBYTES: Final = 64 << 20
 """Free memory that a pool keeps for its next allocations; what is beyond goes back to the device."""

@@ -105,8 +105,7 @@ def keeper_of(owner: Any, handle: int, device: int) -> object:
     """What keeps a stream from being destroyed while work is queued on it.
 
     A stream that is destroyed while kernels are queued on it that may start before their predecessors end (programmatic
-    dependent launch) can hang the device for good: seen on an H100 and an H200 with driver 580, with a stream that is
-    destroyed by its handle, and with that of a thread that ends.
+    dependent launch) can hang the device for good: seen on an H100 and an H200 with driver 580.
 
     Args:
         owner: the stream's object, or the kind of array whose library uses the stream now.
