@@ -155,22 +155,21 @@ class Streams:
         Raises:
             OutOfMemoryError: there is not enough memory.
         """
+        fits = nbytes <= use.nbytes and (use.nbytes <= IDLE_NBYTES or nbytes > IDLE_NBYTES)
         self._present = use
         try:
-            if self.crowded:
+            grows = use.life is None and not fits
+            if grows and use.address:
+                self._retire(use)
+            if self.crowded or (grows and (self._retired or nbytes + self._held_nbytes > IDLE_NBYTES)):
                 with on_device(self._device.number):
                     self.forget_idle()
-            if nbytes <= use.nbytes and (use.nbytes <= IDLE_NBYTES or nbytes > IDLE_NBYTES):
+            if fits:
                 return use.address
             if use.life is not None:
                 use.address = self._device.allocate(nbytes, "the workspace of a captured graph")
                 use.life.blocks.append(use.address)
             else:
-                if use.address:
-                    self._retire(use)
-                if self._retired or nbytes + self._held_nbytes > IDLE_NBYTES:
-                    with on_device(self._device.number):
-                        self.forget_idle()
                 if nbytes <= IDLE_NBYTES:  # somewhat more than is needed now: the next call may need that
                     step = max(LEAST_NBYTES, (1 << (nbytes - 1).bit_length()) >> 3)
                     nbytes = -(-nbytes // step) * step
