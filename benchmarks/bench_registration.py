@@ -1,4 +1,4 @@
-"""What making a file readable by the GPU costs: registering its mapping, and the memory that this takes.
+"""What bringing a file to the GPU costs: registering its mapping, and the memory that this takes; or copying it.
 
 Run: pytest benchmarks/bench_registration.py (needs a GPU). The file is 1 GiB in a warm page cache.
 """
@@ -17,6 +17,8 @@ import qmm
 from benchmarks.support import gpu
 from qmm import extras
 from qmm.cli.smoke import anonymous_nbytes
+from qmm.device import Device
+from qmm.direct import read_bytes
 from qmm.loaders import FileMapping, HostRegistration
 
 if TYPE_CHECKING:
@@ -62,8 +64,41 @@ def test_register_1_gib(benchmark: BenchmarkFixture, path: Path, record: Callabl
     mapping.close()
     if benchmark.stats is None:  # --benchmark-disable
         return
-    row = {"what": "register 1 GiB", "ms": benchmark.stats.stats.median * 1e3, "anonymous bytes grown": max(grown)}
-    record(row, **gpu.about())
+    record(row_of("register 1 GiB", benchmark, GIB, max(grown)), **gpu.about())
+
+
+def by_qmm(device: Device, mapping: FileMapping, target: int, nbytes: int) -> None:
+    device.uploads.copy(target, mapping.address, nbytes)
+
+
+def by_the_driver(device: Device, mapping: FileMapping, target: int, nbytes: int) -> None:
+    device.copy(target, mapping.address, nbytes, device.stream)
+    device.synchronize(device.stream)
+
+
+def by_registering(device: Device, mapping: FileMapping, target: int, nbytes: int) -> None:
+    with HostRegistration.of(mapping, [(0, nbytes)]):
+        by_the_driver(device, mapping, target, nbytes)
+
+
+@pytest.mark.parametrize("mib", [1, 16, 32, 256, 1024])
+@pytest.mark.parametrize("way", [by_qmm, by_the_driver, by_registering], ids=lambda way: way.__name__)
+def test_copy(
+    benchmark: BenchmarkFixture,
+    path: Path,
+    mib: int,
+    way: Callable[[Device, FileMapping, int, int], None],
+    record: Callable[..., Any],
+) -> None:
+    """What a tensor's first use costs under the placement "device", and what it would by other means."""
+    nbytes = mib << 20
+    with FileMapping.open(path) as mapping, Device(0) as device:
+        target = device.allocate(nbytes, "a copy")
+        benchmark.pedantic(way, (device, mapping, target, nbytes), rounds=7, warmup_rounds=1)
+        assert read_bytes(device, target, nbytes, device.stream) == mapping.view(0, nbytes).tobytes()
+    if benchmark.stats is not None:  # else --benchmark-disable
+        what = f"copy {mib} MiB {way.__name__.replace('_', ' ')}"
+        record(row_of(what, benchmark, nbytes, None), **gpu.about())
 
 
 def test_engine_on_gemma(benchmark: BenchmarkFixture, record: Callable[..., Any]) -> None:
@@ -83,9 +118,15 @@ def test_engine_on_gemma(benchmark: BenchmarkFixture, record: Callable[..., Any]
     benchmark.pedantic(work, rounds=7)
     if benchmark.stats is None:  # --benchmark-disable
         return
-    row = {
-        "what": "open, map, register and close Gemma",
-        "ms": benchmark.stats.stats.median * 1e3,
-        "anonymous bytes grown": anonymous_nbytes() - before,
-    }
+    row = row_of("open, map, register and close Gemma", benchmark, None, anonymous_nbytes() - before)
     record(row, **gpu.about())
+
+
+def row_of(what: str, benchmark: BenchmarkFixture, nbytes: int | None, grown: int | None) -> dict[str, Any]:
+    seconds = benchmark.stats.stats.median
+    return {
+        "what": what,
+        "ms": seconds * 1e3,
+        "GB/s": None if nbytes is None else nbytes / seconds / 1e9,
+        "anonymous bytes grown": grown,
+    }

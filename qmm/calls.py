@@ -24,7 +24,16 @@ from qmm.sequence import Step, queue_sequence
 if TYPE_CHECKING:
     from qmm.device import Device, Prepared
 
-__all__ = ["ACTIVATIONS", "Call", "Calls", "Found", "check_activations", "check_input", "check_output"]
+__all__ = [
+    "ACTIVATIONS",
+    "Call",
+    "Calls",
+    "Found",
+    "check_activations",
+    "check_input",
+    "check_output",
+    "require_memory",
+]
 
 ACTIVATIONS = ("int8", "f16")
 MOST_LAUNCHES = 8192
@@ -170,12 +179,20 @@ class Calls:
         """A new array, ``empty(size, x)``, whose memory nothing but work on the stream uses; arguments as for
         :meth:`queue`, ``handle`` of the stream and ``current`` of the one that the library would use."""
         if handle == current or not kind.recycles:
-            return empty(size, x)
+            return self._made(empty, size, x)
         if kind.owns(stream):
-            return empty(size, x, stream)
-        array = empty(size, x)
+            return self._made(empty, size, x, stream)
+        array = self._made(empty, size, x)
         self._device.order(current, handle)  # what was in this memory before may still be in use there
         return array
+
+    def _made(self, empty: Callable[..., Any], *arguments: Any) -> Any:
+        """A new array of a library's; or its error, unless the device is lost, of which ours says more."""
+        try:
+            return empty(*arguments)
+        except Exception:
+            self._device.require_usable()
+            raise
 
     def _queue_with_own_memory(
         self, call: Call, kind: ArrayKind, x: Any, x_address: int, y_address: int, stream: Any, handle: int,
@@ -258,7 +275,7 @@ class Calls:
             return None
         shape = (*source.shape[:-1], *tensor.shape[:-1])
         if out is None:
-            target = kind.view(kind.empty(shape, x)).rows(len(source.shape) - 1)
+            target = kind.view(self._made(kind.empty, shape, x)).rows(len(source.shape) - 1)
         else:
             target = check_output(tensor, kind, source, out, shape)
         residency = self._weights[tensor]

@@ -22,6 +22,7 @@ from qmm.kernels.runtime.launch import Launch
 from qmm.loaders.closing import Resource, close_later
 from qmm.pool import NONBLOCKING, Pool
 from qmm.streams import IDLE_NBYTES, Streams
+from qmm.upload import Uploads
 
 __all__ = ["Device", "Prepared"]
 
@@ -74,6 +75,7 @@ class Device(Resource):
         own_streams: the handles of all of its own.
         streams: what was queued, on this and other streams.
         pool: where its memory is from.
+        uploads: copies of files' pages to it.
         lock: held by the thread that puts work on it.
     """
 
@@ -100,6 +102,7 @@ class Device(Resource):
                 self.streams = Streams(self)
                 self.stream = self._new_stream()
                 self.pool.open()
+                self.uploads = Uploads(self)
             self._zeros = self.allocate(ZERO_NBYTES, "zeros")
             with self.errors("preparing the device"), on_device(number):
                 call("cudaMemsetAsync", self._zeros, 0, ZERO_NBYTES, self.stream)
@@ -197,6 +200,11 @@ class Device(Resource):
         """Free memory, once the device is done with it. Freeing twice is harmless."""
         with self.errors("freeing memory"), on_device(self.number):
             self.pool.free(address)
+
+    def require_usable(self) -> None:
+        """Raise DeviceError if a kernel failed, after which the device takes no more work from this process."""
+        with self.errors("a new array"), on_device(self.number):
+            call("cudaMemGetInfo")
 
     def _new_stream(self) -> int:
         stream = int(call("cudaStreamCreateWithFlags", NONBLOCKING))
@@ -422,6 +430,7 @@ class Device(Resource):
             self.streams.wait(graphs=True)  # all is done: this raises what failed
             call("cudaStreamSynchronize", self.stream)
             self.streams.close()
+            self.uploads.close()
             self._staging = (0, 0)
             self.pool.close()
             while self.own_streams:

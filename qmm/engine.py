@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from qmm.arrays import KINDS, FollowedError, kind_of
-from qmm.calls import Calls, check_activations
+from qmm.calls import Calls, check_activations, require_memory
 from qmm.children import PerProcess, process
 from qmm.compiled import add_engine, compiled_matmul, compiled_matmul_each
-from qmm.errors import ArrayError, ClosedError, DeviceError, RegistrationError
+from qmm.errors import ArrayError, ClosedError, DeviceError
 from qmm.host import HostProducts, cpu
 from qmm.in_flight import InFlight
 from qmm.loaders.closing import Resource
-from qmm.memory.machine import Choice, choose
+from qmm.memory.machine import Choice, GPUInfo, choose
 from qmm.memory.placement import Weights
 from qmm.model import Model, Tensor, open_model
 from qmm.plan import Plan
@@ -61,9 +61,8 @@ class Engine(Resource):
             they stay float32). Tensors of F32, F16 and BF16 are always multiplied by unquantized activations.
         tensors: the names of the tensors that will be used, or one name; the default is all. Only their pages are
             registered.
-        probe: whether registering is tried in a child process first, for the first file on a file system. A
-            registration that hangs or ends the process is then an error; under ``"device"``, the copies go without
-            registration.
+        probe: whether registering (under ``"mapped"``) is tried in a child process first, for the first file on a
+            file system. A registration that hangs or ends the process is then an error.
 
     Attributes:
         explanation: where the engine works and why, in one sentence.
@@ -111,8 +110,9 @@ class Engine(Resource):
         with ExitStack() as held:
             if self._own_model is not None:
                 held.callback(self._own_model.close)
-            registers = choice.gpu is None or not probe or self._try_registering(chosen, choice)
             if choice.gpu is not None:
+                if probe and choice.placement == "mapped":
+                    _try_registering(chosen, choice.gpu)
                 from qmm.device import Device
 
                 try:
@@ -125,7 +125,7 @@ class Engine(Resource):
             self.placement = choice.placement
             self.device = "cpu" if choice.gpu is None else f"cuda:{choice.gpu.number}"
             self.explanation = choice.why
-            self._weights = Weights(chosen, choice.placement, self.gpu, registers)
+            self._weights = Weights(chosen, choice.placement, self.gpu)
             held.callback(self._weights.close)
             if self.gpu is None:
                 self._host = HostProducts(self._weights, self.device, self._in_flight)
@@ -294,6 +294,8 @@ class Engine(Resource):
                 )
             checks.setdefault(tensor.info.path, call.residency.check)
             if call.prepared is not None:
+                if not (x_address and y_address):
+                    require_memory(kind, x, y)
                 steps.append(Step(call.prepared, call.residency.lease(), x_address, y_address))
         kept = [(x, y) for _, x, y in listed]
         first = kind_of(kept[0][0])
@@ -400,21 +402,6 @@ class Engine(Resource):
     def __repr__(self) -> str:
         return f"<Engine {self.explanation}{' (closed)' if self._closed else ''}>"
 
-    @staticmethod
-    def _try_registering(tensors: Iterable[Tensor], choice: Choice) -> bool:
-        """Whether registering the tensors' files works in a child process."""
-        from qmm.loaders.access.preflight import first_contact
-
-        assert choice.gpu is not None
-        try:
-            for mapping in {tensor.info.path: tensor.model.mapping(tensor.info.path) for tensor in tensors}.values():
-                first_contact(mapping, choice.gpu.number, choice.gpu.name)
-        except RegistrationError:
-            if choice.placement == "mapped":
-                raise
-            return False
-        return True
-
     def _tensor(self, tensor: str | Tensor) -> Tensor:
         if self._closed:
             raise ClosedError(self._was_closed)
@@ -433,6 +420,18 @@ class Engine(Resource):
         if not isinstance(tensor, str):
             raise ArrayError(f"{self.model.path}: a tensor is its name or a qmm.Tensor, not {tensor!r}")
         return self.model[tensor]
+
+
+def _try_registering(tensors: Iterable[Tensor], gpu: GPUInfo) -> None:
+    """Register pages of the tensors' files in a child process.
+
+    Raises:
+        RegistrationError: it failed, or it hung.
+    """
+    from qmm.loaders.access.preflight import first_contact
+
+    for mapping in {tensor.info.path: tensor.model.mapping(tensor.info.path) for tensor in tensors}.values():
+        first_contact(mapping, gpu.number, gpu.name)
 
 
 def _close_all(plans: Iterable[Plan]) -> None:

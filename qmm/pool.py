@@ -1,7 +1,8 @@
-"""Device memory, allocated and freed without waiting for what the device does.
+"""Device memory, and locked host memory, allocated and freed without waiting for what the device does.
 
-``cudaMalloc`` and ``cudaFree`` wait for all streams of the device, whoever uses them. Memory of a pool does not: it is
-allocated and freed in the order of a stream, here one of the pool's own, on which nothing else is queued.
+``cudaMalloc`` and what frees, ``cudaFreeHost`` too, wait for all streams of the device, whoever uses them. Memory of a
+pool does not: it is allocated and freed in the order of a stream, here one of the pool's own, on which nothing else is
+queued.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ OUT_OF_MEMORY: Final = (
 class Pool:
     """A memory pool of one device. All methods want the device to be current (:func:`qmm.cuda.on_device`).
 
-    ``cudaMalloc`` and ``cudaFree`` take its place on the few devices that have no pools (attribute
-    ``MemoryPoolsSupported``).
+    ``cudaMalloc`` and ``cudaFree`` take its place where there are no pools: on a few devices (attribute
+    ``MemoryPoolsSupported``), and for host memory before CUDA 13 (``HostMemoryPoolsSupported``).
     """
 
-    def __init__(self, device: int) -> None:
-        """``device`` is CUDA's number of it; nothing is asked of CUDA before :meth:`open`."""
+    def __init__(self, device: int, host: bool = False) -> None:
+        """``device`` is CUDA's number of it; ``host`` asks for the host's memory, in pages that are locked. Nothing is
+        asked of CUDA before :meth:`open`."""
         self._device = device
+        self._host = host
         self._stream = 0
         self._pool: Any = None
         self._addresses: dict[int, bool] = {}
@@ -46,15 +49,35 @@ class Pool:
             CudaCallError: CUDA refused.
         """
         self._stream = int(call("cudaStreamCreateWithFlags", NONBLOCKING))
-        if attribute("MemoryPoolsSupported", self._device):
+        if self._supported():
             cuda = runtime()
             properties = cuda.cudaMemPoolProps()
             properties.allocType = cuda.cudaMemAllocationType.cudaMemAllocationTypePinned
-            properties.location.type = cuda.cudaMemLocationType.cudaMemLocationTypeDevice
-            properties.location.id = self._device
+            properties.location = self._location(self._host)
             self._pool = call("cudaMemPoolCreate", properties)
+            if self._host:
+                access = cuda.cudaMemAccessDesc()
+                access.location = self._location(host=False)
+                access.flags = cuda.cudaMemAccessFlags.cudaMemAccessFlagsProtReadWrite
+                call("cudaMemPoolSetAccess", self._pool, [access], 1)
             threshold = cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
             call("cudaMemPoolSetAttribute", self._pool, threshold, driver().cuuint64_t(RETAINED_NBYTES))
+
+    def _supported(self) -> bool:
+        name = "HostMemoryPoolsSupported" if self._host else "MemoryPoolsSupported"
+        try:
+            return bool(attribute(name, self._device))
+        except (AttributeError, CudaCallError):  # the bindings or the driver do not know it
+            return False
+
+    def _location(self, host: bool) -> Any:
+        cuda = runtime()
+        location = cuda.cudaMemLocation()
+        if host:
+            location.type, location.id = cuda.cudaMemLocationType.cudaMemLocationTypeHost, 0
+        else:
+            location.type, location.id = cuda.cudaMemLocationType.cudaMemLocationTypeDevice, self._device
+        return location
 
     def allocate(self, nbytes: int) -> int | None:
         """The address of ``nbytes``, for any stream; None if there is not enough.
@@ -66,7 +89,7 @@ class Pool:
             raise CudaCallError("the device was closed")
         try:
             if self._pool is None:
-                address = int(call("cudaMalloc", nbytes))
+                address = int(call("cudaMallocHost" if self._host else "cudaMalloc", nbytes))
             else:
                 address = int(call("cudaMallocFromPoolAsync", max(1, nbytes), self._pool, self._stream))
         except CudaCallError as reason:
@@ -101,7 +124,7 @@ class Pool:
 
     def _undo(self, address: int) -> None:
         if self._pool is None:
-            call("cudaFree", address)
+            call("cudaFreeHost" if self._host else "cudaFree", address)
         else:
             call("cudaFreeAsync", address, self._stream)
 

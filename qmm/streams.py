@@ -20,7 +20,7 @@ from qmm.graph_life import GraphLife
 if TYPE_CHECKING:
     from qmm.device import Device
 
-__all__ = ["IDLE_NBYTES", "Streams", "Use"]
+__all__ = ["IDLE_NBYTES", "NO_TIMING", "Streams", "Use"]
 
 IDLE_NBYTES: Final = 64 << 20
 """Workspace of streams whose work is done is given back once all streams together have more than this."""

@@ -143,22 +143,6 @@ class HostRegistration(Resource):
             )
         return bases.pop() + wanted.start
 
-    def pieces(self, offset: SupportsIndex, nbytes: SupportsIndex) -> list[Span]:
-        """Bytes ``offset`` to ``offset + nbytes`` of the file in parts, each within one registered chunk.
-
-        A cudaMemcpy that crosses from one chunk to the next fails (cudaErrorInvalidValue); kernels may read across.
-
-        Raises:
-            RegistrationError, MappingError, ClosedError: as :meth:`address`.
-        """
-        self.address(offset, nbytes)
-        wanted = Span(*self._mapping.require(offset, nbytes))
-        return [
-            Span(max(chunk.span.start, wanted.start), min(chunk.span.end, wanted.end))
-            for chunk in self._chunks
-            if chunk.overlaps(wanted)
-        ]
-
     def close(self) -> None:
         """Unregister the pages that no other registration uses, then let the mapping go. The device must be done with
         them.

@@ -24,7 +24,7 @@ class Weights:
     It has its own handles on the mappings, so the model may be closed.
     """
 
-    def __init__(self, tensors: Iterable[Tensor], placement: str, device: Device | None, registers: bool) -> None:
+    def __init__(self, tensors: Iterable[Tensor], placement: str, device: Device | None) -> None:
         """Give tensors the residency of a placement.
 
         Args:
@@ -32,7 +32,6 @@ class Weights:
             placement: ``"host"`` (the CPU reads the mapping), ``"mapped"`` (the GPU does; the pages under the tensors
                 are registered now) or ``"device"`` (copies on the GPU, each when it is first used).
             device: the GPU; None for ``"host"``.
-            registers: whether pages are registered while they are copied to the device.
 
         Raises:
             RegistrationError: CUDA refuses to register the pages.
@@ -49,7 +48,7 @@ class Weights:
             if placement == "mapped" and device is not None:
                 self._register(device.number)
             for tensor in self._tensors.values():
-                self._residencies[tensor.name] = self._resident(tensor, placement, device, registers)
+                self._residencies[tensor.name] = self._resident(tensor, placement, device)
         except BaseException:
             self.close()
             raise
@@ -63,13 +62,13 @@ class Weights:
             ]
             self._registrations[path] = HostRegistration.of(mapping, ranges, device)
 
-    def _resident(self, tensor: Tensor, placement: str, device: Device | None, registers: bool) -> Residency:
+    def _resident(self, tensor: Tensor, placement: str, device: Device | None) -> Residency:
         mapping = self._mappings[tensor.info.path]
         if device is None:
             return HostResidency(tensor, mapping)
         if placement == "mapped":
             return MappedResidency(tensor, mapping, self._registrations[tensor.info.path])
-        return CopyResidency(tensor, mapping, device, registers)
+        return CopyResidency(tensor, mapping, device)
 
     @property
     def nbytes(self) -> int:

@@ -10,7 +10,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from qmm.errors import ClosedError, DeviceError, RegistrationError
+from qmm.errors import ClosedError, DeviceError
 from qmm.kernels.ops.op import WeightLayout
 from qmm.loaders.access.registered import HostRegistration
 from qmm.loaders.mapping import FileMapping
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from qmm.device import Device
 
 __all__ = ["CopyResidency", "HostResidency", "MappedResidency", "Residency"]
-
-PIECE_NBYTES = 64 << 20
-"""The size of the bounce buffer on the way from a file to the GPU."""
 
 
 class Residency:
@@ -106,12 +103,9 @@ class CopyResidency(Residency):
 
     where = "device"
 
-    def __init__(self, tensor: Tensor, mapping: FileMapping, device: Device, registers: bool) -> None:
-        """Where ``registers`` is set, pages are registered for the copy, if they can be: the copy engine then runs at
-        the link's speed."""
+    def __init__(self, tensor: Tensor, mapping: FileMapping, device: Device) -> None:
         super().__init__(tensor, mapping)
         self._device = device
-        self._registers = registers
         self._address = 0
         self._released = False
         self._lock = threading.Lock()
@@ -139,33 +133,13 @@ class CopyResidency(Residency):
         nbytes = self.tensor.nbytes
         target = self._device.allocate(nbytes, f"a copy of tensor {self.tensor.name!r}")
         try:
-            self._fill(target, self.tensor.info.offset, nbytes)
+            self._device.uploads.copy(target, self.mapping.address + self.tensor.info.offset, nbytes)
         except BaseException:
             with suppress(DeviceError):  # the first error takes precedence
                 self._device.synchronize(self._device.stream)  # it may have come before a transfer was waited for
                 self._device.free(target)
             raise
         return target
-
-    def _fill(self, target: int, offset: int, nbytes: int) -> None:
-        """Copy bytes of the file. If registering is refused, they go through a bounce buffer."""
-        registration = None
-        if self._registers:
-            with suppress(RegistrationError):
-                registration = HostRegistration.of(self.mapping, [(offset, nbytes)], self._device.number)
-        if registration is not None:
-            with registration:
-                for piece in registration.pieces(offset, nbytes):
-                    self._transfer(target + piece.start - offset, self.mapping.address + piece.start, piece.nbytes)
-            return
-        # Through a bounce buffer: pages may be registered in part, and CUDA does not copy from mixed memory.
-        for start in range(offset, offset + nbytes, PIECE_NBYTES):
-            part = self.mapping.view(start, min(PIECE_NBYTES, offset + nbytes - start)).copy()
-            self._transfer(target + start - offset, part.ctypes.data, part.nbytes)
-
-    def _transfer(self, target: int, source: int, nbytes: int) -> None:
-        self._device.copy(target, source, nbytes, self._device.stream)
-        self._device.synchronize(self._device.stream)
 
     def release(self) -> None:
         """Free the copy, and make no other."""

@@ -286,7 +286,7 @@ def test_a_copy_that_was_released_is_not_made_again(tmp_path: Path, rng: np.rand
     write_small_model(tmp_path / "small.gguf", rng)
     with qmm.open(tmp_path / "small.gguf") as model:
         tensor = model["a"]
-        copy = CopyResidency(tensor, model.mapping(tensor.info.path), None, registers=False)  # type: ignore[arg-type]
+        copy = CopyResidency(tensor, model.mapping(tensor.info.path), None)  # type: ignore[arg-type]
         copy.release()
         with pytest.raises(qmm.ClosedError, match=r"small\.gguf: the engine was closed"):
             copy.lease()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -85,16 +84,11 @@ def test_a_copy_takes_in_what_others_have_registered_of_a_tensor(path: Path, x: 
     """CUDA copies from no two registrations at once, nor from registered and other pages."""
     with qmm.open(path) as model, qmm.Engine(model, "cpu") as cpu, FileMapping.open(path) as mapping:
         expected = {name: cpu.matmul(name, x) for name in ("a", "b")}
-        start, nbytes = model["a"].info.offset, model["a"].nbytes
+        start = model["a"].info.offset
         with (
             HostRegistration.of(mapping, [(start + 100, 1), (start + 9000, 1)]),
             qmm.Engine(model, "cuda", "device") as engine,
         ):
-            with HostRegistration.of(mapping, [(start, nbytes)]) as registered:
-                pieces = registered.pieces(start, nbytes)
-            assert len(pieces) > 2
-            assert (pieces[0].start, pieces[-1].end) == (start, start + nbytes)
-            assert all(one.end == other.start for one, other in pairwise(pieces))
             np.testing.assert_allclose(engine.matmul("a", x), expected["a"], rtol=1e-4, atol=1e-4)
         page = mapping.address + (model["b"].info.offset // 4096 + 1) * 4096
         call("cudaHostRegister", page, 4096, 0x0B)  # not by qmm

@@ -79,11 +79,11 @@ def test_the_first_contact_is_made_in_a_child_and_remembered(
                 assert engine.placement == "mapped"
         assert made == [path]
         preflight._known.clear()  # as in another process
-        qmm.Engine(model, "cuda", "device", probe=True).close()
+        qmm.Engine(model, "cuda", "mapped", probe=True).close()
         assert made == [path]
         monkeypatch.setenv("QMM_CACHE_DIR", "")
         preflight._known.clear()
-        qmm.Engine(model, "cuda", "device", probe=True).close()
+        qmm.Engine(model, "cuda", "mapped", probe=True).close()
         assert made == [path] * 2
 
 

@@ -9,9 +9,10 @@ is an AssertionError.
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,6 +66,7 @@ class Cuda(Memory):
         self.waited: list[str] = []
         self.refused: dict[str, list[Any]] = {}
         self._thread = _Thread()
+        self._lock = threading.RLock()
         self._numbers = iter(range(100, 1 << 30))
         self._handles = iter(range(0x1000, 1 << 30, 16))
         self._free_handles: list[int] = []
@@ -85,7 +87,12 @@ class Cuda(Memory):
         if name not in SAFE and object.__getattribute__(self, "captures") and callable(found):
             relaxed = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
             assert self._thread.mode == relaxed, f"{name} during a capture"
-        return found
+        return functools.partial(self._called, found) if callable(found) else found
+
+    def _called(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """One thread at a time."""
+        with self._lock:
+            return function(*arguments)
 
     def __getattr__(self, name: str) -> Any:
         for module in (runtime, driver):

@@ -21,6 +21,7 @@ class Memory(fake_driver.Driver):
 
     Attributes:
         sizes: of the blocks in use, by address.
+        locked: those of the host's memory.
         fresh: those whose stream was not waited for since.
         contents: what was copied there, by address.
         limit: bytes of the device.
@@ -31,6 +32,7 @@ class Memory(fake_driver.Driver):
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}
+        self.locked: dict[int, Any] = {}
         self.fresh: set[int] = set()
         self.contents: dict[int, bytes] = {}
         self.limit, self.elsewhere = 1 << 40, 0
@@ -63,7 +65,11 @@ class Memory(fake_driver.Driver):
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: int, handle: int) -> tuple[int]:
         stream = self._at(handle, idle=True)
         self.copies.append((target, source, nbytes))
-        if target >= MEMORY:  # as from pageable memory, which is read before this returns
+        if target >= MEMORY and any(block <= source < block + self.sizes[block] for block in self.locked):
+            item = Item()
+            item.then.append(lambda: self.contents.update({target: ctypes.string_at(source, nbytes)}))
+            stream.items.append(item)
+        elif target >= MEMORY:  # as from pageable memory, which is read before this returns
             self.contents[target] = ctypes.string_at(source, nbytes)
         else:
             item = Item()
@@ -72,9 +78,14 @@ class Memory(fake_driver.Driver):
         return (0,)
 
     def cudaMemPoolCreate(self, properties: Any) -> tuple[int, str]:
-        return (0, "pool")
+        host = runtime.cudaMemLocationType.cudaMemLocationTypeHost
+        return (0, "locked" if properties.location.type == host else "pool")
 
     def cudaMemPoolSetAttribute(self, pool: str, attribute: Any, value: Any) -> tuple[int]:
+        return (0,)
+
+    def cudaMemPoolSetAccess(self, pool: str, access: list[Any], count: int) -> tuple[int]:
+        assert len(access) == count
         return (0,)
 
     def cudaMemPoolTrimTo(self, pool: str, nbytes: int) -> tuple[int]:
@@ -95,6 +106,8 @@ class Memory(fake_driver.Driver):
     def cudaMallocFromPoolAsync(self, nbytes: int, pool: str, handle: int) -> tuple[Any, int]:
         self._at(handle, idle=True)
         assert pool is not None
+        if pool == "locked":
+            return self.cudaMallocHost(nbytes)
         if self.nbytes + self.elsewhere + nbytes > self.limit:
             return (runtime.cudaError_t.cudaErrorMemoryAllocation, 0)
         address = self._next_address
@@ -102,6 +115,15 @@ class Memory(fake_driver.Driver):
         self.sizes[address] = nbytes
         self.fresh.add(address)
         return (0, address)
+
+    def cudaMallocHost(self, nbytes: int) -> tuple[Any, int]:
+        made = ctypes.create_string_buffer(nbytes)
+        address = ctypes.addressof(made)
+        self.locked[address], self.sizes[address] = made, nbytes
+        return (0, address)
+
+    def cudaFreeHost(self, address: int) -> tuple[int]:
+        return self._free(address)
 
     def cudaFreeAsync(self, address: int, handle: int) -> tuple[int]:
         self._at(handle, idle=True)
@@ -112,4 +134,5 @@ class Memory(fake_driver.Driver):
         used = [item for stream in self.all_streams for item in stream.pending if address in item.blocks]
         assert not used, "memory was freed while queued work uses it"
         del self.sizes[address]
+        self.locked.pop(address, None)
         return (0,)
