@@ -12,6 +12,7 @@ import numpy.typing as npt
 from qmm.arrays import KINDS, ArrayKind, View, kind_of, stream_handle
 from qmm.children import PerProcess
 from qmm.copies import copy_in, copy_out
+from qmm.cuda import on_device
 from qmm.errors import ArrayError, OutOfMemoryError, QmmError
 from qmm.in_flight import InFlight
 from qmm.kernels.ops.matvec.plan import Product, plan
@@ -121,7 +122,7 @@ class Calls:
             y_address = kind.address(out)
         else:
             kind.written(out)
-        if kind.names_streams:
+        if kind.names_streams and (kind.filled_on(x) or kind.filled_on(out)):
             self.wait_for(kind, (x, out), handle)
         weights = call.residency.lease()
         if call.prepared is not None:  # if the engine is closed meanwhile, this raises ClosedError
@@ -129,7 +130,7 @@ class Calls:
                 require_memory(kind, x, out)
             owner = kind if handle == current else stream
             try:
-                self._device.queue(call.prepared, weights, x_address, y_address, handle, 0, 0, owner)
+                self._device.queue(call.prepared, weights, x_address, y_address, handle, 0, owner)
             except OutOfMemoryError:
                 where = (stream, handle, current)
                 if not kind.recycles or not self._queue_with_own_memory(
@@ -163,7 +164,7 @@ class Calls:
             self.wait_for(kind, arrays, handle)
         owner = kind if handle == current else stream
         try:
-            self._device.put("products", queue_sequence, self._device, steps, handle, True, owner)
+            queue_sequence(self._device, steps, handle, True, owner)
         except OutOfMemoryError:  # nothing was queued
             for (call, x_address, _), out in zip(found, outs, strict=True):
                 assert call is not None
@@ -208,7 +209,7 @@ class Calls:
             raise
         except Exception:  # the library's own error: ours says more
             return False
-        self._device.queue(call.prepared, weights, x_address, y_address, handle, kind.address(workspace), 0, stream)
+        self._device.queue(call.prepared, weights, x_address, y_address, handle, kind.address(workspace), stream)
         if handle != current:
             self.keep(kind, (workspace,), stream, handle)
         self._device.keep_for_graph(handle, workspace)
@@ -244,7 +245,8 @@ class Calls:
         assert call is not None and call.prepared is not None
         results = rounded(x.nbytes)
         weights = call.residency.lease()  # not under the lock: another thread may lease, and need it
-        with device.lock, device.undisturbed(1):  # threads share the staging area
+        # Threads share the staging area. The copies, too, want the device to be current: here once for all.
+        with device.lock, device.undisturbed(1), device.errors("a product"), on_device(device.number):
             area, stream = device.staging(results + y.nbytes), device.stream
             copy_in(device, area, x, stream)
             device.queue(call.prepared, weights, area, area + results, stream)

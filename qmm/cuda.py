@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from types import TracebackType
+from typing import Any, Final, NamedTuple, NoReturn
 
 from qmm import extras
 
@@ -29,8 +31,9 @@ __all__ = [
     "launch_config",
     "load_function",
     "on_device",
+    "refuse",
+    "refuse_launch",
     "register_flags",
-    "require_launched",
     "runtime",
 ]
 
@@ -112,13 +115,18 @@ def call(function: str, *arguments: Any) -> Any:
             unrelated check for it, such as after another library's launch, would report it.
     """
     error, *results = getattr(runtime(), function)(*arguments)
-    if not error and not results:  # such as a plan's launch
-        return None
     if error:
-        runtime().cudaGetLastError()
-    return _result(function, error, results)
+        refuse(function, error)
+    return tuple(results) if len(results) > 1 else results[0] if results else None
 
 
+def refuse(function: str, error: Any) -> NoReturn:
+    """Raise what :func:`call` does where a function returned an error."""
+    runtime().cudaGetLastError()
+    raise _failure(function, error)
+
+
+@functools.cache
 def driver() -> Any:
     """The module ``cuda.bindings.driver``."""
     return importlib.import_module("cuda.bindings.driver")
@@ -127,7 +135,9 @@ def driver() -> Any:
 def drive(function: str, *arguments: Any) -> Any:
     """The same for the driver: ``cuda.bindings.driver.<function>(*arguments)``."""
     error, *results = getattr(driver(), function)(*arguments)
-    return _result(function, error, results)
+    if error:
+        raise _failure(function, error)
+    return tuple(results) if len(results) > 1 else results[0] if results else None
 
 
 class Function(NamedTuple):
@@ -137,16 +147,16 @@ class Function(NamedTuple):
         handle: the driver's.
         launch: ``cuLaunchKernelEx(config, handle, packed, 0)``, which returns ``(error,)``. It is called as it is, for
             its speed, with a configuration of :func:`launch_config` and the address of the addresses of the arguments;
-            :func:`require_launched` says what an error means.
+            :func:`refuse_launch` says what an error means.
     """
 
     handle: Any
     launch: Callable[[Any, Any, int, int], tuple[Any]]
 
 
-def require_launched(name: str, error: Any) -> None:
-    """Raise CudaCallError if the launch of the kernel of that name failed."""
-    _result(f"cuLaunchKernelEx of {name}", error, [])
+def refuse_launch(name: str, error: Any) -> NoReturn:
+    """Raise CudaCallError for a failed launch of the kernel of that name."""
+    raise _failure(f"cuLaunchKernelEx of {name}", error)
 
 
 def load_function(code: bytes, entry: str, shared_nbytes: int) -> Function:
@@ -190,11 +200,9 @@ def launch_config(ctas: int, threads: int, shared_nbytes: int, early: bool) -> A
     return config
 
 
-def _result(function: str, error: Any, results: list[Any]) -> Any:
-    if int(error) != 0:
-        message = f"{function} returned {error.name} ({int(error)}){advice(int(error))}"
-        raise CudaCallError(message, error.name, int(error))
-    return tuple(results) if len(results) > 1 else results[0] if results else None
+def _failure(function: str, error: Any) -> CudaCallError:
+    message = f"{function} returned {error.name} ({int(error)}){advice(int(error))}"
+    return CudaCallError(message, error.name, int(error))
 
 
 def register_flags() -> int:
@@ -231,20 +239,57 @@ def capture_of(stream: int) -> tuple[int, Any]:
     return (int(number), graph) if int(status) else (0, None)
 
 
-@contextmanager
-def on_device(device: int) -> Iterator[None]:
+def on_device(device: int) -> OnDevice:
     """Make ``device`` this thread's current one inside the block, for calls that allocate, free, load or wait.
 
     While any stream of the process is captured, such calls can fail and spoil the capture. In the block they do not:
     nothing in it concerns what is captured, which is what the relaxed mode says. cudaDeviceSynchronize is refused even
     so, and spoils the capture.
     """
-    before = call("cudaThreadExchangeStreamCaptureMode", runtime().cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
-    try:
-        with current_device(device):
-            yield
-    finally:
-        call("cudaThreadExchangeStreamCaptureMode", before)
+    return OnDevice(device)
+
+
+class OnDevice:
+    """The block of :func:`on_device`. One inside of another costs next to nothing."""
+
+    __slots__ = ("_before", "_current", "_device", "_mode")
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        self._before = _inside.device
+        if self._before == self._device:
+            return
+        relaxed = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+        self._mode = call("cudaThreadExchangeStreamCaptureMode", relaxed)
+        try:
+            self._current = call("cudaGetDevice")
+            call("cudaSetDevice", self._device)  # see current_device
+        except BaseException:
+            call("cudaThreadExchangeStreamCaptureMode", self._mode)
+            raise
+        _inside.device = self._device
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._before != self._device:
+            _inside.device = self._before
+            try:
+                if self._current != self._device:
+                    call("cudaSetDevice", self._current)
+            finally:
+                call("cudaThreadExchangeStreamCaptureMode", self._mode)
+
+
+class _Inside(threading.local):
+    """The device of the innermost :func:`on_device` block that this thread is in."""
+
+    device: int | None = None
+
+
+_inside = _Inside()
 
 
 @contextmanager

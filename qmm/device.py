@@ -10,7 +10,8 @@ import ctypes
 import operator
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from types import TracebackType
 from typing import Any
 
 from qmm.children import process
@@ -34,6 +35,24 @@ DISTURBED = (
     "a finalizer or a signal handler of the same thread multiplied in the middle of a product, whose results may be "
     "wrong. Multiply again."
 )
+
+
+class _Errors:
+    """The block of :meth:`Device.errors`."""
+
+    __slots__ = ("_device", "_doing")
+
+    def __init__(self, device: Device, doing: str) -> None:
+        self._device, self._doing = device, doing
+
+    def __enter__(self) -> None:
+        """Nothing is done."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, CudaCallError | RuntimeError):
+            raise self._device._failed(self._doing, error) from error
 
 
 class Prepared:
@@ -89,6 +108,7 @@ class Device(Resource):
         self._queued = 0
         self.lock = threading.RLock()
         self.pool = Pool(number)
+        self.uploads = Uploads(self)
         try:
             with self.errors("preparing the device"), on_device(number):
                 self.architecture = Architecture(
@@ -102,7 +122,6 @@ class Device(Resource):
                 self.streams = Streams(self)
                 self.stream = self._new_stream()
                 self.pool.open()
-                self.uploads = Uploads(self)
             self._zeros = self.allocate(ZERO_NBYTES, "zeros")
             with self.errors("preparing the device"), on_device(number):
                 call("cudaMemsetAsync", self._zeros, 0, ZERO_NBYTES, self.stream)
@@ -129,13 +148,9 @@ class Device(Resource):
 
     # Errors and threads -----------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def errors(self, doing: str) -> Iterator[None]:
+    def errors(self, doing: str) -> AbstractContextManager[None]:
         """Turns a failed CUDA call into a DeviceError that names its purpose."""
-        try:
-            yield
-        except (CudaCallError, RuntimeError) as reason:
-            raise self._failed(doing, reason) from reason
+        return _Errors(self, doing)
 
     def _failed(self, doing: str, reason: Exception) -> DeviceError:
         return DeviceError(f"{doing} on CUDA device {self.number}: {reason}")
@@ -204,7 +219,7 @@ class Device(Resource):
     def require_usable(self) -> None:
         """Raise DeviceError if a kernel failed, after which the device takes no more work from this process."""
         with self.errors("a new array"), on_device(self.number):
-            call("cudaMemGetInfo")
+            call("cudaMemGetInfo")  # which waits for nothing
 
     def _new_stream(self) -> int:
         stream = int(call("cudaStreamCreateWithFlags", NONBLOCKING))
@@ -290,6 +305,7 @@ class Device(Resource):
             DeviceError: a kernel cannot be compiled or loaded.
         """
         with self.lock, self.errors(doing), on_device(self.number):
+            call("cudaMemGetInfo")  # fails after a kernel did, where a compiler would raise an error of its own
             launches = []
             for spec in work.launches:
                 bound = {name: value for name, value in spec.arguments.items() if not isinstance(value, At)}
@@ -298,9 +314,8 @@ class Device(Resource):
             return Prepared(work, launches, self._zeros)
 
     def queue(
-        self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int = 0, skip: int = 0,
-        owner: object = None,
-    ) -> None:  # fmt: skip
+        self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int = 0, owner: object = None
+    ) -> None:
         """Put prepared work on a stream.
 
         Args:
@@ -309,9 +324,7 @@ class Device(Resource):
             x: the address of the activations' first element.
             y: the address of the results' first element.
             stream: a stream's handle.
-            workspace: the address of ``prepared.work.workspace_nbytes`` bytes, which :meth:`workspace` gave; else the
-                call gets some.
-            skip: how many launches to leave out at the beginning.
+            workspace: the address of ``prepared.work.workspace_nbytes`` bytes; 0 for the stream's own.
             owner: the stream's object, or the kind of array whose library gave the handle; None for a stream that the
                 caller may destroy while the work is queued.
 
@@ -321,35 +334,47 @@ class Device(Resource):
         """
         with self.lock:
             if self._stopped or not hasattr(self._thread, "ready"):
-                self.put("a product", self._queue, prepared, weights, x, y, stream, workspace, skip, owner)
+                self.put("a product", self._queue, prepared, weights, x, y, stream, workspace, owner)
                 return
             try:
-                self._queue(prepared, weights, x, y, stream, workspace, skip, owner)
+                self._queue(prepared, weights, x, y, stream, workspace, owner)
             except (CudaCallError, RuntimeError) as reason:
                 raise self._failed("a product", reason) from reason
 
     def _queue(
-        self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, skip: int, owner: object
+        self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, owner: object
     ) -> None:
-        number = self._queued = self._queued + 1
+        before = self._queued
         use = self.streams.begin(stream, owner)
         nbytes = prepared.workspace_nbytes
         if nbytes and not workspace:
             fits = nbytes <= use.nbytes <= IDLE_NBYTES and not self.streams.crowded
             workspace = use.address if fits else self.streams.workspace(use, nbytes)
+        try:
+            self.launch(prepared, weights, x, y, stream, workspace, use.event is None)
+        finally:
+            if use.event is not None:
+                self.streams.end(use)
+        if self._queued != before + 1:
+            raise CudaCallError(DISTURBED)
+
+    def launch(
+        self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, early: bool, skip: int = 0
+    ) -> None:
+        """Put prepared work on a stream, between :meth:`Streams.begin` and :meth:`Streams.end`; arguments as for
+        :meth:`queue`.
+
+        Args:
+            early: whether kernels may start before their predecessors end.
+            skip: how many launches to leave out at the beginning.
+        """
+        self._queued += 1
         bases = prepared.bases
         bases[0], bases[1], bases[2], bases[3] = weights, x, y, workspace  # the order of BASES
         for cell, base, offset in prepared.shifted:
             cell.value = bases[base] + offset
-        event = use.event
-        try:
-            for launch in prepared.launches[skip:] if skip else prepared.launches:
-                launch.queue(stream, event is None)
-        finally:
-            if event is not None:
-                self.streams.end(use)
-        if self._queued != number:
-            raise CudaCallError(DISTURBED)
+        for launch in prepared.launches[skip:] if skip else prepared.launches:
+            launch.queue(stream, early)
 
     @contextmanager
     def undisturbed(self, products: int) -> Iterator[None]:
@@ -375,16 +400,6 @@ class Device(Resource):
     def keep_for_graph(self, stream: int, array: object) -> None:
         """If a stream is being captured, keep an array that only qmm knows until the graph is destroyed."""
         self.put("a captured product", self.streams.keep_for_graph, stream, array)
-
-    def workspace(self, stream: int, nbytes: int) -> int:
-        """The address of workspace for calls that follow on a stream, until others follow; 0 for no bytes. For the
-        thread that holds :attr:`lock`.
-
-        Raises:
-            OutOfMemoryError: there is not enough memory.
-        """
-        with self.errors("workspace"):
-            return self.streams.workspace(self.streams.begin(stream), nbytes) if nbytes else 0
 
     def stop(self, resource: Resource | None = None) -> None:
         """Refuse new work, and :meth:`settle`, before a resource is released, or the device itself."""

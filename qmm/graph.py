@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-from qmm.cuda import CudaCallError, call, on_device, runtime
+from qmm.cuda import CudaCallError, call, on_device, refuse, runtime
 from qmm.device import Device
 from qmm.errors import ClosedError
 from qmm.loaders.closing import Resource
@@ -62,8 +62,11 @@ class Graph(Resource):
         use = streams.begin(stream, owner)
         if use.life is not None:
             return False
-        call("cudaGraphLaunch", self._executable, stream)
-        streams.end(use)
+        (error,) = runtime().cudaGraphLaunch(self._executable, stream)
+        if error:
+            refuse("cudaGraphLaunch", error)
+        if use.event is not None:
+            streams.end(use)
         return True
 
     def stop(self) -> None:

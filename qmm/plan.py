@@ -104,7 +104,7 @@ class Plan(Resource):
             stream = owner.stream(kept[0][0]) if kept else 0
         handle = stream_handle(stream)
         if not self._graph.launch(handle, owner):
-            self._device.put("products", self._queue, handle)
+            self._queue(handle)
 
     def close(self) -> None:
         """Wait for the engine's work, and release the graph and the arrays. Closing twice is harmless; if

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from qmm.device import Device, Prepared
-from qmm.kernels.ops.matvec.plan import NOTHING, Product, Region
+from qmm.kernels.ops.matvec.plan import NOTHING, Product
 
 __all__ = ["Step", "queue_sequence"]
 
@@ -42,23 +42,37 @@ def queue_sequence(
         stream: a stream's handle.
         share_activations: if False, each product quantizes its activations.
         owner: of the stream, see :meth:`qmm.device.Device.queue`.
+
+    Raises:
+        ClosedError, DeviceError: as :meth:`qmm.device.Device.queue`.
     """
+    device.put("products", _queue, device, steps, stream, share_activations, owner)
+
+
+def _queue(device: Device, steps: Sequence[Step], stream: int, share_activations: bool, owner: object) -> None:
     quantized: Step | None = None
-    nbytes = max((step.product.workspace_nbytes for step in steps), default=0)
-    with device.lock, device.undisturbed(len(steps)):
-        workspace = device.workspace(stream, nbytes)
-        for step, following in itertools.zip_longest(steps, steps[1:]):
-            shared = share_activations and quantized is not None and _same_activations(quantized, step)
-            skip = step.product.quantize_launches if shared else 0
-            _set_next_prefetch(step, following)
-            try:
-                device.queue(step.prepared, step.weights, step.x, step.y, stream, workspace, skip, owner)
-            finally:
-                _set_next_prefetch(step, None)
-            if step.product.quantized is not None and not skip:
-                quantized = step
-            if quantized and _writes_activations(step, quantized):
-                quantized = None
+    nbytes = max([step.product.workspace_nbytes for step in steps], default=0)
+    with device.undisturbed(len(steps)):
+        use = device.streams.begin(stream, owner)
+        workspace = device.streams.workspace(use, nbytes) if nbytes else 0
+        try:
+            for step, following in itertools.zip_longest(steps, steps[1:]):
+                shared = share_activations and quantized is not None and _same_activations(quantized, step)
+                skip = step.product.quantize_launches if shared else 0
+                prepared, weights, x, y = step
+                prefetching = following is not None and _set_prefetch(step, following)
+                try:
+                    device.launch(prepared, weights, x, y, stream, workspace, use.event is None, skip)
+                finally:
+                    if prefetching:
+                        _clear_prefetch(step)
+                if step.product.quantized is not None and not skip:
+                    quantized = step
+                if quantized and _writes_activations(step, quantized):
+                    quantized = None
+        finally:
+            if use.event is not None:
+                device.streams.end(use)
 
 
 def _same_activations(first: Step, second: Step) -> bool:
@@ -77,14 +91,22 @@ def _writes_activations(step: Step, quantized: Step) -> bool:
     return quantized.x + x_low < step.y + y_high and step.y + y_low < quantized.x + x_high
 
 
-def _set_next_prefetch(step: Step, following: Step | None) -> None:
-    """Set the weights of another product that a product's launches prefetch to L2, or none."""
-    number = step.product.prefetches
-    if number is None:
-        return
-    region: Region = following.product.prefetch_region if following else NOTHING
+def _set_prefetch(step: Step, following: Step) -> bool:
+    """Let a product's launches prefetch weights of the next one to L2; whether there are any."""
+    number, region = step.product.prefetches, following.product.prefetch_region
+    if number is None or region == NOTHING:
+        return False
     launch = step.prepared.launches[number]
-    launch.cell("next_weights").value = following.weights if following and region != NOTHING else 0
+    launch.cell("next_weights").value = following.weights
     launch.cell("next_row_nbytes").value = region.row_nbytes
     launch.cell("next_rows").value = region.rows
     launch.cell("next_nbytes").value = region.nbytes
+    return True
+
+
+def _clear_prefetch(step: Step) -> None:
+    """Let them prefetch nothing again."""
+    number = step.product.prefetches
+    assert number is not None
+    for name in ("next_weights", "next_row_nbytes", "next_rows", "next_nbytes"):
+        step.prepared.launches[number].cell(name).value = 0

@@ -116,14 +116,19 @@ class Launch:
         self._packed = ctypes.addressof(self._addresses)
         self._read: list[object] = []  # keeps the arrays alive
         self._handle, self._launch = load(kernel, device)
-        self._shape = (ctas, kernel.threads, shared_nbytes)
-        self._early = early
-        self._config = cuda.launch_config(*self._shape, early)
+        shape = (ctas, kernel.threads, shared_nbytes)
+        self._config = cuda.launch_config(*shape, early)
+        self._late = cuda.launch_config(*shape, False) if early else self._config
         self._stream: int | None = None
+        self._cells: dict[str, ctypes.c_int64] = {}
 
     def cell(self, name: str) -> ctypes.c_int64:
         """An argument, to be changed before the next launch by setting its ``value``."""
-        return ctypes.c_int64.from_buffer(self._values, 8 * self.kernel.parameters.index(name))
+        cell = self._cells.get(name)
+        if cell is None:
+            offset = 8 * self.kernel.parameters.index(name)
+            cell = self._cells[name] = ctypes.c_int64.from_buffer(self._values, offset)
+        return cell
 
     def read_from(self, name: str, values: ctypes.Array[ctypes.c_int64], index: int) -> None:
         """From now on, take an argument from an element of an array, as it is when the launch is queued."""
@@ -141,12 +146,8 @@ class Launch:
             CudaCallError: the driver refused; the message names the kernel.
         """
         if stream != self._stream:
-            self._config.hStream = stream
+            self._config.hStream = self._late.hStream = stream
             self._stream = stream
-        config = self._config
-        if self._early and not early:
-            config = cuda.launch_config(*self._shape, False)
-            config.hStream = stream
-        (error,) = self._launch(config, self._handle, self._packed, 0)
+        (error,) = self._launch(self._config if early else self._late, self._handle, self._packed, 0)
         if error:
-            cuda.require_launched(self.kernel.name, error)
+            cuda.refuse_launch(self.kernel.name, error)

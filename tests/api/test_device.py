@@ -42,6 +42,7 @@ def device(fake: Driver, monkeypatch: pytest.MonkeyPatch) -> Device:
     """One whose device was made current before, with nothing on it."""
     for module in ("device", "streams"):
         monkeypatch.setattr(f"qmm.{module}.on_device", lambda number: nullcontext())
+    monkeypatch.setattr("qmm.device.call", lambda function: None)
     device = object.__new__(Device)
     device.number, device.own_streams, device._zeros, device._alone = 0, {}, 0x2E05, True
     device.lock, device._thread, device._stopped = threading.RLock(), threading.local(), False

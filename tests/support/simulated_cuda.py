@@ -336,10 +336,12 @@ def installed(patch: pytest.MonkeyPatch) -> Iterator[Cuda]:
         patch.setitem(sys.modules, f"cuda.bindings.{module}", made)
     patch.setattr(launch, "_loaded", {})
     cuda.runtime.cache_clear()
+    cuda.driver.cache_clear()
     try:
         yield made
     finally:
         cuda.runtime.cache_clear()
+        cuda.driver.cache_clear()
     assert made.mode == runtime.cudaStreamCaptureMode.cudaStreamCaptureModeGlobal, "the thread's mode was changed"
     assert not made.sizes, "memory was left"
     assert not [event for event in made.all_events if event.alive], "events were left"

@@ -51,7 +51,7 @@ class Simulated:
 
     def use(self, stream: Any, nbytes: int = 1 << 20, owner: object = None) -> int:
         """Queue work on a stream; the address of its workspace."""
-        self.device.queue(self.prepared(nbytes), 16, 32, 64, int(stream), 0, 0, owner)
+        self.device.queue(self.prepared(nbytes), 16, 32, 64, int(stream), 0, owner)
         return self.cuda.launches[-1].arguments[0]
 
     @property
