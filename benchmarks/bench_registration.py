@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def by_registering(device: Device, mapping: FileMapping, target: int, nbytes: in
         by_the_driver(device, mapping, target, nbytes)
 
 
-@pytest.mark.parametrize("mib", [1, 16, 32, 256, 1024])
+@pytest.mark.parametrize("mib", [1, 16, 64, 256, 1024])
 @pytest.mark.parametrize("way", [by_qmm, by_the_driver, by_registering], ids=lambda way: way.__name__)
 def test_copy(
     benchmark: BenchmarkFixture,
@@ -92,10 +93,16 @@ def test_copy(
 ) -> None:
     """What a tensor's first use costs under the placement "device", and what it would by other means."""
     nbytes = mib << 20
-    with FileMapping.open(path) as mapping, Device(0) as device:
+    with ExitStack() as opened, Device(0) as device:
         target = device.allocate(nbytes, "a copy")
-        benchmark.pedantic(way, (device, mapping, target, nbytes), rounds=7, warmup_rounds=1)
-        assert read_bytes(device, target, nbytes, device.stream) == mapping.view(0, nbytes).tobytes()
+
+        def setup() -> tuple[tuple[Device, FileMapping, int, int], dict[str, Any]]:
+            """A new mapping for each round, none of whose pages were touched."""
+            opened.close()
+            return (device, opened.enter_context(FileMapping.open(path)), target, nbytes), {}
+
+        benchmark.pedantic(way, setup=setup, rounds=7, warmup_rounds=1)
+        assert read_bytes(device, target, nbytes, device.stream) == path.read_bytes()[:nbytes]
     if benchmark.stats is not None:  # else --benchmark-disable
         what = f"copy {mib} MiB {way.__name__.replace('_', ' ')}"
         record(row_of(what, benchmark, nbytes, None), **gpu.about())

@@ -344,18 +344,19 @@ class Device(Resource):
     def _queue(
         self, prepared: Prepared, weights: int, x: int, y: int, stream: int, workspace: int, owner: object
     ) -> None:
-        before = self._queued
-        use = self.streams.begin(stream, owner)
+        number, streams = self._queued, self.streams
+        use = streams.begin(stream, owner)
         nbytes = prepared.workspace_nbytes
         if nbytes and not workspace:
-            fits = nbytes <= use.nbytes <= IDLE_NBYTES and not self.streams.crowded
-            workspace = use.address if fits else self.streams.workspace(use, nbytes)
+            fits = nbytes <= use.nbytes <= IDLE_NBYTES and not streams.crowded
+            workspace = use.address if fits else streams.workspace(use, nbytes)
+        event = use.event
         try:
-            self.launch(prepared, weights, x, y, stream, workspace, use.event is None)
+            self.launch(prepared, weights, x, y, stream, workspace, event is None)
         finally:
-            if use.event is not None:
-                self.streams.end(use)
-        if self._queued != before + 1:
+            if event is not None:
+                streams.end(use)
+        if self._queued != number + 1:
             raise CudaCallError(DISTURBED)
 
     def launch(

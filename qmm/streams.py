@@ -203,9 +203,10 @@ class Streams:
 
     def order(self, first: int, then: int) -> None:
         """Let what is queued on a stream from now on wait for what is queued on another, unless one is captured."""
-        if self._in_capture(self._handle(then)):  # then the first may be the default stream, which CUDA refuses
+        after = self.begin(then)
+        if after.life is not None:  # then the first may be the default stream, which CUDA refuses
             return
-        before, after = self.begin(first), self.begin(then)
+        before = self.begin(first)
         if before is not after and before.life is None:
             event = self._recorded(before)
             drive("cuStreamWaitEvent", after.handle, event, 0)

@@ -4,13 +4,13 @@ The copy engine is quick only with pages that are locked. Registering those of t
 the copy, and unregistering them waits for all work on the device, whoever's. So threads copy them to locked memory,
 piece by piece, while the copy engine takes what came before. Cached pages on an H200 (driver 580), in GB/s:
 
-============================  ========  =======  =====
-way                           16 MiB    256 MiB  1 GiB
-============================  ========  =======  =====
-register, copy, unregister    23        26       22
-the driver's own way          17        9        9
-this one                      10        24       31
-============================  ========  =======  =====
+==========================  ======  ======  =======  =====
+way                         16 MiB  64 MiB  256 MiB  1 GiB
+==========================  ======  ======  =======  =====
+register, copy, unregister
+the driver's own way        11      9       8        8
+this one                    8       17      23       25
+==========================  ======  ======  =======  =====
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PIECE_NBYTES: Final = 4 << 20
 THREADS: Final = 4
 PIECES: Final = 2 * THREADS
 """Of locked memory: for each thread one that it fills, and one that the copy engine takes."""
-DIRECT_NBYTES: Final = 16 << 20
+DIRECT_NBYTES: Final = 32 << 20
 """Up to so many bytes go the driver's own way."""
 
 

