@@ -69,7 +69,7 @@ def test_register_1_gib(benchmark: BenchmarkFixture, path: Path, record: Callabl
 
 
 def by_qmm(device: Device, mapping: FileMapping, target: int, nbytes: int) -> None:
-    device.uploads.copy(target, mapping.address, nbytes)
+    device.uploads.copy(target, mapping, 0, nbytes)
 
 
 def by_the_driver(device: Device, mapping: FileMapping, target: int, nbytes: int) -> None:

@@ -134,6 +134,27 @@ class FileMapping(Closing):
         start, end = self.require(offset, nbytes)
         return data[start:end]
 
+    def read(self, offset: int, target: memoryview) -> None:
+        """Read bytes of the file from ``offset`` on until ``target`` is full, without touching a page of the mapping.
+
+        Raises:
+            MappingError: The file has become shorter, or cannot be read.
+            ClosedError: The handle was closed.
+        """
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(self.fileno(), [target[done:]], offset + done)
+            except OSError as reason:
+                raise MappingError(
+                    f"{self.path}: byte {offset + done} cannot be read: {reason.strerror}. Open the file again."
+                ) from reason
+            if not count:
+                raise MappingError(
+                    f"{self.path}: became shorter since it was opened: there is no byte {offset + done}. Open it again."
+                )
+            done += count
+
     def require(self, offset: SupportsIndex, nbytes: SupportsIndex) -> tuple[int, int]:
         """Check a range of bytes; its ``start`` and ``end`` as Python ints.
 

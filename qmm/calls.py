@@ -81,10 +81,16 @@ class Calls:
             ArrayError: as :meth:`qmm.Engine.matmul`.
         """
         y_kind, y_address, of_y = None, 0, None
-        x_address, of_x = _signature(kind, x)
+        try:
+            x_address, of_x = kind.signature(x)
+        except Exception:
+            x_address, of_x = _described(kind, x)
         if out is not None:
             y_kind = KINDS[type(out)]
-            y_address, of_y = _signature(y_kind, out)
+            try:
+                y_address, of_y = y_kind.signature(out)
+            except Exception:
+                y_address, of_y = _described(y_kind, out)
         key: Hashable = (tensor, mode, kind, x_address & 15, of_x, y_kind, y_address & 3, of_y)
         call = self._calls.get(key)
         if call is None and key not in self._calls:
@@ -300,13 +306,11 @@ class Calls:
         return self._device.prepare(product, f"the product with {tensor.m} x {tensor.k} {tensor.format.name}")
 
 
-def _signature(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:
-    """The array's address, and all else that plans depend on; or an error that says why there is no address."""
-    try:
-        return kind.signature(array)
-    except Exception:  # each library's own error, for an array that has no address
-        view = kind.view(array)
-        return view.address, view
+def _described(kind: ArrayKind, array: Any) -> tuple[int, Hashable]:
+    """In place of its signature: the array's address and the rest; or an error that says why there is no address, where
+    its library has one of its own."""
+    view = kind.view(array)
+    return view.address, view
 
 
 def _launches(call: Call | None) -> int:

@@ -16,12 +16,12 @@ from typing import Any
 
 from qmm.children import process
 from qmm.cuda import CudaCallError, attribute, call, current_device, on_device
-from qmm.errors import ClosedError, DeviceError
+from qmm.errors import ClosedError, DeviceError, OutOfMemoryError
 from qmm.kernels.ops.layout import ZERO_NBYTES
 from qmm.kernels.ops.op import BASES, Architecture, At, Work
 from qmm.kernels.runtime.launch import Launch
 from qmm.loaders.closing import Resource, close_later
-from qmm.pool import NONBLOCKING, Pool
+from qmm.pool import OUT_OF_MEMORY, WAY_OUT, Pool, new_stream
 from qmm.streams import IDLE_NBYTES, Streams
 from qmm.upload import Uploads
 
@@ -153,7 +153,10 @@ class Device(Resource):
         return _Errors(self, doing)
 
     def _failed(self, doing: str, reason: Exception) -> DeviceError:
-        return DeviceError(f"{doing} on CUDA device {self.number}: {reason}")
+        message = f"{doing} on CUDA device {self.number}: {reason}"
+        if isinstance(reason, CudaCallError) and reason.name == OUT_OF_MEMORY:
+            return OutOfMemoryError(f"{message}. {WAY_OUT}")
+        return DeviceError(message)
 
     @contextmanager
     def current(self, doing: str) -> Iterator[None]:
@@ -222,7 +225,7 @@ class Device(Resource):
             call("cudaMemGetInfo")  # which waits for nothing
 
     def _new_stream(self) -> int:
-        stream = int(call("cudaStreamCreateWithFlags", NONBLOCKING))
+        stream = new_stream()
         self.own_streams[stream] = True
         return stream
 

@@ -13,17 +13,33 @@ from qmm.arrays import release_caches
 from qmm.cuda import CudaCallError, attribute, call, driver, runtime
 from qmm.errors import OutOfMemoryError
 
-__all__ = ["NONBLOCKING", "Pool"]
+__all__ = ["OUT_OF_MEMORY", "WAY_OUT", "Pool", "new_stream"]
 
 RETAINED_NBYTES: Final = 64 << 20
 """Free memory that a pool keeps for its next allocations; what is beyond goes back to the device."""
 NONBLOCKING: Final = 1
 """cudaStreamNonBlocking: work on the default stream is not waited for."""
-OUT_OF_MEMORY: Final = (
-    "What PyTorch and CuPy merely cached was given back before (as by torch.cuda.empty_cache() and "
-    "cupy.get_default_memory_pool().free_all_blocks()). Delete arrays, multiply fewer rows at a time, or choose "
+OUT_OF_MEMORY: Final = "cudaErrorMemoryAllocation"
+WAY_OUT: Final = (
+    "Let libraries give back what they merely cache (torch.cuda.empty_cache(), "
+    "cupy.get_default_memory_pool().free_all_blocks()), delete arrays, multiply fewer rows at a time, or choose "
     'placement="mapped" or "host".'
 )
+
+
+def new_stream() -> int:
+    """A new stream of the current device, which work on the default stream does not wait for.
+
+    Raises:
+        CudaCallError: CUDA refused; for want of memory, though libraries gave back what they merely cached.
+    """
+    try:
+        return int(call("cudaStreamCreateWithFlags", NONBLOCKING))
+    except CudaCallError as reason:
+        if reason.name != OUT_OF_MEMORY:
+            raise
+        release_caches()
+        return int(call("cudaStreamCreateWithFlags", NONBLOCKING))
 
 
 class Pool:
@@ -48,7 +64,7 @@ class Pool:
         Raises:
             CudaCallError: CUDA refused.
         """
-        self._stream = int(call("cudaStreamCreateWithFlags", NONBLOCKING))
+        self._stream = new_stream()
         if self._supported():
             cuda = runtime()
             properties = cuda.cudaMemPoolProps()
@@ -93,7 +109,7 @@ class Pool:
             else:
                 address = int(call("cudaMallocFromPoolAsync", max(1, nbytes), self._pool, self._stream))
         except CudaCallError as reason:
-            if reason.name != "cudaErrorMemoryAllocation":
+            if reason.name != OUT_OF_MEMORY:
                 raise
             return None
         self._addresses[address] = True
@@ -114,7 +130,7 @@ class Pool:
         address = self.allocate(nbytes)
         if address is None:
             free_nbytes, _ = call("cudaMemGetInfo")
-            raise OutOfMemoryError(f"{what} cannot be had: {free_nbytes} bytes are free. {OUT_OF_MEMORY}")
+            raise OutOfMemoryError(f"{what} cannot be had: {free_nbytes} bytes are free. {WAY_OUT}")
         return address
 
     def free(self, address: int) -> None:

@@ -203,10 +203,9 @@ class Streams:
 
     def order(self, first: int, then: int) -> None:
         """Let what is queued on a stream from now on wait for what is queued on another, unless one is captured."""
-        after = self.begin(then)
-        if after.life is not None:  # then the first may be the default stream, which CUDA refuses
+        if self._in_capture(self._handle(then)):  # then the first may be the default stream, which CUDA refuses
             return
-        before = self.begin(first)
+        before, after = self.begin(first), self.begin(then)
         if before is not after and before.life is None:
             event = self._recorded(before)
             drive("cuStreamWaitEvent", after.handle, event, 0)

@@ -133,7 +133,7 @@ class CopyResidency(Residency):
         nbytes = self.tensor.nbytes
         target = self._device.allocate(nbytes, f"a copy of tensor {self.tensor.name!r}")
         try:
-            self._device.uploads.copy(target, self.mapping.address + self.tensor.info.offset, nbytes)
+            self._device.uploads.copy(target, self.mapping, self.tensor.info.offset, nbytes)
         except BaseException:
             with suppress(DeviceError):  # the first error takes precedence
                 self._device.synchronize(self._device.stream)  # it may have come before a transfer was waited for

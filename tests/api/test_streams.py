@@ -305,3 +305,15 @@ def test_a_device_without_memory_pools(cuda: Cuda, monkeypatch: pytest.MonkeyPat
     cuda.take_waits()
     device.close()
     assert cuda.take_waits() == ["event"]
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 3])
+def test_no_memory_for_a_device_at_all(cuda: Cuda, caches: list[int], attempts: int) -> None:
+    """Streams take memory too: other libraries are asked for some, and then it is an error with a way out."""
+    refusal = cuda.cudaError_t.cudaErrorMemoryAllocation
+    cuda.refused["cudaStreamCreateWithFlags"] = [refusal] * attempts
+    if attempts == 1:
+        Device(0).close()
+        return
+    with pytest.raises(OutOfMemoryError, match=r"^preparing the device on CUDA device 0: .*torch\.cuda\.empty_cache"):
+        Device(0)
