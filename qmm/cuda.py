@@ -56,6 +56,8 @@ LOST: Final = (
     "A kernel of this process failed, here or earlier, qmm's or another's, and the device takes no more work from the "
     "process: start a new one."
 )
+OUT_OF_MEMORY: Final = 2
+"""cudaErrorMemoryAllocation, CUDA_ERROR_OUT_OF_MEMORY."""
 CAPTURE_IMPLICIT: Final = 906
 """cudaErrorStreamCaptureImplicit."""
 BLOCKED: Final = (
@@ -85,6 +87,11 @@ class CudaCallError(Exception):
     def gone(self) -> bool:
         """Whether a call that releases something failed because CUDA has released it already."""
         return self.name in GONE
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether it is for want of memory; the runtime and the driver have the same number for that."""
+        return self.number == OUT_OF_MEMORY
 
     @property
     def captured(self) -> bool:
@@ -250,16 +257,18 @@ def on_device(device: int) -> OnDevice:
 
 
 class OnDevice:
-    """The block of :func:`on_device`. One inside of another costs next to nothing."""
+    """The block of :func:`on_device`. One inside of another costs little."""
 
-    __slots__ = ("_before", "_current", "_device", "_mode")
+    __slots__ = ("_before", "_current", "_device", "_mode", "_nested")
 
     def __init__(self, device: int) -> None:
         self._device = device
 
     def __enter__(self) -> None:
         self._before = _inside.device
-        if self._before == self._device:
+        # An interrupt may have ended a block before it said so: then another device may be current by now.
+        self._nested = self._before == self._device == call("cudaGetDevice")
+        if self._nested:
             return
         relaxed = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         self._mode = call("cudaThreadExchangeStreamCaptureMode", relaxed)
@@ -274,7 +283,7 @@ class OnDevice:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._before != self._device:
+        if not self._nested:
             _inside.device = self._before
             try:
                 if self._current != self._device:

@@ -21,7 +21,7 @@ from qmm.kernels.ops.layout import ZERO_NBYTES
 from qmm.kernels.ops.op import BASES, Architecture, At, Work
 from qmm.kernels.runtime.launch import Launch
 from qmm.loaders.closing import Resource, close_later
-from qmm.pool import OUT_OF_MEMORY, WAY_OUT, Pool, new_stream
+from qmm.pool import WAY_OUT, Pool, new_stream
 from qmm.streams import IDLE_NBYTES, Streams
 from qmm.upload import Uploads
 
@@ -154,7 +154,7 @@ class Device(Resource):
 
     def _failed(self, doing: str, reason: Exception) -> DeviceError:
         message = f"{doing} on CUDA device {self.number}: {reason}"
-        if isinstance(reason, CudaCallError) and reason.name == OUT_OF_MEMORY:
+        if isinstance(reason, CudaCallError) and reason.out_of_memory:
             return OutOfMemoryError(f"{message}. {WAY_OUT}")
         return DeviceError(message)
 
@@ -307,7 +307,8 @@ class Device(Resource):
         Raises:
             DeviceError: a kernel cannot be compiled or loaded.
         """
-        with self.lock, self.errors(doing), on_device(self.number):
+        # Not under the lock: another thread may compile, and finalize what needs the lock.
+        with self.errors(doing), on_device(self.number):
             call("cudaMemGetInfo")  # fails after a kernel did, where a compiler would raise an error of its own
             launches = []
             for spec in work.launches:

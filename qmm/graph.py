@@ -62,11 +62,13 @@ class Graph(Resource):
         use = streams.begin(stream, owner)
         if use.life is not None:
             return False
-        (error,) = runtime().cudaGraphLaunch(self._executable, stream)
-        if error:
-            refuse("cudaGraphLaunch", error)
-        if use.event is not None:
-            streams.end(use)
+        try:
+            (error,) = runtime().cudaGraphLaunch(self._executable, stream)
+            if error:
+                refuse("cudaGraphLaunch", error)
+        finally:  # also after an interrupt, when it may be queued
+            if use.event is not None:
+                streams.end(use)
         return True
 
     def stop(self) -> None:

@@ -13,13 +13,12 @@ from qmm.arrays import release_caches
 from qmm.cuda import CudaCallError, attribute, call, driver, runtime
 from qmm.errors import OutOfMemoryError
 
-__all__ = ["OUT_OF_MEMORY", "WAY_OUT", "Pool", "new_stream"]
+__all__ = ["WAY_OUT", "Pool", "new_stream"]
 
 RETAINED_NBYTES: Final = 64 << 20
 """Free memory that a pool keeps for its next allocations; what is beyond goes back to the device."""
 NONBLOCKING: Final = 1
 """cudaStreamNonBlocking: work on the default stream is not waited for."""
-OUT_OF_MEMORY: Final = "cudaErrorMemoryAllocation"
 WAY_OUT: Final = (
     "Let libraries give back what they merely cache (torch.cuda.empty_cache(), "
     "cupy.get_default_memory_pool().free_all_blocks()), delete arrays, multiply fewer rows at a time, or choose "
@@ -36,7 +35,7 @@ def new_stream() -> int:
     try:
         return int(call("cudaStreamCreateWithFlags", NONBLOCKING))
     except CudaCallError as reason:
-        if reason.name != OUT_OF_MEMORY:
+        if not reason.out_of_memory:
             raise
         release_caches()
         return int(call("cudaStreamCreateWithFlags", NONBLOCKING))
@@ -59,13 +58,13 @@ class Pool:
         self._addresses: dict[int, bool] = {}
 
     def open(self) -> None:
-        """Create the pool.
+        """Create the pool; if an interrupt ended that, it goes on.
 
         Raises:
             CudaCallError: CUDA refused.
         """
-        self._stream = new_stream()
-        if self._supported():
+        self._stream = self._stream or new_stream()
+        if self._pool is None and self._supported():
             cuda = runtime()
             properties = cuda.cudaMemPoolProps()
             properties.allocType = cuda.cudaMemAllocationType.cudaMemAllocationTypePinned
@@ -109,7 +108,7 @@ class Pool:
             else:
                 address = int(call("cudaMallocFromPoolAsync", max(1, nbytes), self._pool, self._stream))
         except CudaCallError as reason:
-            if reason.name != OUT_OF_MEMORY:
+            if not reason.out_of_memory:
                 raise
             return None
         self._addresses[address] = True

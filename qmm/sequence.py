@@ -68,6 +68,8 @@ def _queue(device: Device, steps: Sequence[Step], stream: int, share_activations
                         _clear_prefetch(step)
                 if step.product.quantized is not None and not skip:
                     quantized = step
+                elif step.product.quantized is None and step.product.workspace_nbytes:
+                    quantized = None  # its partial results may lie where the quantized activations were
                 if quantized and _writes_activations(step, quantized):
                     quantized = None
         finally:

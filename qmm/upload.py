@@ -8,13 +8,15 @@ piece by piece, while the copy engine takes what came before. ``benchmarks/bench
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from qmm.copies import copy_in
 from qmm.cuda import CudaCallError, drive, on_device
+from qmm.errors import ClosedError
 from qmm.pool import Pool
 from qmm.streams import NO_TIMING
 
@@ -32,20 +34,76 @@ DIRECT_NBYTES: Final = 16 << 20
 """So few bytes go by the driver's own locked memory, which takes no threads."""
 
 
+class _Upload:
+    """One copy under way: its threads, of which none touches anything once :meth:`end` has returned."""
+
+    def __init__(self, target: int, work: Callable[[int, _Upload], None]) -> None:
+        self.target = target
+        self.stopped = False
+        self._work = work
+        self._running = self._done = 0
+        self._error: BaseException | None = None
+        self._changed = threading.Condition(threading.Lock())
+
+    def run(self) -> None:
+        """Work in THREADS threads, and wait for them.
+
+        Raises:
+            RuntimeError: the system refuses another thread.
+            Exception: of the first thread that failed.
+        """
+        for n in range(THREADS):
+            threading.Thread(target=self._part, args=(n,), name=f"qmm upload {n}").start()
+        with self._changed:
+            while self._done < THREADS and self._error is None:
+                self.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _part(self, n: int) -> None:
+        with self._changed:
+            if self.stopped:
+                return
+            self._running += 1
+        try:
+            self._work(n, self)
+        except BaseException as error:
+            self._error = error
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._done += 1
+                self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until one of the threads ends, with the lock held."""
+        self._changed.wait()
+
+    def end(self) -> None:
+        """Have the threads stop, and wait for them. Twice is harmless; so is calling it again after an interrupt."""
+        self.stopped = True
+        with self._changed:
+            while self._running:
+                self.wait()
+        self._error = None  # whose traceback refers to what the caller may want to delete
+
+
 class Uploads:
-    """Copies from files to one device. Its locked memory (32 MiB) and threads are kept until :meth:`close`."""
+    """Copies from files to one device. Its locked memory (32 MiB) is kept until :meth:`close`."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._locked = Pool(device.number, host=True)
+        self._asked = False
         self._memory: memoryview | None = None
         self._address = 0
         self._events: list[Any] = []
-        self._threads = ThreadPoolExecutor(THREADS, "qmm upload")  # starts them when they are needed
+        self._upload: _Upload | None = None
         self._lock = threading.Lock()
 
     def copy(self, target: int, mapping: FileMapping, offset: int, nbytes: int) -> None:
-        """Copy bytes of a file to an address of the device, and wait for it.
+        """Copy bytes of a file to an address of the device, and wait for it. After an error or an interrupt there may
+        be work left: :meth:`settle`, and then wait for the device's stream.
 
         Raises:
             MappingError: the file has become shorter, or cannot be read.
@@ -56,53 +114,67 @@ class Uploads:
         self._device.synchronize(self._device.stream)
 
     def _copied_by_threads(self, target: int, mapping: FileMapping, offset: int, nbytes: int) -> bool:
-        """Queue the copies of all pieces, unless the system refuses locked memory or threads."""
-        with self._lock, self._device.errors(f"copying {nbytes} bytes"):
-            if not self._prepared():
-                return False
-            working = []
-            try:
-                for n in range(THREADS):
-                    working.append(self._threads.submit(self._work, n, target, mapping, offset, nbytes))
-                for done in working:
-                    done.result()
-            except RuntimeError:  # of threading: no more threads can be started
-                return False
-            finally:
-                wait(working)
-            return True
+        """Queue the copies of all pieces; unless the system refuses locked memory or threads, or these are in use. They
+        are not waited for, since this may be a signal handler in the middle of another copy."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            with self._device.errors(f"copying {nbytes} bytes"):
+                self.settle()
+                if not self._prepared():
+                    return False
+                work = functools.partial(self._work, mapping=mapping, offset=offset, nbytes=nbytes)
+                upload = self._upload = _Upload(target, work)
+                try:
+                    upload.run()
+                except RuntimeError:  # of threading: no more threads can be started
+                    return False
+                finally:
+                    self.settle()
+                return True
+        finally:
+            self._lock.release()
+
+    def settle(self, target: int | None = None) -> None:
+        """End the copy to that address, or any that an interrupt has left: afterwards no thread works for it."""
+        upload = self._upload
+        if upload is not None and target in (None, upload.target):
+            upload.end()
+            self._upload = None
 
     def _prepared(self) -> bool:
-        """Whether there is locked memory; if not, it is not asked for again."""
-        if self._memory is None:
-            self._memory = memoryview(b"")
+        """Whether there is locked memory; if it was refused, it is not asked for again."""
+        if not self._asked:
             with suppress(CudaCallError), on_device(self._device.number):
                 self._locked.open()
                 while len(self._events) < PIECES:
                     self._events.append(drive("cuEventCreate", NO_TIMING))
-                self._address = self._locked.allocate(PIECES * PIECE_NBYTES) or 0
-            if self._address:
-                locked = (ctypes.c_uint8 * (PIECES * PIECE_NBYTES)).from_address(self._address)
-                self._memory = memoryview(locked).cast("B")
-        return self._address != 0
+                address = self._locked.allocate(PIECES * PIECE_NBYTES)
+                if address is not None:
+                    locked = (ctypes.c_uint8 * (PIECES * PIECE_NBYTES)).from_address(address)
+                    self._address, self._memory = address, memoryview(locked).cast("B")
+            self._asked = True
+        return self._memory is not None
 
-    def _work(self, n: int, target: int, mapping: FileMapping, offset: int, nbytes: int) -> None:
+    def _work(self, n: int, upload: _Upload, *, mapping: FileMapping, offset: int, nbytes: int) -> None:
         """Copy one thread's part of the pieces: the n-th of each THREADS."""
-        assert self._memory
+        assert self._memory is not None
         with on_device(self._device.number):
             for turn, start in enumerate(range(n * PIECE_NBYTES, nbytes, THREADS * PIECE_NBYTES)):
+                if upload.stopped:
+                    raise ClosedError("the copy was ended before it was complete")
                 which = 2 * n + turn % 2
                 piece, event = which * PIECE_NBYTES, self._events[which]
                 length = min(PIECE_NBYTES, nbytes - start)
                 drive("cuEventSynchronize", event)  # until the copy engine has taken what was there before
                 mapping.read(offset + start, self._memory[piece : piece + length])
-                self._device.copy(target + start, self._address + piece, length, self._device.stream)
+                self._device.copy(upload.target + start, self._address + piece, length, self._device.stream)
                 drive("cuEventRecord", event, self._device.stream)
 
     def close(self) -> None:
-        """Give up the locked memory and the threads; the device is done with it. The device must be current."""
-        self._threads.shutdown()
-        self._memory, self._address = memoryview(b""), 0
+        """Give up the locked memory; the device is done with it. The device must be current."""
+        self.settle()
+        self._asked, self._memory, self._address = True, None, 0
         self._locked.close()
         while self._events:
             drive("cuEventDestroy", self._events.pop())

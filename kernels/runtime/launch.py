@@ -9,7 +9,6 @@ import ctypes
 import operator
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from types import ModuleType
 
 from qmm import cuda
@@ -49,8 +48,11 @@ def _load(kernel: Kernel, device: int) -> cuda.Function:
     cached = CachedKernel(kernel.name, kernel.described(), capability)
     found = cached.get()
     if found is not None:
-        with suppress(cuda.CudaCallError):  # refused for any reason: compile it here
+        try:
             return cuda.load_function(found.code, found.entry, shared_nbytes)
+        except cuda.CudaCallError as reason:  # refused for any other reason: compile it here
+            if reason.out_of_memory:
+                raise
     with compiling():
         code = Code(*_build().compiled(kernel, capability))
     function = cuda.load_function(code.code, code.entry, shared_nbytes)

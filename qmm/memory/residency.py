@@ -108,7 +108,7 @@ class CopyResidency(Residency):
         self._device = device
         self._address = 0
         self._released = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def nbytes(self) -> int:
@@ -122,7 +122,11 @@ class CopyResidency(Residency):
                 if self._released:  # by another thread, after this one's call began
                     raise ClosedError(f"{self.tensor.info.path}: the engine was closed. Create another one.")
                 if not self._address:
-                    self._address = self._copy()
+                    copy = self._copy()
+                    if self.nbytes:  # a signal handler or a finalizer of this thread has copied it meanwhile
+                        self._device.free(copy)
+                    else:
+                        self._address = copy
         return self._address
 
     def check(self) -> None:
@@ -134,7 +138,9 @@ class CopyResidency(Residency):
         target = self._device.allocate(nbytes, f"a copy of tensor {self.tensor.name!r}")
         try:
             self._device.uploads.copy(target, self.mapping, self.tensor.info.offset, nbytes)
+            self.mapping.check()  # it may have been written to while it was copied
         except BaseException:
+            self._device.uploads.settle(target)
             with suppress(DeviceError):  # the first error takes precedence
                 self._device.synchronize(self._device.stream)  # it may have come before a transfer was waited for
                 self._device.free(target)

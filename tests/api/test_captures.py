@@ -12,6 +12,7 @@ from simulated_cuda import Capture, Cuda
 from simulated_work import Library, Simulated
 
 from qmm.copies import copy_in, copy_out
+from qmm.cuda import on_device
 from qmm.device import Device
 from qmm.errors import DeviceError, OutOfMemoryError
 from qmm.graph import capture
@@ -278,3 +279,41 @@ def test_other_refusals_of_a_copy_are_errors(simulated: Simulated) -> None:
         with pytest.raises(DeviceError, match=r"copying 32 bytes .* returned cudaErrorIllegalAddress"):
             copied(device, *arguments, device.stream)
     assert not cuda.copies
+
+
+# Interrupts -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_replay_is_waited_for(simulated: Simulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, cuda, stream = simulated.device, simulated.cuda, simulated.cuda.stream()
+    prepared, usual = simulated.prepared(MIB), Cuda.cudaGraphLaunch
+    with device.temporary_stream() as own:
+        graph = capture(device, lambda: device.queue(prepared, 16, 32, 64, own), own)
+
+    def launch(cuda: Cuda, *arguments: Any) -> None:
+        usual(cuda, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Cuda, "cudaGraphLaunch", launch)
+        with pytest.raises(KeyboardInterrupt):
+            graph.launch(int(stream))
+    cuda.take_waits()
+    device.settle(graph, graphs=False)
+    assert cuda.take_waits() == ["event"]
+    graph.close()
+
+
+def test_a_block_that_was_not_left_does_not_stand_for_the_next(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an interrupt at its end, when the user has made another device current meanwhile."""
+    current = [0]
+    monkeypatch.setattr(Cuda, "cudaGetDevice", lambda cuda: (0, current[0]))
+    monkeypatch.setattr(Cuda, "cudaSetDevice", lambda cuda, device: (0, current.__setitem__(0, device))[:1])
+    left = on_device(0)
+    left.__enter__()
+    current[0] = 1
+    with on_device(0):
+        assert current == [0]
+    assert current == [1]
+    current[0] = 0
+    left.__exit__(None, None, None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import simulated_cuda
+from cuda.bindings import driver
 from simulated_cuda import Cuda
 from simulated_memory import MEMORY
 from simulated_work import Library, Simulated
@@ -317,3 +318,10 @@ def test_no_memory_for_a_device_at_all(cuda: Cuda, caches: list[int], attempts: 
         return
     with pytest.raises(OutOfMemoryError, match=r"^preparing the device on CUDA device 0: .*torch\.cuda\.empty_cache"):
         Device(0)
+
+
+def test_no_memory_for_an_event(simulated: Simulated) -> None:
+    """The driver has another name for it than the runtime."""
+    simulated.cuda.refused["cuEventCreate"] = [driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY]
+    with pytest.raises(OutOfMemoryError, match=r"returned CUDA_ERROR_OUT_OF_MEMORY \(2\).*torch\.cuda\.empty_cache"):
+        simulated.use(simulated.cuda.stream())

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import simulated_cuda
+from gguf_files import random_blocks, write_gguf
 from simulated_work import Simulated
 
+import qmm
 from qmm import upload
 from qmm.errors import DeviceError, MappingError
 from qmm.loaders import FileMapping
+from qmm.memory.residency import CopyResidency
+from qmm.upload import _Upload
 
 PIECE = 4096
 PIECES = 19  # the last of which is short
@@ -118,17 +126,126 @@ def test_an_upload_beside_a_capture(simulated: Simulated, source: FileMapping) -
     simulated.cuda.cudaGraphDestroy(graph)
 
 
-def test_two_uploads_at_once(simulated: Simulated, source: FileMapping) -> None:
-    device, cuda = simulated.device, simulated.cuda
-    targets = [device.allocate(NBYTES, "a test") for _ in range(4)]
-    threads = [
-        threading.Thread(target=device.uploads.copy, args=(target, source, OFFSET, NBYTES)) for target in targets
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for target in targets:
-        parts = [cuda.contents[target + start] for start in range(0, NBYTES, PIECE)]
-        assert b"".join(parts) == content(source)
+def test_another_upload_meanwhile_does_not_wait(
+    simulated: Simulated, source: FileMapping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be one of a signal handler of this very thread."""
+    device, cuda, usual = simulated.device, simulated.cuda, FileMapping.read
+    with device.temporary_buffer(NBYTES, "a test") as other, device.temporary_buffer(NBYTES, "a test") as target:
+
+        def read(mapping: FileMapping, offset: int, piece: memoryview) -> None:
+            if not nested:
+                nested.append(True)
+                device.uploads.copy(other, source, OFFSET, NBYTES)
+            usual(mapping, offset, piece)
+
+        nested: list[bool] = []
+        monkeypatch.setattr(FileMapping, "read", read)
+        device.uploads.copy(target, source, OFFSET, NBYTES)
+        assert cuda.contents.pop(other) == content(source)
+        assert b"".join(cuda.contents[start] for start in sorted(cuda.contents)) == content(source)
+    cuda.take_waits()
+
+
+@pytest.mark.parametrize("started", [0, 1, 3])
+def test_nothing_is_done_for_an_upload_whose_threads_were_refused(
+    simulated: Simulated, source: FileMapping, monkeypatch: pytest.MonkeyPatch, started: int
+) -> None:
+    usual, starts, slow = threading.Thread.start, itertools.count(), FileMapping.read
+
+    def start(thread: threading.Thread) -> None:
+        if next(starts) >= started:
+            raise RuntimeError("can't start new thread")
+        usual(thread)
+
+    monkeypatch.setattr(FileMapping, "read", lambda *arguments: (time.sleep(0.01), slow(*arguments))[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        simulated.device.uploads.copy(target := simulated.device.allocate(NBYTES, "a test"), source, OFFSET, NBYTES)
+    made = len(simulated.cuda.copies)
+    time.sleep(0.05)
+    assert len(simulated.cuda.copies) == made
+    assert simulated.cuda.contents[target] == content(source)
+    simulated.cuda.contents.clear()
+    simulated.device.free(target)
+    assert copied(simulated, source) == content(source)
+
+
+@pytest.mark.parametrize("interrupts", [1, 2])
+def test_an_interrupted_first_use_frees_its_copy_when_nothing_writes_there_any_more(
+    simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupts: int
+) -> None:
+    """The second interrupt comes while the threads are waited for."""
+    rng, slow, usual = np.random.default_rng(0), FileMapping.read, _Upload.wait
+    path = tmp_path / "model.gguf"
+    write_gguf(path, {"a": ("Q8_0", (300, 256), random_blocks("Q8_0", (300, 256), rng))})
+    left = [KeyboardInterrupt] * interrupts
+
+    def wait(awaited: _Upload) -> None:
+        if left:
+            raise left.pop()
+        usual(awaited)
+
+    with qmm.open(path) as model:
+        tensor = model["a"]
+        copy = CopyResidency(tensor, model.mapping(tensor.info.path), simulated.device)
+        before = set(simulated.cuda.sizes)
+        monkeypatch.setattr(FileMapping, "read", lambda *arguments: (time.sleep(0.01), slow(*arguments))[1])
+        monkeypatch.setattr(_Upload, "wait", wait)
+        with pytest.raises(KeyboardInterrupt):
+            copy.lease()
+        assert not left
+        assert set(simulated.cuda.sizes) - before <= set(simulated.cuda.locked)  # the copy was freed
+        made = len(simulated.cuda.copies)
+        time.sleep(0.05)
+        assert len(simulated.cuda.copies) == made
+        simulated.cuda.contents.clear()
+        address = copy.lease()
+        parts = [simulated.cuda.contents[start] for start in sorted(simulated.cuda.contents)]
+        assert b"".join(parts) == tensor.data.tobytes()
+        assert address in simulated.cuda.sizes
+        copy.release()
+    simulated.cuda.take_waits()
+
+
+def test_a_file_that_is_written_to_during_its_copy_is_an_error(
+    simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, usual = tmp_path / "model.gguf", FileMapping.read
+    rng = np.random.default_rng(0)
+    write_gguf(path, {"a": ("Q8_0", (300, 256), random_blocks("Q8_0", (300, 256), rng))})
+    with qmm.open(path) as model:
+        tensor = model["a"]
+        copy = CopyResidency(tensor, model.mapping(tensor.info.path), simulated.device)
+
+        def read(*arguments: Any) -> None:
+            usual(*arguments)
+            os.utime(path, ns=(1, 1))
+
+        monkeypatch.setattr(FileMapping, "read", read)
+        with pytest.raises(MappingError, match="mtime_ns was"):
+            copy.lease()
+        assert copy.nbytes == 0
+    simulated.cuda.take_waits()
+
+
+def test_a_refused_upload_keeps_nothing_alive(simulated: Simulated, source: FileMapping) -> None:
+    class Held:
+        """What a caller's frame refers to."""
+
+    def fail() -> weakref.ref[Held]:
+        held = Held()
+        cuda.refused["cudaMemcpyAsync"] = [cuda.cudaError_t.cudaErrorIllegalAddress]
+        with pytest.raises(DeviceError):
+            copied(simulated, source)
+        return weakref.ref(held)
+
+    cuda = simulated.cuda
+    gc.collect()
+    gc.disable()
+    try:
+        assert fail()() is None
+    finally:
+        gc.enable()
+    cuda.finish()
     cuda.take_waits()

@@ -115,6 +115,42 @@ def require_what_comes_next(mapped: bool, most: int, rng: np.random.Generator, m
         np.testing.assert_array_equal(device.memory.find(step.y, 4).array(np.float32), alone.ravel())
 
 
+@pytest.mark.parametrize(
+    ("names", "k", "int8"),
+    [
+        (("Q4_K", "F32", "Q4_K"), 256, False),
+        (("Q8_0", "BF16", "Q8_0"), 256, False),
+        (("Q3_K", "Q5_K", "Q3_K"), 5120, True),
+    ],
+)
+def test_activations_that_a_product_between_may_have_overwritten_are_not_shared(
+    names: tuple[str, ...], k: int, int8: bool, rng: np.random.Generator
+) -> None:
+    """One that quantizes for itself has its partial results where the others have their activations."""
+    device = EmulatedDevice(replace(HOPPER, shared_nbytes=232448))
+    n, m, x = 2, 16, rng.standard_normal((2, k)).astype(np.float32)
+    source = view_of(device.add("x", x.tobytes()), (n, k))
+    steps, matrices, targets = [], [], []
+    for name in names:
+        data = random_blocks(name, (m, k), rng)
+        weight, target = device.add(name, data, constant=True), device.add("y", bytes(4 * n * 2 * m))
+        y = View((n, m), (8 * m, 4), "float32", target.start, 0)  # not dense
+        case = int8 and not FORMATS[name].plain
+        prepared = direct.prepare(device, FORMATS[name], WeightLayout.at(weight.start), m, k, source, y, case)
+        steps.append(Step(prepared, weight.start, source.address, y.address))
+        matrices.append(dequantized(FORMATS[name], data, m, k).astype(np.float64))
+        targets.append(target)
+    first, between, last = (step.product for step in steps)
+    assert first.quantized == last.quantized is not None
+    assert between.quantized is None
+    assert between.workspace_nbytes
+    queue_sequence(device, steps, 0)
+    for matrix, target in zip(matrices, targets, strict=True):
+        exact = x @ matrix.T
+        results = target.array(np.float32).reshape(n, 2 * m)[:, :m]
+        assert np.sum((results - exact) ** 2) < 5e-4 * np.sum(exact**2)
+
+
 def require_prefetched(weight: Region, row_nbytes: int, m: int, product: Product, mapped: bool, most: int) -> None:
     """Of what is worth having in L2, what shares 16 bytes with nothing else was asked for."""
     pitch, count, nbytes = product.prefetch_region

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import fake_driver
 from cuda.bindings import runtime
-from simulated_objects import Item
+from simulated_objects import Item, Stream
 
 __all__ = ["MEMORY", "Memory"]
 
@@ -65,16 +66,22 @@ class Memory(fake_driver.Driver):
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: int, handle: int) -> tuple[int]:
         stream = self._at(handle, idle=True)
         self.copies.append((target, source, nbytes))
-        if target >= MEMORY and any(block <= source < block + self.sizes[block] for block in self.locked):
-            item = Item()
-            item.then.append(lambda: self.contents.update({target: ctypes.string_at(source, nbytes)}))
-            stream.items.append(item)
-        elif target >= MEMORY:  # as from pageable memory, which is read before this returns
-            self.contents[target] = ctypes.string_at(source, nbytes)
-        else:
-            item = Item()
-            item.then.append(lambda: ctypes.memmove(target, self.contents.get(source, bytes(nbytes)), nbytes) and None)
-            stream.items.append(item)
+        locked = any(block <= source < block + self.sizes[block] for block in self.locked)
+        if target < MEMORY:
+            return self._later(stream, lambda: ctypes.memmove(target, self.contents.get(source, bytes(nbytes)), nbytes))
+        if locked:
+            return self._later(stream, lambda: self.contents.update({target: ctypes.string_at(source, nbytes)}))
+        read = ctypes.string_at(source, nbytes)  # pageable memory is read before this returns
+        if stream.pending:
+            return self._later(stream, lambda: self.contents.update({target: read}))
+        self.contents[target] = read
+        return (0,)
+
+    @staticmethod
+    def _later(stream: Stream, work: Callable[[], object]) -> tuple[int]:
+        item = Item()
+        item.then.append(lambda: work() and None)
+        stream.items.append(item)
         return (0,)
 
     def cudaMemPoolCreate(self, properties: Any) -> tuple[int, str]:
