@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 from qmm import extras
 
 __all__ = [
+    "ANYWHERE",
     "CudaCallError",
     "Function",
     "advice",
@@ -56,6 +57,8 @@ LOST: Final = (
     "A kernel of this process failed, here or earlier, qmm's or another's, and the device takes no more work from the "
     "process: start a new one."
 )
+ANYWHERE: Final = 4
+"""cudaMemcpyDefault: the addresses of a copy say where they are."""
 OUT_OF_MEMORY: Final = 2
 """cudaErrorMemoryAllocation, CUDA_ERROR_OUT_OF_MEMORY."""
 CAPTURE_IMPLICIT: Final = 906

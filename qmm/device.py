@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from qmm.children import process
-from qmm.cuda import CudaCallError, attribute, call, current_device, on_device
+from qmm.cuda import ANYWHERE, CudaCallError, attribute, call, current_device, on_device
 from qmm.errors import ClosedError, DeviceError, OutOfMemoryError
 from qmm.kernels.ops.layout import ZERO_NBYTES
 from qmm.kernels.ops.op import BASES, Architecture, At, Work
@@ -26,10 +26,6 @@ from qmm.streams import IDLE_NBYTES, Streams
 from qmm.upload import Uploads
 
 __all__ = ["Device", "Prepared"]
-
-ANYWHERE = 4
-"""cudaMemcpyDefault: the addresses say where they are."""
-
 
 DISTURBED = (
     "a finalizer or a signal handler of the same thread multiplied in the middle of a product, whose results may be "

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from qmm.copies import copy_in
-from qmm.cuda import CudaCallError, drive, on_device
+from qmm.cuda import ANYWHERE, CudaCallError, call, drive, on_device
 from qmm.errors import ClosedError
 from qmm.pool import Pool
 from qmm.streams import NO_TIMING
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Uploads"]
 
 PIECE_NBYTES: Final = 4 << 20
-THREADS: Final = 4
+THREADS: Final = 8
 PIECES: Final = 2 * THREADS
 """Of locked memory: for each thread one that it fills, and one that the copy engine takes."""
 DIRECT_NBYTES: Final = 16 << 20
@@ -35,17 +37,19 @@ DIRECT_NBYTES: Final = 16 << 20
 
 
 class _Upload:
-    """One copy under way: its threads, of which none touches anything once :meth:`end` has returned."""
+    """One copy under way, whose pieces the threads take as they come to them. None touches anything once :meth:`end`
+    has returned."""
 
-    def __init__(self, target: int, work: Callable[[int, _Upload], None]) -> None:
-        self.target = target
-        self.stopped = False
+    def __init__(self, target: int, nbytes: int, work: Callable[[int, _Upload], None]) -> None:
+        self.target, self.nbytes = target, nbytes
+        self._starts = iter(range(0, nbytes, PIECE_NBYTES))
         self._work = work
+        self._stopped = False
         self._running = self._done = 0
         self._error: BaseException | None = None
         self._changed = threading.Condition(threading.Lock())
 
-    def run(self) -> None:
+    def run(self, threads: ThreadPoolExecutor) -> None:
         """Work in THREADS threads, and wait for them.
 
         Raises:
@@ -53,16 +57,31 @@ class _Upload:
             Exception: of the first thread that failed.
         """
         for n in range(THREADS):
-            threading.Thread(target=self._part, args=(n,), name=f"qmm upload {n}").start()
+            threads.submit(self._part, n)
         with self._changed:
             while self._done < THREADS and self._error is None:
                 self.wait()
         if self._error is not None:
             raise self._error
 
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Where a thread's next piece begins, and its length.
+
+        Raises:
+            ClosedError: the copy was ended before it was complete.
+        """
+        while True:
+            with self._changed:
+                if self._stopped:
+                    raise ClosedError("the copy was ended before it was complete")
+                start = next(self._starts, None)
+            if start is None:
+                return
+            yield start, min(PIECE_NBYTES, self.nbytes - start)
+
     def _part(self, n: int) -> None:
         with self._changed:
-            if self.stopped:
+            if self._stopped:  # of an upload that ended before a thread came to this part
                 return
             self._running += 1
         try:
@@ -81,15 +100,15 @@ class _Upload:
 
     def end(self) -> None:
         """Have the threads stop, and wait for them. Twice is harmless; so is calling it again after an interrupt."""
-        self.stopped = True
         with self._changed:
+            self._stopped = True
             while self._running:
                 self.wait()
         self._error = None  # whose traceback refers to what the caller may want to delete
 
 
 class Uploads:
-    """Copies from files to one device. Its locked memory (32 MiB) is kept until :meth:`close`."""
+    """Copies from files to one device. Its locked memory (64 MiB) and threads are kept until :meth:`close`."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -98,6 +117,7 @@ class Uploads:
         self._memory: memoryview | None = None
         self._address = 0
         self._events: list[Any] = []
+        self._threads = ThreadPoolExecutor(THREADS, "qmm upload")  # starts them when they are needed
         self._upload: _Upload | None = None
         self._lock = threading.Lock()
 
@@ -123,10 +143,10 @@ class Uploads:
                 self.settle()
                 if not self._prepared():
                     return False
-                work = functools.partial(self._work, mapping=mapping, offset=offset, nbytes=nbytes)
-                upload = self._upload = _Upload(target, work)
+                work = functools.partial(self._work, mapping=mapping, offset=offset)
+                upload = self._upload = _Upload(target, nbytes, work)
                 try:
-                    upload.run()
+                    upload.run(self._threads)
                 except RuntimeError:  # of threading: no more threads can be started
                     return False
                 finally:
@@ -156,24 +176,24 @@ class Uploads:
             self._asked = True
         return self._memory is not None
 
-    def _work(self, n: int, upload: _Upload, *, mapping: FileMapping, offset: int, nbytes: int) -> None:
-        """Copy one thread's part of the pieces: the n-th of each THREADS."""
+    def _work(self, n: int, upload: _Upload, *, mapping: FileMapping, offset: int) -> None:
+        """What the n-th thread does: two pieces of the locked memory are its own."""
         assert self._memory is not None
+        turns = itertools.cycle((2 * n, 2 * n + 1))
         with on_device(self._device.number):
-            for turn, start in enumerate(range(n * PIECE_NBYTES, nbytes, THREADS * PIECE_NBYTES)):
-                if upload.stopped:
-                    raise ClosedError("the copy was ended before it was complete")
-                which = 2 * n + turn % 2
-                piece, event = which * PIECE_NBYTES, self._events[which]
-                length = min(PIECE_NBYTES, nbytes - start)
+            for start, length in upload.pieces():
+                turn = next(turns)
+                piece, event = turn * PIECE_NBYTES, self._events[turn]
                 drive("cuEventSynchronize", event)  # until the copy engine has taken what was there before
                 mapping.read(offset + start, self._memory[piece : piece + length])
-                self._device.copy(upload.target + start, self._address + piece, length, self._device.stream)
+                arguments = (upload.target + start, self._address + piece, length, ANYWHERE, self._device.stream)
+                call("cudaMemcpyAsync", *arguments)
                 drive("cuEventRecord", event, self._device.stream)
 
     def close(self) -> None:
-        """Give up the locked memory; the device is done with it. The device must be current."""
+        """Give up the locked memory and the threads; the device is done with it. The device must be current."""
         self.settle()
+        self._threads.shutdown()
         self._asked, self._memory, self._address = True, None, 0
         self._locked.close()
         while self._events:

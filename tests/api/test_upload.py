@@ -26,7 +26,7 @@ from qmm.memory.residency import CopyResidency
 from qmm.upload import _Upload
 
 PIECE = 4096
-PIECES = 19  # the last of which is short
+PIECES = 67  # the last of which is short
 OFFSET, NBYTES = 1000, PIECES * PIECE - 77
 
 
@@ -63,12 +63,13 @@ def test_large_copies_go_through_locked_pieces(
 ) -> None:
     """The simulated device reads a locked piece as late as it may, so one that is filled too early spoils the copy."""
     monkeypatch.setitem(simulated_cuda.ATTRIBUTES, "HostMemoryPoolsSupported", pools)
-    cuda = simulated.cuda
+    cuda, usual = simulated.cuda, FileMapping.read
+    monkeypatch.setattr(FileMapping, "read", lambda *arguments: (time.sleep(0.002), usual(*arguments))[1])
     for _ in range(2):
         cuda.copies.clear()
         assert copied(simulated, source) == content(source)
         assert len(cuda.copies) == PIECES
-        assert len({start for _, start, _ in cuda.copies}) == upload.PIECES
+        assert upload.THREADS <= len({start for _, start, _ in cuda.copies}) <= upload.PIECES  # each took one at least
         assert sum(cuda.sizes[block] for block in cuda.locked) == upload.PIECES * PIECE
 
 
@@ -104,7 +105,7 @@ def test_an_error_in_a_thread_is_raised_once_all_have_ended(simulated: Simulated
     cuda.refused["cudaMemcpyAsync"] = [cuda.cudaError_t.cudaErrorIllegalAddress]
     with pytest.raises(DeviceError, match="returned cudaErrorIllegalAddress"):
         copied(simulated, source)
-    assert len(cuda.copies) == PIECES - 5  # all but those of one thread
+    assert len(cuda.copies) < PIECES
     cuda.finish()
     cuda.contents.clear()
     assert copied(simulated, source) == content(source)
