@@ -60,8 +60,9 @@ def _queue(device: Device, steps: Sequence[Step], stream: int, share_activations
                 shared = share_activations and quantized is not None and _same_activations(quantized, step)
                 skip = step.product.quantize_launches if shared else 0
                 prepared, weights, x, y = step
-                prefetching = following is not None and _set_prefetch(step, following)
+                prefetching = following is not None
                 try:
+                    prefetching = prefetching and _set_prefetch(step, following)
                     device.launch(prepared, weights, x, y, stream, workspace, use.event is None, skip)
                 finally:
                     if prefetching:
@@ -101,14 +102,16 @@ def _set_prefetch(step: Step, following: Step) -> bool:
     launch = step.prepared.launches[number]
     launch.cell("next_weights").value = following.weights
     launch.cell("next_row_nbytes").value = region.row_nbytes
-    launch.cell("next_rows").value = region.rows
     launch.cell("next_nbytes").value = region.nbytes
+    launch.cell(
+        "next_rows"
+    ).value = region.rows  # last: without rows nothing is prefetched, whenever an interrupt comes
     return True
 
 
 def _clear_prefetch(step: Step) -> None:
     """Let them prefetch nothing again."""
     number = step.product.prefetches
-    assert number is not None
-    for name in ("next_weights", "next_row_nbytes", "next_rows", "next_nbytes"):
-        step.prepared.launches[number].cell(name).value = 0
+    if number is not None:
+        for name in ("next_rows", "next_nbytes", "next_row_nbytes", "next_weights"):  # the rows first
+            step.prepared.launches[number].cell(name).value = 0

@@ -8,17 +8,13 @@ piece by piece, while the copy engine takes what came before. ``benchmarks/bench
 from __future__ import annotations
 
 import ctypes
-import functools
-import itertools
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from qmm.copies import copy_in
 from qmm.cuda import ANYWHERE, CudaCallError, call, drive, on_device
-from qmm.errors import ClosedError
+from qmm.kernels.ops.cpu.threads import Helpers
 from qmm.pool import Pool
 from qmm.streams import NO_TIMING
 
@@ -37,74 +33,26 @@ DIRECT_NBYTES: Final = 16 << 20
 
 
 class _Upload:
-    """One copy under way, whose pieces the threads take as they come to them. None touches anything once :meth:`end`
-    has returned."""
+    """One copy under way, whose pieces the threads take as they come to them."""
 
-    def __init__(self, target: int, nbytes: int, work: Callable[[int, _Upload], None]) -> None:
-        self.target, self.nbytes = target, nbytes
-        self._starts = iter(range(0, nbytes, PIECE_NBYTES))
-        self._work = work
-        self._stopped = False
-        self._running = self._done = 0
-        self._error: BaseException | None = None
-        self._changed = threading.Condition(threading.Lock())
+    def __init__(self, target: int, mapping: FileMapping, offset: int, nbytes: int) -> None:
+        self.target, self.mapping, self.offset, self.nbytes = target, mapping, offset, nbytes
+        self.stopped = False
+        self._threads = self._start = 0
+        self._lock = threading.Lock()
 
-    def run(self, threads: ThreadPoolExecutor) -> None:
-        """Work in THREADS threads, and wait for them.
+    def thread(self) -> int:
+        """The number of a thread that begins with it."""
+        with self._lock:
+            self._threads += 1
+            return self._threads - 1
 
-        Raises:
-            RuntimeError: the system refuses another thread.
-            Exception: of the first thread that failed.
-        """
-        for n in range(THREADS):
-            threads.submit(self._part, n)
-        with self._changed:
-            while self._done < THREADS and self._error is None:
-                self.wait()
-        if self._error is not None:
-            raise self._error
-
-    def pieces(self) -> Iterator[tuple[int, int]]:
-        """Where a thread's next piece begins, and its length.
-
-        Raises:
-            ClosedError: the copy was ended before it was complete.
-        """
-        while True:
-            with self._changed:
-                if self._stopped:
-                    raise ClosedError("the copy was ended before it was complete")
-                start = next(self._starts, None)
-            if start is None:
-                return
-            yield start, min(PIECE_NBYTES, self.nbytes - start)
-
-    def _part(self, n: int) -> None:
-        with self._changed:
-            if self._stopped:  # of an upload that ended before a thread came to this part
-                return
-            self._running += 1
-        try:
-            self._work(n, self)
-        except BaseException as error:
-            self._error = error
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._done += 1
-                self._changed.notify_all()
-
-    def wait(self) -> None:
-        """Wait until one of the threads ends, with the lock held."""
-        self._changed.wait()
-
-    def end(self) -> None:
-        """Have the threads stop, and wait for them. Twice is harmless; so is calling it again after an interrupt."""
-        with self._changed:
-            self._stopped = True
-            while self._running:
-                self.wait()
-        self._error = None  # whose traceback refers to what the caller may want to delete
+    def piece(self) -> tuple[int, int]:
+        """Where a thread's next piece begins, and its length, which is 0 if none is left."""
+        with self._lock:
+            start = self.nbytes if self.stopped else self._start
+            self._start = start + PIECE_NBYTES
+        return start, max(0, min(PIECE_NBYTES, self.nbytes - start))
 
 
 class Uploads:
@@ -117,50 +65,34 @@ class Uploads:
         self._memory: memoryview | None = None
         self._address = 0
         self._events: list[Any] = []
-        self._threads = ThreadPoolExecutor(THREADS, "qmm upload")  # starts them when they are needed
-        self._upload: _Upload | None = None
+        self._helpers = Helpers(THREADS - 1)  # starts them when they are needed
         self._lock = threading.Lock()
 
     def copy(self, target: int, mapping: FileMapping, offset: int, nbytes: int) -> None:
-        """Copy bytes of a file to an address of the device, and wait for it. After an error or an interrupt there may
-        be work left: :meth:`settle`, and then wait for the device's stream.
+        """Copy bytes of a file to an address of the device, and wait for it. After an error or an interrupt the
+        device's stream must be waited for: there may be copies on it.
 
         Raises:
             MappingError: the file has become shorter, or cannot be read.
             DeviceError: CUDA refused.
         """
-        if nbytes <= DIRECT_NBYTES or not self._copied_by_threads(target, mapping, offset, nbytes):
+        if nbytes <= DIRECT_NBYTES or not self._copied_by_threads(_Upload(target, mapping, offset, nbytes)):
             copy_in(self._device, target, mapping.view(offset, nbytes), self._device.stream)
         self._device.synchronize(self._device.stream)
 
-    def _copied_by_threads(self, target: int, mapping: FileMapping, offset: int, nbytes: int) -> bool:
-        """Queue the copies of all pieces; unless the system refuses locked memory or threads, or these are in use. They
-        are not waited for, since this may be a signal handler in the middle of another copy."""
+    def _copied_by_threads(self, upload: _Upload) -> bool:
+        """Queue the copies of all pieces, unless the system refuses locked memory, or another copy uses it. That is not
+        waited for: this may be a signal handler in the middle of it."""
         if not self._lock.acquire(blocking=False):
             return False
         try:
-            with self._device.errors(f"copying {nbytes} bytes"):
-                self.settle()
+            with self._device.errors(f"copying {upload.nbytes} bytes"):
                 if not self._prepared():
                     return False
-                work = functools.partial(self._work, mapping=mapping, offset=offset)
-                upload = self._upload = _Upload(target, nbytes, work)
-                try:
-                    upload.run(self._threads)
-                except RuntimeError:  # of threading: no more threads can be started
-                    return False
-                finally:
-                    self.settle()
+                self._helpers.run(lambda: self._work(upload), THREADS - 1)
                 return True
         finally:
             self._lock.release()
-
-    def settle(self, target: int | None = None) -> None:
-        """End the copy to that address, or any that an interrupt has left: afterwards no thread works for it."""
-        upload = self._upload
-        if upload is not None and target in (None, upload.target):
-            upload.end()
-            self._upload = None
 
     def _prepared(self) -> bool:
         """Whether there is locked memory; if it was refused, it is not asked for again."""
@@ -176,24 +108,30 @@ class Uploads:
             self._asked = True
         return self._memory is not None
 
-    def _work(self, n: int, upload: _Upload, *, mapping: FileMapping, offset: int) -> None:
-        """What the n-th thread does: two pieces of the locked memory are its own."""
+    def _work(self, upload: _Upload) -> None:
+        """What each thread does: two pieces of the locked memory are its own."""
         assert self._memory is not None
-        turns = itertools.cycle((2 * n, 2 * n + 1))
-        with on_device(self._device.number):
-            for start, length in upload.pieces():
-                turn = next(turns)
-                piece, event = turn * PIECE_NBYTES, self._events[turn]
-                drive("cuEventSynchronize", event)  # until the copy engine has taken what was there before
-                mapping.read(offset + start, self._memory[piece : piece + length])
-                arguments = (upload.target + start, self._address + piece, length, ANYWHERE, self._device.stream)
-                call("cudaMemcpyAsync", *arguments)
-                drive("cuEventRecord", event, self._device.stream)
+        turn, stream = 2 * upload.thread(), self._device.stream
+        try:
+            with on_device(self._device.number):
+                while True:
+                    start, length = upload.piece()
+                    if not length:
+                        return
+                    piece, event = turn * PIECE_NBYTES, self._events[turn]
+                    drive("cuEventSynchronize", event)  # until the copy engine has taken what was there before
+                    upload.mapping.read(upload.offset + start, self._memory[piece : piece + length])
+                    arguments = (upload.target + start, self._address + piece, length, ANYWHERE, stream)
+                    call("cudaMemcpyAsync", *arguments)
+                    drive("cuEventRecord", event, stream)
+                    turn ^= 1
+        except BaseException:
+            upload.stopped = True  # for the others: whoever waits for them, waits for one piece of each
+            raise
 
     def close(self) -> None:
         """Give up the locked memory and the threads; the device is done with it. The device must be current."""
-        self.settle()
-        self._threads.shutdown()
+        self._helpers.dismiss()
         self._asked, self._memory, self._address = True, None, 0
         self._locked.close()
         while self._events:

@@ -140,7 +140,6 @@ class CopyResidency(Residency):
             self._device.uploads.copy(target, self.mapping, self.tensor.info.offset, nbytes)
             self.mapping.check()  # it may have been written to while it was copied
         except BaseException:
-            self._device.uploads.settle(target)
             with suppress(DeviceError):  # the first error takes precedence
                 self._device.synchronize(self._device.stream)  # it may have come before a transfer was waited for
                 self._device.free(target)

@@ -23,7 +23,6 @@ from qmm import upload
 from qmm.errors import DeviceError, MappingError
 from qmm.loaders import FileMapping
 from qmm.memory.residency import CopyResidency
-from qmm.upload import _Upload
 
 PIECE = 4096
 PIECES = 67  # the last of which is short
@@ -79,25 +78,27 @@ def test_small_copies_lock_nothing(simulated: Simulated, source: FileMapping) ->
     assert not simulated.cuda.locked
 
 
-def no_memory(cuda: Any, patch: pytest.MonkeyPatch) -> None:
-    cuda.refused["cudaMallocHost"] = [cuda.cudaError_t.cudaErrorMemoryAllocation]
-
-
-def no_threads(cuda: Any, patch: pytest.MonkeyPatch) -> None:
-    def start(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    patch.setattr(threading.Thread, "start", start)
-
-
-@pytest.mark.parametrize("refuse", [no_memory, no_threads], ids=["locked memory", "threads"])
-def test_what_the_system_refuses_is_done_without(
-    simulated: Simulated, source: FileMapping, monkeypatch: pytest.MonkeyPatch, refuse: Any
-) -> None:
-    with monkeypatch.context() as patch:
-        refuse(simulated.cuda, patch)
-        assert copied(simulated, source) == content(source)
+def test_without_locked_memory_copies_go_the_drivers_way(simulated: Simulated, source: FileMapping) -> None:
+    simulated.cuda.refused["cudaMallocHost"] = [simulated.cuda.cudaError_t.cudaErrorMemoryAllocation]
+    assert copied(simulated, source) == content(source)
     assert len(simulated.cuda.copies) == 1
+
+
+@pytest.mark.parametrize("started", [0, 1, 3])
+def test_copies_do_with_the_threads_that_there_are(
+    simulated: Simulated, source: FileMapping, monkeypatch: pytest.MonkeyPatch, started: int
+) -> None:
+    usual, starts = threading.Thread.start, itertools.count()
+
+    def start(thread: threading.Thread) -> None:
+        if next(starts) >= started:
+            raise RuntimeError("can't start new thread")
+        usual(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        assert copied(simulated, source) == content(source)
+    assert copied(simulated, source) == content(source)
 
 
 def test_an_error_in_a_thread_is_raised_once_all_have_ended(simulated: Simulated, source: FileMapping) -> None:
@@ -148,56 +149,30 @@ def test_another_upload_meanwhile_does_not_wait(
     cuda.take_waits()
 
 
-@pytest.mark.parametrize("started", [0, 1, 3])
-def test_nothing_is_done_for_an_upload_whose_threads_were_refused(
-    simulated: Simulated, source: FileMapping, monkeypatch: pytest.MonkeyPatch, started: int
-) -> None:
-    usual, starts, slow = threading.Thread.start, itertools.count(), FileMapping.read
-
-    def start(thread: threading.Thread) -> None:
-        if next(starts) >= started:
-            raise RuntimeError("can't start new thread")
-        usual(thread)
-
-    monkeypatch.setattr(FileMapping, "read", lambda *arguments: (time.sleep(0.01), slow(*arguments))[1])
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start)
-        simulated.device.uploads.copy(target := simulated.device.allocate(NBYTES, "a test"), source, OFFSET, NBYTES)
-    made = len(simulated.cuda.copies)
-    time.sleep(0.05)
-    assert len(simulated.cuda.copies) == made
-    assert simulated.cuda.contents[target] == content(source)
-    simulated.cuda.contents.clear()
-    simulated.device.free(target)
-    assert copied(simulated, source) == content(source)
-
-
-@pytest.mark.parametrize("interrupts", [1, 2])
+@pytest.mark.parametrize("reads", [1, 2, 5])
 def test_an_interrupted_first_use_frees_its_copy_when_nothing_writes_there_any_more(
-    simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupts: int
+    simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: int
 ) -> None:
-    """The second interrupt comes while the threads are waited for."""
-    rng, slow, usual = np.random.default_rng(0), FileMapping.read, _Upload.wait
+    rng, usual, count = np.random.default_rng(0), FileMapping.read, itertools.count(1)
     path = tmp_path / "model.gguf"
-    write_gguf(path, {"a": ("Q8_0", (300, 256), random_blocks("Q8_0", (300, 256), rng))})
-    left = [KeyboardInterrupt] * interrupts
+    write_gguf(path, {"a": ("Q8_0", (900, 256), random_blocks("Q8_0", (900, 256), rng))})
 
-    def wait(awaited: _Upload) -> None:
-        if left:
-            raise left.pop()
-        usual(awaited)
+    def read(*arguments: Any) -> None:
+        time.sleep(0.002)
+        if threading.current_thread() is threading.main_thread() and next(count) == reads:
+            raise KeyboardInterrupt
+        usual(*arguments)
 
     with qmm.open(path) as model:
         tensor = model["a"]
         copy = CopyResidency(tensor, model.mapping(tensor.info.path), simulated.device)
         before = set(simulated.cuda.sizes)
-        monkeypatch.setattr(FileMapping, "read", lambda *arguments: (time.sleep(0.01), slow(*arguments))[1])
-        monkeypatch.setattr(_Upload, "wait", wait)
+        monkeypatch.setattr(FileMapping, "read", read)
         with pytest.raises(KeyboardInterrupt):
             copy.lease()
-        assert not left
         assert set(simulated.cuda.sizes) - before <= set(simulated.cuda.locked)  # the copy was freed
         made = len(simulated.cuda.copies)
+        assert made < tensor.nbytes // PIECE
         time.sleep(0.05)
         assert len(simulated.cuda.copies) == made
         simulated.cuda.contents.clear()

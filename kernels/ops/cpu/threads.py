@@ -83,8 +83,12 @@ class Helpers:
             if interrupt is not None:
                 raise interrupt
         for share in shares:
-            if share.error is not None:
-                raise share.error
+            failure, share.error = share.error, None  # the helper remembers the share
+            if failure is not None:
+                try:
+                    raise failure
+                finally:
+                    del failure  # its traceback refers to this frame, and so to all that its callers hold
 
     def dismiss(self) -> None:
         """End the threads once they have done the shares in the queue."""
