@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from qmm.arrays import ArrayKind, stream_handle
+from qmm.arrays import ArrayKind, kind_of, stream_handle
 from qmm.device import Device
 from qmm.errors import ClosedError
 from qmm.graph import capture
@@ -54,6 +54,7 @@ class Plan(Resource):
         self._device, self._length, self._checks, self._name = device, length, list(checks), name
         self._kind = kind
         self._kept = kept
+        self._filled_on = {kind_of(array).filled_on(array) for pair in kept for array in pair} - {0}
         self._queue = functools.partial(queue_sequence, device, steps)
         with ExitStack() as held:
             with device.temporary_stream() as stream:  # not the engine's: it would capture other threads' work
@@ -103,6 +104,9 @@ class Plan(Resource):
             owner, kept = self._kind, self._kept[:1]  # none if another thread closes the plan: the graph then raises
             stream = owner.stream(kept[0][0]) if kept else 0
         handle = stream_handle(stream)
+        for named in self._filled_on:
+            if named != handle:
+                self._device.order(named, handle)
         if not self._graph.launch(handle, owner):
             self._queue(handle)
 

@@ -12,6 +12,7 @@ import numpy as np
 from qmm.arrays.kind import ArrayKind, check_dtype
 from qmm.arrays.view import View
 from qmm.cuda import call
+from qmm.errors import ArrayError
 from qmm.kernels.ops.op import ITEM_NBYTES
 
 __all__ = ["CuPyArrays", "NumbaArrays"]
@@ -23,6 +24,8 @@ class CudaInterfaceArrays(ArrayKind):
     def view(self, array: Any) -> View:
         described = array.__cuda_array_interface__
         dtype = check_dtype(np.dtype(array.dtype).name, f"a {self.name} array")
+        if not np.dtype(array.dtype).isnative:
+            raise ArrayError(f"a {self.name} array of foreign byte order ({array.dtype}) is not supported; convert it")
         shape = tuple(map(int, described["shape"]))
         strides = described.get("strides")
         if strides is None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 
 from qmm.arrays import DTYPES, View, kind_of
+from qmm.arrays.cuda_interface import CuPyArrays, NumbaArrays
 from qmm.errors import ArrayError, QmmError
 
 BUFFER = np.arange(4096, dtype=np.float32)
@@ -212,3 +213,14 @@ def test_steps_between_elements_may_be_unaligned_too() -> None:
     array = as_strided(BUFFER, (2, 3), (14, 4), writeable=False)
     assert not view_of(array).aligned
     assert view_of(array[:1]).aligned  # the step from row to row is not taken
+
+
+@pytest.mark.parametrize("name", ["numba", "cupy"])
+def test_cuda_arrays_of_foreign_byte_order_are_refused(name: str) -> None:
+    class Foreign:
+        dtype = np.dtype(">f4")
+        __cuda_array_interface__ = {"shape": (4, 8), "strides": None, "data": (4096, False)}  # noqa: RUF012
+
+    kind = NumbaArrays() if name == "numba" else CuPyArrays()
+    with pytest.raises(ArrayError, match=r"array of foreign byte order \(>f4\)"):
+        kind.view(Foreign())

@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulated_arrays import Array, Arrays, K, M
 from simulated_cuda import Capture, Cuda
 from simulated_work import Library, Simulated
 
+from qmm.arrays import KINDS
 from qmm.copies import copy_in, copy_out
 from qmm.cuda import on_device
 from qmm.device import Device
 from qmm.errors import DeviceError, OutOfMemoryError
 from qmm.graph import capture
+from qmm.plan import Plan
 
 MIB = 1 << 20
 KEPT = Library(object(), True)
@@ -317,3 +320,17 @@ def test_a_block_that_was_not_left_does_not_stand_for_the_next(cuda: Cuda, monke
     assert current == [1]
     current[0] = 0
     left.__exit__(None, None, None)
+
+
+def test_a_plan_waits_for_the_streams_that_its_arrays_name(
+    simulated: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, filling, user = simulated.cuda, simulated.cuda.stream(), simulated.cuda.stream()
+    kind = Arrays(int(user), recycles=False)
+    monkeypatch.setitem(KINDS, Array, kind)
+    x, y = Array((1, K), 0x4000, named=int(filling)), Array((1, M), 0x5000)
+    with Plan(simulated.device, [], 1, [], kind, [(x, y)], "model.gguf") as plan:
+        busy = cuda._queue(filling, frozenset())
+        plan()
+        assert any(busy in item.after for item in user.items)
+        cuda.finish()
