@@ -36,10 +36,8 @@ def calls_on_gpu(engine: Any) -> Iterator[Calls]:
     from numba import cuda
 
     tensors = list(engine.model.values())
-    x, (y, *others) = (
-        cuda.to_device(np.ones((1, K), np.float32)),
-        (cuda.device_array((1, M), np.float32) for _ in "123"),
-    )
+    x = cuda.to_device(np.ones((1, K), np.float32))
+    y, *others = [cuda.device_array((1, M), np.float32) for _ in range(3)]
     own = engine.gpu.stream
 
     def matmul(x: Any, out: Any, stream: Any) -> Callable[[], object]:
@@ -91,15 +89,8 @@ def timed(path: Path, rounds: int, checkout: Path) -> dict[str, float]:
 
 def process(checkout: Path, path: Path, rounds: int, cache: Path) -> dict[str, float]:
     """The same in a new process, with qmm of that checkout."""
-    command = [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        "--time",
-        str(path),
-        "--rounds",
-        str(rounds),
-        str(checkout),
-    ]
+    arguments = [Path(__file__).resolve(), "--time", path, "--rounds", rounds, checkout]
+    command = [sys.executable, *map(str, arguments)]
     environment = {**os.environ, "QMM_CACHE_DIR": str(cache), "PYTHONSAFEPATH": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -198,7 +198,7 @@ class Calls:
         try:
             return empty(*arguments)
         except Exception:
-            self._device.require_usable()
+            self._device.require_usable("a new array")
             raise
 
     def _queue_with_own_memory(

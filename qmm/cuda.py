@@ -127,7 +127,7 @@ def call(function: str, *arguments: Any) -> Any:
     error, *results = getattr(runtime(), function)(*arguments)
     if error:
         refuse(function, error)
-    return tuple(results) if len(results) > 1 else results[0] if results else None
+    return _result(results)
 
 
 def refuse(function: str, error: Any) -> NoReturn:
@@ -147,7 +147,7 @@ def drive(function: str, *arguments: Any) -> Any:
     error, *results = getattr(driver(), function)(*arguments)
     if error:
         raise _failure(function, error)
-    return tuple(results) if len(results) > 1 else results[0] if results else None
+    return _result(results)
 
 
 class Function(NamedTuple):
@@ -208,6 +208,10 @@ def launch_config(ctas: int, threads: int, shared_nbytes: int, early: bool) -> A
         attribute.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [attribute], 1
     return config
+
+
+def _result(results: list[Any]) -> Any:
+    return tuple(results) if len(results) > 1 else results[0] if results else None
 
 
 def _failure(function: str, error: Any) -> CudaCallError:

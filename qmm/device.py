@@ -215,9 +215,14 @@ class Device(Resource):
         with self.errors("freeing memory"), on_device(self.number):
             self.pool.free(address)
 
-    def require_usable(self) -> None:
-        """Raise DeviceError if a kernel failed, after which the device takes no more work from this process."""
-        with self.errors("a new array"), on_device(self.number):
+    def require_usable(self, doing: str) -> None:
+        """Raise DeviceError if a kernel failed, after which the device takes no more work from this process. Compilers
+        and array libraries have errors of their own for that, which say less.
+
+        Args:
+            doing: what it is for, for messages.
+        """
+        with self.errors(doing), on_device(self.number):
             call("cudaMemGetInfo")  # which waits for nothing
 
     def _new_stream(self) -> int:
@@ -303,9 +308,9 @@ class Device(Resource):
         Raises:
             DeviceError: a kernel cannot be compiled or loaded.
         """
+        self.require_usable(doing)
         # Not under the lock: another thread may compile, and finalize what needs the lock.
         with self.errors(doing), on_device(self.number):
-            call("cudaMemGetInfo")  # fails after a kernel did, where a compiler would raise an error of its own
             launches = []
             for spec in work.launches:
                 bound = {name: value for name, value in spec.arguments.items() if not isinstance(value, At)}

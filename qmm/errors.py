@@ -72,7 +72,8 @@ class DeviceError(QmmError):
 
 
 class OutOfMemoryError(DeviceError):
-    """The device has too little free memory; the message gives both numbers."""
+    """The device has too little free memory; the message says for what, and the way out. For an array or workspace it
+    gives both numbers, and libraries were asked before for what they merely keep."""
 
 
 class EmulatorError(QmmError):

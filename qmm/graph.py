@@ -67,8 +67,7 @@ class Graph(Resource):
             if error:
                 refuse("cudaGraphLaunch", error)
         finally:  # also after an interrupt, when it may be queued
-            if use.event is not None:
-                streams.end(use)
+            streams.end(use)
         return True
 
     def stop(self) -> None:

@@ -3,6 +3,7 @@ them once."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -55,18 +56,12 @@ def _queue(device: Device, steps: Sequence[Step], stream: int, share_activations
     with device.undisturbed(len(steps)):
         use = device.streams.begin(stream, owner)
         workspace = device.streams.workspace(use, nbytes) if nbytes else 0
+        launch = functools.partial(_launch, device, stream=stream, workspace=workspace, early=use.event is None)
         try:
             for step, following in itertools.zip_longest(steps, steps[1:]):
                 shared = share_activations and quantized is not None and _same_activations(quantized, step)
                 skip = step.product.quantize_launches if shared else 0
-                prepared, weights, x, y = step
-                prefetching = following is not None
-                try:
-                    prefetching = prefetching and _set_prefetch(step, following)
-                    device.launch(prepared, weights, x, y, stream, workspace, use.event is None, skip)
-                finally:
-                    if prefetching:
-                        _clear_prefetch(step)
+                launch(step, following, skip=skip)
                 if step.product.quantized is not None and not skip:
                     quantized = step
                 elif step.product.quantized is None and step.product.workspace_nbytes:
@@ -74,8 +69,30 @@ def _queue(device: Device, steps: Sequence[Step], stream: int, share_activations
                 if quantized and _writes_activations(step, quantized):
                     quantized = None
         finally:
-            if use.event is not None:
-                device.streams.end(use)
+            device.streams.end(use)
+
+
+def _launch(
+    device: Device, step: Step, following: Step | None, *, stream: int, workspace: int, early: bool, skip: int
+) -> None:
+    """Queue one product, which prefetches weights of the next one to L2, if there are any."""
+    number = step.product.prefetches
+    if following is None or number is None or following.product.prefetch_region == NOTHING:
+        device.launch(*step, stream, workspace, early, skip)
+        return
+    region = following.product.prefetch_region
+    cell = step.prepared.launches[number].cell
+    rows = cell("next_rows")  # without rows nothing is prefetched, so an interrupt leaves nothing half set
+    try:
+        cell("next_weights").value = following.weights
+        cell("next_row_nbytes").value = region.row_nbytes
+        cell("next_nbytes").value = region.nbytes
+        rows.value = region.rows
+        device.launch(*step, stream, workspace, early, skip)
+    finally:
+        rows.value = 0
+        for name in ("next_weights", "next_row_nbytes", "next_nbytes"):
+            cell(name).value = 0
 
 
 def _same_activations(first: Step, second: Step) -> bool:
@@ -92,26 +109,3 @@ def _writes_activations(step: Step, quantized: Step) -> bool:
     """Whether a product's results overlap, or may overlap, another's activations."""
     (x_low, x_high), (y_low, y_high) = quantized.product.x.reach, step.product.y.reach
     return quantized.x + x_low < step.y + y_high and step.y + y_low < quantized.x + x_high
-
-
-def _set_prefetch(step: Step, following: Step) -> bool:
-    """Let a product's launches prefetch weights of the next one to L2; whether there are any."""
-    number, region = step.product.prefetches, following.product.prefetch_region
-    if number is None or region == NOTHING:
-        return False
-    launch = step.prepared.launches[number]
-    launch.cell("next_weights").value = following.weights
-    launch.cell("next_row_nbytes").value = region.row_nbytes
-    launch.cell("next_nbytes").value = region.nbytes
-    launch.cell(
-        "next_rows"
-    ).value = region.rows  # last: without rows nothing is prefetched, whenever an interrupt comes
-    return True
-
-
-def _clear_prefetch(step: Step) -> None:
-    """Let them prefetch nothing again."""
-    number = step.product.prefetches
-    if number is not None:
-        for name in ("next_rows", "next_nbytes", "next_row_nbytes", "next_weights"):  # the rows first
-            step.prepared.launches[number].cell(name).value = 0

@@ -1,4 +1,4 @@
-"""Helper threads of products.
+"""Helper threads of products on the CPU, and of copies to a GPU (:mod:`qmm.upload`).
 
 A product puts shares of its work in a queue and starts at once itself. When its rows are done it withdraws the shares
 that no helper has begun and waits for the others: a helper that wakes late does not delay a small product.
