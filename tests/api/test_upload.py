@@ -143,7 +143,9 @@ def test_another_upload_meanwhile_does_not_wait(
 
         nested: list[bool] = []
         monkeypatch.setattr(FileMapping, "read", read)
+        started = time.monotonic()
         device.uploads.copy(target, source, OFFSET, NBYTES)
+        assert time.monotonic() - started < 2
         assert cuda.contents.pop(other) == content(source)
         assert b"".join(cuda.contents[start] for start in sorted(cuda.contents)) == content(source)
     cuda.take_waits()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import os
 import pickle
@@ -286,3 +287,22 @@ def test_a_forked_child_opens_files_whatever_other_threads_were_doing(file: Path
     done.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_bytes_are_read_until_all_are_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may give fewer at a time than were asked for."""
+    usual = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda number, buffers, offset: usual(number, [buffers[0][:7]], offset))
+    found = bytearray(50)
+    with FileMapping.open(file) as mapping:
+        mapping.read(3, memoryview(found))
+    assert found == file.read_bytes()[3:53]
+
+
+def test_bytes_that_cannot_be_read_are_an_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    with FileMapping.open(file) as mapping, pytest.raises(MappingError, match=r"byte 3 cannot be read: Input/output"):
+        mapping.read(3, memoryview(bytearray(5)))
